@@ -8,6 +8,7 @@ import typer
 
 from lightning_ckptless.cli.clean import clean
 from lightning_ckptless.cli.doctor import doctor
+from lightning_ckptless.cli.drain import drain
 from lightning_ckptless.cli.drill import drill
 from lightning_ckptless.cli.export import export
 from lightning_ckptless.cli.forecast import forecast
@@ -31,7 +32,7 @@ app = typer.Typer(
 # Everything after `run`, `--help` included, is parsed by torchrun's argument parser.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 app.command(context_settings=_PASS_THROUGH)(run)
-for command in (doctor, drill, forecast, status, rewind, export, clean, timeline):
+for command in (doctor, drain, drill, forecast, status, rewind, export, clean, timeline):
     app.command()(command)
 
 

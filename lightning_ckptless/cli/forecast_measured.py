@@ -93,7 +93,7 @@ def _durable(run: Run) -> Measured:
 
 
 def _failures(run: Run) -> Measured:
-    faults = len(run.of("recovery"))
+    faults = sum(event.fields["kind"] != "drained" for event in run.of("recovery"))
     days = (run.events[-1].at - run.events[0].at) / _SECONDS_PER_DAY
     if not faults or days <= 0:
         return {}

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_ckptless.cli.plan import plan_of, protection_in
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.placement_table import PlacementTable
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
 from lightning_ckptless.replica.arena import Arena, ArenaInfo, default_arena_dir, find_arenas
@@ -81,6 +82,7 @@ class Survey:
         slots: slots in these arenas.
         members: rank and process id of each rank's newest worker.
         standbys: number of standbys that are ready, as text; empty if none are requested.
+        draining: the ranks and nodes that are being drained, and how, in sentences.
         durable: newest durable state, as text; empty without one.
         recoveries: details of the last recoveries.
         recovery_count: number of all recoveries.
@@ -103,6 +105,7 @@ class Survey:
     slots: tuple[SlotLine, ...]
     members: tuple[tuple[int, int], ...]
     standbys: str
+    draining: tuple[str, ...]
     durable: str
     recoveries: tuple[dict[str, Any], ...]
     recovery_count: int
@@ -130,6 +133,7 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         generation=max((e.generation or 0 for e in (*started, *recoveries)), default=None),
         members=_members(run),
         standbys=_standbys(run),
+        draining=_draining(run),
         durable=_durable(run),
         world_size=facts.get("world_size"),
         placement=facts.get("placement", ""),
@@ -162,6 +166,21 @@ def _standbys(run: Run) -> str:
     """Describe how many standbys are ready; empty if none are requested."""
     events = run.of("standbys")
     return f"{events[-1].fields['ready']} of {events[-1].fields['wanted']} ready" if events else ""
+
+
+def _draining(run: Run) -> tuple[str, ...]:
+    """Return what is being drained, in the words of the agents."""
+    pending: dict[tuple[str, Any], str] = {}
+    for event in run.events:
+        fields = event.fields
+        match event.event:
+            case "drain" | "node_leaves" if fields["action"] != DrainAction.REFUSE:
+                pending[fields["node"], fields.get("drained_rank")] = fields["reason"]
+            case "drained" | "drain_given_up" | "node_drained":
+                pending.pop((fields["node"], fields.get("drained_rank")), None)
+            case "run_ended":
+                pending.clear()
+    return tuple(pending.values())
 
 
 def _durable(run: Run) -> str:

@@ -54,6 +54,9 @@ _CHECKPOINT: dict[str, dict[str, Check]] = {
 _EVENTS: dict[str, dict[str, Check]] = {
     "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
     "committed": {"step": STEP},
+    "drain": {"node": text(), "drained_rank": RANK, "action": text(), "reason": _WORDS},
+    "drain_given_up": {"node": text(), "drained_rank": RANK},
+    "drained": {"node": text(), "drained_rank": RANK, "step": STEP},
     "durable_failed": {"step": STEP},
     "durable_written": {"step": STEP, "path": text()},
     "fault": {
@@ -61,6 +64,8 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "died_at": optional(number()),
     },
     "in_place": {"new": table(_BY_RANK, _worker)},
+    "node_drained": {"node": text()},
+    "node_leaves": {"node": text(), "action": text(), "reason": _WORDS},
     "placement": {
         "kind": text(), "copies": integer(0, MOST_RANKS), "holders": sequence(_RANKS), "nodes": sequence(text()),
         "domains": sequence(text()), "sizes_bytes": sequence(BYTES),

@@ -9,6 +9,7 @@ import importlib
 import json
 import pickle
 import sys
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed import HashStore, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousExitOp, _RendezvousState
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from torch.utils.data.dataloader import (
 )
 
 _T = TypeVar("_T")
+_LEAVE_S = 10.0
 
 
 def version_counter(tensor: torch.Tensor) -> int:
@@ -196,6 +198,18 @@ def forget_worker_store(handler: Any) -> None:
     """
     handler._bootstrap_store_info = None
     handler._shared_tcp_store_server = None
+
+
+def leave_rendezvous(handler: Any) -> None:
+    """Make a node leave an elastic rendezvous that is complete: the others can complete the next round without it."""
+    handler._stop_heartbeats()
+    handler._op_executor.run(_RendezvousExitOp(), time.monotonic() + _LEAVE_S)
+
+
+def nodes_beside(handler: Any) -> int:
+    """How many nodes wait for a place in an elastic rendezvous, as of its last synchronization."""
+    state: _RendezvousState = handler._state_holder.state
+    return len(state.wait_list) + len(state.redundancy_list)
 
 
 def rendezvous_state_to_json(pickled: bytes) -> bytes:

@@ -61,12 +61,12 @@ AGENT = {
         _start_workers _stop_workers
     """,
     f"{_ELASTIC}.multiprocessing.api:PContext": "_close _poll _start start",
-    f"{_ELASTIC}.rendezvous.dynamic_rendezvous": "_NodeDesc _RendezvousState",
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous": "_NodeDesc _RendezvousExitOp _RendezvousState",
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_RendezvousState": """
         closed complete deadline last_heartbeats participants redundancy_list round wait_list
     """,
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler": """
-        _bootstrap_store_info _shared_tcp_store_server _state_holder
+        _bootstrap_store_info _op_executor _shared_tcp_store_server _state_holder _stop_heartbeats
     """,
     f"{_ELASTIC}.rendezvous.utils": "_matches_machine_hostname",
 }

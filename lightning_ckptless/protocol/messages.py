@@ -25,6 +25,7 @@ it.
 | `HoldMemory` | worker | it needs files of anonymous memory at these paths; carries a socket for the answer |
 | `StandbyReady` | worker | a standby has reached `fit` and waits for a rank |
 | `RewindDecided` | worker | all ranks have decided on a `Rewind`; carries whether they go back, and why |
+| `HandedOver` | worker | all ranks have stopped at a committed step, and it exits to hand its rank over |
 | `Regroup` | agent | a fault, or a world change: meet the other ranks under this number |
 | `AwaitRegroup` | agent | the nodes are re-rendezvousing: wait for the next `Regroup`, however long it takes |
 | `AssignRank` | agent | a standby takes a rank: as `Regroup`, and carries the rank's stdout and stderr |
@@ -32,6 +33,7 @@ it.
 | `MayLeave` | agent | every rank has made its last step: the training loop may be left |
 | `Rewind` | agent | another terminal asks that all ranks go back to an earlier step |
 | `Finish` | agent | the run is to end: commit the current step, save and leave |
+| `HandOver` | agent | another process is ready to take this rank: exit after a step that all ranks have committed |
 | `TrainingFailed` | agent | training cannot continue on any rank; carries the reason, which every worker raises |
 | `RunOver` | agent | the run has ended with a fault: no recovery follows |
 | `MemoryHeld` | agent | in answer to `HoldMemory`, on the socket that came with it: done, or why not |
@@ -113,7 +115,13 @@ class EnteredLoop(Message):
 
 @dataclass(frozen=True, slots=True)
 class StepCommitted(Message):
-    """Sent by a worker when its generation has committed its first step."""
+    """Sent by a worker when its generation has committed its first step.
+
+    Args:
+        sole_shards: shards that no other node has a copy of.
+    """
+
+    sole_shards: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +278,19 @@ class RewindDecided(Message):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver(Message):
+    """Sent by a worker that exits to hand its rank over; all ranks have stopped at a committed step.
+
+    Args:
+        step: the step.
+        reason: why, as the agent gave it.
+    """
+
+    step: int
+    reason: str
+
+
 # ---------------------------------------------------------------- from the agent
 
 
@@ -347,6 +368,17 @@ class Finish(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver(Message):
+    """Sent by an agent to a worker whose rank another process is ready to take.
+
+    Args:
+        reason: why the rank is drained.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingFailed(Message):
     """Sent by an agent when training cannot continue on any rank.
 
@@ -393,6 +425,7 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     HoldMemory,
     StandbyReady,
     RewindDecided,
+    HandedOver,
 )
 """Messages that workers send to their agent."""
 AGENT_MESSAGES: tuple[type[Message], ...] = (
@@ -403,6 +436,7 @@ AGENT_MESSAGES: tuple[type[Message], ...] = (
     MayLeave,
     Rewind,
     Finish,
+    HandOver,
     TrainingFailed,
     RunOver,
     MemoryHeld,

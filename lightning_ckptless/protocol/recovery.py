@@ -50,6 +50,7 @@ class Situation:
         obstacle: why a worker cannot recover in place, as reported by it; None if none reported that.
         outside: ranks of this node outside the training loop, and where they are.
         tries: recoveries in place since the last completed step, counting those that completed their rendezvous.
+        handed_over: whether all lost workers have handed their ranks over, as planned.
     """
 
     lost: tuple[int, ...]
@@ -60,6 +61,7 @@ class Situation:
     obstacle: str | None
     outside: Mapping[int, Stage]
     tries: int
+    handed_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,12 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
             Rung.RELAUNCH, f"recovery in place was tried {now.tries} times, and no step was completed since"
         )
     survivors = now.world_size - len(now.lost)
+    which = f"replacing {_ranks(now.lost)}"
     return RecoveryPlan(
         Rung.IN_PLACE,
-        f"recovering in place: {survivors} of {now.world_size} ranks survived, replacing {_ranks(now.lost)}",
+        f"handing over: {survivors} of {now.world_size} ranks stay, {which}"
+        if now.handed_over
+        else f"recovering in place: {survivors} of {now.world_size} ranks survived, {which}",
     )
 
 

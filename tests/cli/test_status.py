@@ -126,6 +126,21 @@ def test_the_tables_are_printed(tmp_path: Path, arena: Arena) -> None:
         assert words in result.output
 
 
+def test_what_is_being_drained_is_shown(tmp_path: Path, arena: Arena) -> None:
+    ledger = Ledger(write_ledger(tmp_path / "runs", arena=arena.path, ended=False) / "ledger.jsonl")
+    rank: dict[str, Any] = {"node": "node-a", "drained_rank": 1}
+    ledger.record("drain", **rank, action="replace", reason="draining rank 1: a standby is ready")
+    ledger.record("drain", node="node-a", drained_rank=7, action="refuse", reason="rank 7 is not drained")
+    ledger.record("node_leaves", node="node-b", action="shrink", reason="draining node 1: no node waits")
+    expected = ["draining rank 1: a standby is ready", "draining node 1: no node waits"]
+    assert read_status(tmp_path / "runs")["draining"] == expected
+    shown = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"}).output
+    assert "rank 1: a standby is ready" in shown
+    ledger.record("drained", **rank, step=7)
+    ledger.record("node_drained", node="node-b", step=7)
+    assert read_status(tmp_path / "runs")["draining"] == []
+
+
 def plan(folder: Path, *, nodes: tuple[str, ...], copies: int = 1) -> None:
     """Record a placement of two shards, each with a copy on the other node."""
     Ledger(folder / "ledger.jsonl").record(

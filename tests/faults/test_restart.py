@@ -40,7 +40,13 @@ class Run:
     starts: int = 0
 
     def start(
-        self, options: Options, faults: str = "", *, max_restarts: int = 0, run_root: Path | None = None
+        self,
+        options: Options,
+        faults: str = "",
+        *,
+        max_restarts: int = 0,
+        run_root: Path | None = None,
+        preemption_notice: str = "",
     ) -> Outcome:
         """Start it and wait for its end; the arena remains."""
         script, *arguments = command_for(options)
@@ -60,6 +66,7 @@ class Run:
             run_root=run_root or self.folder / "runs",
             log_dir=output,
             redirects="3",
+            preemption_notice=preemption_notice,
         )
         return run(self.config, parent=self.parent, record=record_for(self.config))
 

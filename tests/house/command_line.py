@@ -21,6 +21,7 @@ Row = tuple[str, str, str, str]
 GUIDES = {
     "run": "[Launching](launching.md)",
     "doctor": "[Checking a machine](doctor.md)",
+    "drain": "[Draining a node or a rank](draining.md)",
     "drill": "[Fault injection](faults.md)",
     "forecast": "[Forecast](forecast.md)",
     "status": "[Watching a run](watching.md)",

@@ -17,11 +17,13 @@ from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.configuration.option import options_of
 from lightning_ckptless.errors import OptionsError, WorldSizeError
+from lightning_ckptless.membership import drain_events  # noqa: F401 - its events are subclasses
 from lightning_ckptless.membership.events import Event
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol import (
     conclusion,
     crash_loop,
+    draining,
     hang_detection,
     messages,
     node_liveness,
@@ -114,6 +116,7 @@ def test_cascades(module: ModuleType, head: str) -> None:
         ("configuration", "The run", retry_policy),
         ("launching", "The run", conclusion),
         ("errors", "The worker ended", crash_loop),
+        ("draining", "To be drained", draining),
     ],
 )
 def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:

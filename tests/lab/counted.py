@@ -41,11 +41,12 @@ class Counted(pl.LightningModule):
         folder: receives one file per process, and `end.json`.
         sharded: whether to shard the layers over the mesh, with FSDP2 and, if the mesh has it, tensor parallelism.
         pace_s: delay per step while nodes are missing, so that the run has not ended when they rejoin.
+        pace_until: file until whose appearance all steps are delayed; None to delay none else.
     """
 
-    def __init__(self, folder: Path, sharded: bool, pace_s: float) -> None:
+    def __init__(self, folder: Path, sharded: bool, pace_s: float, pace_until: Path | None) -> None:
         super().__init__()
-        self.folder, self.sharded, self.pace_s = folder, sharded, pace_s
+        self.folder, self.sharded, self.pace_s, self.pace_until = folder, sharded, pace_s, pace_until
         self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 1))
         self.count = torchmetrics.SumMetric()
         self.step = 0
@@ -77,7 +78,8 @@ class Counted(pl.LightningModule):
             file.write(json.dumps([before, now]) + "\n")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices:
+        is_small = self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices
+        if is_small if self.pace_until is None else not self.pace_until.exists():
             threading.Event().wait(self.pace_s)
         self._record({"done": self.trainer.world_size})
 
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--pace", type=float, default=0.0)
+    parser.add_argument("--pace-until", type=Path)
     parser.add_argument("--strategy-options", default="{}")
     parser.add_argument("--manual", action="store_true")
     parser.add_argument("--sharded", action="store_true")
@@ -153,7 +156,7 @@ def main() -> None:
         max_epochs=args.epochs, accumulate_grad_batches=args.accumulate, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=args.folder,
     )  # fmt: skip
-    model = Counted(args.folder, args.sharded, args.pace)
+    model = Counted(args.folder, args.sharded, args.pace, args.pace_until)
     model.automatic_optimization = not args.manual
     linger("start")
     trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))

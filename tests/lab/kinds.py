@@ -20,6 +20,11 @@ WIDE = 17_000
 """Large enough that the chunks of a frozen weight are compared in place."""
 
 
+def preempted() -> str:
+    """A preemption notice."""
+    return "in two minutes"
+
+
 class Adapted(nn.Module):
     """Two frozen layers with trained low-rank adapters, two of which share a weight; uses activation checkpointing."""
 

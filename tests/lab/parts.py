@@ -54,6 +54,7 @@ class Options:
         ckpt_path: checkpoint file to start from.
         slow_mirror_s: delay of each mirror round.
         slow_mirror_at: moment of that delay.
+        slow_until: file whose appearance ends that delay; empty for never.
         validate_after_commit: whether validation waits for the commit of the version before it.
         accelerator: accelerator of the trainer.
         pin_memory: whether dataloaders pin memory.
@@ -102,6 +103,7 @@ class Options:
     ckpt_path: str = ""
     slow_mirror_s: float = 0.0
     slow_mirror_at: str = "send"
+    slow_until: str = ""
     validate_after_commit: bool = False
     accelerator: str = "cpu"
     pin_memory: bool = False

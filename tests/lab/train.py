@@ -36,6 +36,13 @@ def note_commit(path: Path, moment: str, version: Any) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def delay(options: Options, moment: str, _: Any) -> None:
+    """Delay each mirror round, and with it each step."""
+    is_over = bool(options.slow_until) and Path(options.slow_until).exists()
+    if moment == options.slow_mirror_at and not is_over:
+        threading.Event().wait(options.slow_mirror_s)
+
+
 def held_until_committed(distribution: Any, strategy: Any) -> Any:
     """Return a callback that holds validation until the version before it is committed."""
     committed: set[int] = set()
@@ -70,9 +77,7 @@ def main() -> None:
     else:
         strategy = ours.CkptlessStrategy(**strategy_options)
     if options.slow_mirror_s:
-        strategy.probes.append(
-            lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == options.slow_mirror_at))
-        )
+        strategy.probes.append(partial(delay, options))
     if options.commits:
         strategy.probes.append(partial(note_commit, Path(options.commits)))
     callbacks = (held_until_committed(distribution, strategy),) if options.validate_after_commit else ()

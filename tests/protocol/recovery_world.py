@@ -485,7 +485,7 @@ class World:
         if not process.has_reported_commit:
             process.has_reported_commit = True
             self.node_of(process).reports.has_begun = True
-            self.send(process, StepCommitted())
+            self.send(process, StepCommitted([]))
 
 
 def _if_alive(process: Process, then: Callable[[], None]) -> None:

@@ -19,10 +19,12 @@ from lightning_ckptless import environment
 from lightning_ckptless.console import Console
 from lightning_ckptless.membership.agent.agent import AgentParts, Found, NodeAgent
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, joining
+from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.process_control import ProcessControl, Waited
 from lightning_ckptless.membership.agent.recovery import Recovery
@@ -39,8 +41,10 @@ from lightning_ckptless.membership.events import EventSink, Report
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.membership.rendezvous.handlers import one_machine
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.rendezvous.rounds import Round
+from lightning_ckptless.membership.requests import Requests
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.messages import Message
@@ -327,7 +331,9 @@ class SimulatedNode:
         self._trains = False
         self._world_before = 0
         clock, run = Clock(now, now), NodeRun()
-        settings = NodeSettings(f"node{number}", Program("script", "train.py", ()), {}, "", False, 1.0, 1.0, 1e9)
+        settings = NodeSettings(
+            f"node{number}", Program("script", "train.py", ()), {}, "", False, 1.0, 1.0, 1e9, _NOWHERE, 1
+        )
         events = EventSink(record, _Log(lambda text: log(f"node {number}: {text}")))
         parts = _parts(settings, run, self.reports, Machine(start), events.report, clock)
         self.agent = NodeAgent(settings, run, parts, events, clock)
@@ -414,18 +420,22 @@ def _parts(
         clock=clock,
     )
     faults = FaultLog(settings.name, run.faults, report, lambda: "", clock)
+    seat = one_machine("run", 1, 3)
+    draining = Draining(settings.name, settings.least_nodes, seat, Requests(_NOWHERE), in_place, report, clock)
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(
         starter=SimulatedStarter(machine, clock),
         in_place=in_place,
+        draining=draining,
         faults=faults,
-        recovery=Recovery(settings, run, in_place, faults, reports, lambda: "", report, clock),
+        recovery=Recovery(settings, run, in_place, draining, faults, reports, lambda: "", report, clock),
         guard=PartitionGuard(settings.name, Bound(1.0, 3), faults, report, clock),
         hangs=HangWatch(_NOWHERE, report, clock),
         late_exits=LateExits(_NOWHERE, settings.exit_grace_s, clock),
         memory=HeldMemory(settings.name, report),
         sidecars=Sidecars(launcher, report),
         rewinds=RewindRequests(lambda _: [], clock),
+        notices=Notices(SigtermNotice(), "", None, report, clock),
     )
 
 

@@ -38,6 +38,8 @@ def _head(found: Survey) -> Table:
         table.add_row("", ", ".join(f"rank {rank}: pid {pid}" for rank, pid in found.members))
         if found.standbys:
             table.add_row("standbys", found.standbys)
+        for reason in found.draining:
+            table.add_row("draining", reason.removeprefix("draining "))
         table.add_row("placement", found.placement)
     if found.protection:
         table.add_row("protected", found.protection)

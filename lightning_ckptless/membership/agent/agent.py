@@ -9,10 +9,12 @@ its state; what two parts share is passed to both.
 | `WorkerGroup` | the processes of this node: messages, exits, replacements |
 | `Recovery` | decides what follows the loss of workers, and does it |
 | `InPlaceRecovery` | replaces lost ranks while the survivors stay |
+| `Draining` | hands ranks over to processes that were made ready, or lets the node leave |
 | `Reconfiguration` | lets workers stay when nodes leave or join |
 | `PartitionGuard` | notices that this node or another one is partitioned |
 | `HangWatch`, `LateExits` | kill workers that hang, or that have failed and do not exit |
 | `LoopEnd` | lets the workers of all nodes leave the training loop together |
+| `Notices` | learns that this node is about to be taken away |
 | `HeldMemory`, `Sidecars` | what the agent holds for its workers |
 | `RewindRequests` | passes rewinds that another terminal asks for on to the workers |
 """
@@ -30,11 +32,14 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from lightning_ckptless.console import Bar
 from lightning_ckptless.errors import TimeLimitError
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.departure import DepartedError, Departure
+from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.loop_end import LoopEnd
+from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree, publish_standing
@@ -58,6 +63,7 @@ from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sidecars
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import Round
+from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop
 from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing
 from lightning_ckptless.protocol.recovery import Rung
@@ -71,7 +77,7 @@ class Found(Enum):
     NOTHING_NEW = auto()
     """Workers run or have exited; those that have failed are to be started again."""
     REPLACED = auto()
-    """Lost workers have been replaced, so their exits are no failures."""
+    """Lost workers have been replaced, or the node is leaving: the exits of its workers are no failures."""
     OVER = auto()
     """Workers have failed, and none is to be started again."""
     NODES_CHANGED = auto()
@@ -90,6 +96,7 @@ class _RoundParts:
     positions: Positions
     loop_end: LoopEnd
     reconfiguration: Reconfiguration
+    departure: Departure
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,7 @@ class AgentParts:
 
     starter: Starter
     in_place: InPlaceRecovery
+    draining: Draining
     faults: FaultLog
     recovery: Recovery
     guard: PartitionGuard
@@ -106,6 +114,7 @@ class AgentParts:
     memory: HeldMemory
     sidecars: Sidecars
     rewinds: RewindRequests
+    notices: Notices
 
 
 class NodeAgent:
@@ -126,6 +135,7 @@ class NodeAgent:
         self._run = run
         self._starter = parts.starter
         self._in_place = parts.in_place
+        self._draining = parts.draining
         self._faults = parts.faults
         self._recovery = parts.recovery
         self._guard = parts.guard
@@ -134,10 +144,12 @@ class NodeAgent:
         self._memory = parts.memory
         self._sidecars = parts.sidecars
         self._rewinds = parts.rewinds
+        self._notices = parts.notices
         self._events = events
         self._clock = clock
         self._started_at = clock.monotonic()
         self._stop_reason = ""
+        self._departure: Departure | None = None
         self._workers: WorkerGroup | None = None
         self._round: _RoundParts | None = None
 
@@ -218,8 +230,10 @@ class NodeAgent:
             Regroupings(store, rendezvous.nodes, plan.number if plan.stay else 0),
             positions,
             LoopEnd(self._hangs, positions, self._clock),
-            Reconfiguration(plan, node, store, self._in_place, self._faults, positions),
+            Reconfiguration(plan, node, store, self._in_place, self._faults, positions, self._departure),
+            Departure(rendezvous.store, self._clock, is_shared=rendezvous.nodes > 1),
         )
+        self._departure = None
         if plan.stay:
             move = NodesMoved(self._settings.name, list(plan.stay), list(plan.come), plan.reason)
             self._events.report(move)
@@ -229,6 +243,8 @@ class NodeAgent:
         """Whether the workers train on while the nodes rendezvous; tells them so."""
         if not self._standing().trains:
             return False
+        if self._current.departure.why():
+            self._departure = self._current.departure
         self.workers.send(AwaitRegroup())
         return True
 
@@ -299,12 +315,19 @@ class NodeAgent:
             RendezvousConnectionError: this node is partitioned.
             TimeLimitError: the run has exceeded its time limit.
             UnfitNodeError: this node cannot continue.
+            DepartedError: this node was drained, and has left the run.
+            AskedToEnd: this node is about to be taken away, and nothing can take its work.
         """
         workers, loop_end = self.workers, self._current.loop_end
+        if self._draining.leaving is not None:
+            return self._leave(workers)
         # Where all nodes end with the same error, one that has already ended is not a lost node.
         if not loop_end.is_failing and (reason := self._guard.poll(has_workers=bool(workers.running))):
             # Unless the run completes after all, e.g. where the other nodes have ended it.
             self._stop_reason, self._run.exit_code = reason, 1
+            return Found.NODES_CHANGED
+        if reason := self._current.departure.news():
+            self._stop_reason = reason
             return Found.NODES_CHANGED
         workers.watch(loop_end.pause_s(_WAIT_S))
         self._enforce_time_limit()
@@ -322,9 +345,37 @@ class NodeAgent:
             may_end=self._current.reconfiguration.may_end,
             has_recovered=has_recovered,
         )
+        if self._is_leaving_now(workers):
+            return Found.REPLACED
         self._in_place.maintain_standbys()
         self._starter.maintain_successor(received, workers, trains=self._in_place.trains)
         return Found.OVER if rung is Rung.END else Found.NOTHING_NEW
+
+    def _is_leaving_now(self, workers: WorkerGroup) -> bool:
+        """Heed requests and notices; returns whether this node leaves from now on.
+
+        Raises:
+            AskedToEnd: it is about to be taken away, and nothing can take its work: the run ends as on SIGTERM.
+        """
+        rendezvous, departure = self._current.rendezvous, self._current.departure
+        self._draining.poll(rendezvous, departure, workers)
+        if self._draining.leaving is None and (reason := self._notices.take()):
+            wait_s = self._settings.finish_grace_s
+            plan = self._draining.drain_node(rendezvous.node, reason, rendezvous, departure, wait_s=wait_s)
+            if plan.action is DrainAction.REFUSE:
+                raise AskedToEnd(signal.SIGTERM)
+        if self._draining.leaving is not None:
+            # The others exchange heartbeats without this node from now on.
+            self._guard.leave()
+        return self._draining.leaving is not None
+
+    def _leave(self, workers: WorkerGroup) -> Found:
+        """Watch workers that train until they are handed over."""
+        assert self._draining.leaving is not None
+        workers.watch(_WAIT_S)
+        self._receive(workers.receive())
+        self._draining.leaving.poll(workers)
+        return Found.REPLACED
 
     def poll_nodes(self) -> Found:
         """Let workers that stay and workers that join meet; called after `poll` unless workers have failed."""
@@ -411,7 +462,7 @@ class NodeAgent:
             workers.stop(signal.SIGKILL, 0)
         if isinstance(cause, AskedToEnd) and cause.number == signal.SIGTERM and workers is not None:
             return workers.finish(self._settings.finish_grace_s)
-        return END_GRACE_S if cause is None else 0.0
+        return END_GRACE_S if cause is None or isinstance(cause, DepartedError) else 0.0
 
     def end(self, grace_s: float) -> None:
         """End what runs beside the workers; they have exited.
@@ -432,5 +483,7 @@ class NodeAgent:
 
     def close(self) -> None:
         """Release what is held for this agent alone."""
+        self._notices.close()
+        self._draining.close("" if self._draining.leaving is None else self._draining.leaving.summary)
         self._guard.close()
         self._starter.close()

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from lightning_ckptless.membership.agent.agent import AgentParts
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.draining import Draining, Seat
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
+from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
@@ -36,7 +38,8 @@ def assemble(
     logs: LogFiles,
     memory: HeldMemory,
     bound: Bound,
-    requests: Requests,
+    seat: Seat,
+    notices: Notices,
     report: Report,
     clock: Clock,
 ) -> AgentParts:
@@ -50,7 +53,8 @@ def assemble(
         logs: where the workers' output goes.
         memory: that is held for the workers; stays held.
         bound: how much silence between nodes is tolerated.
-        requests: to the run, from other terminals.
+        seat: this node's place in the rendezvous.
+        notices: that this node is about to be taken away.
         report: receives events.
         clock: of this node.
     """
@@ -65,6 +69,8 @@ def assemble(
     )
     starter = WorkerStarter(settings, run, parent, folder, logs, lambda: in_place.learns_imports, report, clock)
     faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
+    requests = Requests(settings.run_folder)
+    draining = Draining(settings.name, settings.least_nodes, seat, requests, in_place, report, clock)
     reports, oom_kills = ReportsInFolder(folder), OomKills()
     launcher = SidecarLauncher(
         lambda: starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh
@@ -72,12 +78,14 @@ def assemble(
     return AgentParts(
         starter=starter,
         in_place=in_place,
+        draining=draining,
         faults=faults,
-        recovery=Recovery(settings, run, in_place, faults, reports, oom_kills.news, report, clock),
+        recovery=Recovery(settings, run, in_place, draining, faults, reports, oom_kills.news, report, clock),
         guard=PartitionGuard(settings.name, bound, faults, report, clock),
         hangs=HangWatch(folder, report, clock),
         late_exits=LateExits(folder, settings.exit_grace_s, clock),
         memory=memory,
+        notices=notices,
         sidecars=Sidecars(launcher, report),
         rewinds=RewindRequests(requests.take, clock),
     )

@@ -54,6 +54,7 @@ class FaultLog:
         world_size: int,
         hung: str,
         out_of_memory: str,
+        drained: str = "",
     ) -> FaultReport:
         """Return the report of a lost worker.
 
@@ -65,6 +66,7 @@ class FaultLog:
             world_size: number of ranks.
             hung: why it was killed as hung; empty where it was not.
             out_of_memory: what the kernel has killed for lack of memory, in words; empty for nothing.
+            drained: why its rank was handed over, which is no fault; empty where it was not.
         """
         code, signal_name = (None, None) if end is None else split_exit(end.exit_code)
         return FaultReport(
@@ -75,24 +77,27 @@ class FaultLog:
             died_at=detected_at if end is None else end.at,
             detected_at=detected_at,
             stopped_at=self._clock.wall(),
-            restart=len(self._faults) + 1,
+            restart=len(self._faults) + (not drained),
             world_size=world_size,
             hung=hung,
             earlier=tuple(str(fault) for fault in self._unresolved),
             recovering_since=self._unresolved[0].died_at if self._unresolved else None,
             out_of_memory=out_of_memory,
+            drained=drained,
         )
 
-    def of_change(self, world_size: int, detected_at: float | None = None) -> FaultReport:
+    def of_change(self, world_size: int, detected_at: float | None = None, *, drained: str = "") -> FaultReport:
         """Return the report of a change of the nodes, for which no worker of this node is the cause.
 
         Args:
             world_size: number of ranks before it.
             detected_at: wall clock at which it was noticed; None for now.
+            drained: why a node was drained; empty where none was.
         """
         now = self._clock.wall()
         at = now if detected_at is None else detected_at
-        return FaultReport(None, None, None, None, self.lost_at or at, at, now, len(self._faults) + 1, world_size)
+        died_at, count = self.lost_at or at, len(self._faults) + 1
+        return FaultReport(None, None, None, None, died_at, at, now, count, world_size, drained=drained)
 
     def add(self, fault: FaultReport) -> None:
         """Add a fault."""

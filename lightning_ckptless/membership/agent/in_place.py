@@ -120,6 +120,7 @@ class _Progress:
         have_met: ranks that have met in the last regrouping.
         held: why ranks cannot release their process groups, as they report.
         killed_for_wait: ranks that were killed for that.
+        sole_shards: shards that no other node has a copy of.
     """
 
     began_at: float = 0.0
@@ -136,6 +137,7 @@ class _Progress:
     have_met: set[int] = field(default_factory=set)
     held: dict[int, str] = field(default_factory=dict)
     killed_for_wait: set[int] = field(default_factory=set)
+    sole_shards: list[int] = field(default_factory=list)
 
 
 class InPlaceRecovery:
@@ -152,6 +154,7 @@ class InPlaceRecovery:
 
     Attributes:
         number: of the last regrouping that the workers were notified of.
+        wanted_for_drains: standbys that are needed for ranks to be drained, in addition to those requested.
     """
 
     def __init__(
@@ -166,6 +169,8 @@ class InPlaceRecovery:
         clock: Clock,
     ) -> None:
         self.number = 0
+        self.wanted_for_drains = 0
+        self._refusal = ""
         self._given = in_place, standbys, preload_imports
         self._requested: RequestedOptions | None = None
         self._folder = folder
@@ -222,6 +227,11 @@ class InPlaceRecovery:
         return self._progress.trains
 
     @property
+    def sole_shards(self) -> list[int]:
+        """The shards that no other node has a copy of."""
+        return self._progress.sole_shards
+
+    @property
     def waiting_at_loop(self) -> frozenset[int]:
         """Local ranks that have reached the training loop and wait there for the other ranks."""
         return frozenset(self._progress.waiting_at_loop)
@@ -272,8 +282,8 @@ class InPlaceRecovery:
                 case EnteredLoop():
                     self._note_entered(rank)
                     self._take_requested(message)
-                case StepCommitted():
-                    progress.tries, progress.trains = 0, True
+                case StepCommitted(sole_shards):
+                    progress.tries, progress.trains, progress.sole_shards = 0, True, sole_shards
                     progress.killed_for_wait.clear()
                 case WaitingAtLoop():
                     progress.waiting_at_loop.add(rank)
@@ -355,13 +365,34 @@ class InPlaceRecovery:
             progress.killed_for_wait.update(progress.held.keys() & set(found.ranks))
         return found
 
+    @property
+    def ready_standbys(self) -> int:
+        """How many standbys wait for a rank."""
+        return 0 if self._standbys is None else self._standbys.ready
+
+    @property
+    def why_no_standby(self) -> str:
+        """Why no standby will become ready; empty where one may."""
+        if self.ready_standbys:
+            return ""
+        if self._standbys is not None and self._standbys.have_given_up:
+            return "standbys have exited before they were ready; the agent's output shows the last one's"
+        return self._refusal or self.obstacle or ""
+
+    @property
+    def _wanted_standbys(self) -> int:
+        if self._requested is None or not self.is_wanted:
+            return 0
+        return self._requested.standbys + self.wanted_for_drains
+
     def maintain_standbys(self) -> None:
         """Keep the requested number of standbys once training is under way."""
-        wanted = self._requested.standbys if self._requested is not None and self.is_wanted else 0
+        wanted = self._wanted_standbys
         if not wanted or not self.trains or self.obstacle is not None or self._round is None:
             return
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._round.start_standby, self._folder, self._report)
+        self._standbys.count = wanted
         try:
             has_changed = self._standbys.maintain()
         except ForkServerLostError:
@@ -369,6 +400,7 @@ class InPlaceRecovery:
             return
         except ForkError as error:
             self._report(StandbysRefused(error))
+            self._refusal = str(error)
             self._requested = None if self._requested is None else replace(self._requested, standbys=0)
             return
         if has_changed:

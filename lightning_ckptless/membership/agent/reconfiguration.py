@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
+from lightning_ckptless.membership.agent.departure import Departure
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
 from lightning_ckptless.membership.agent.positions import Positions
@@ -96,6 +97,7 @@ class Reconfiguration:
         in_place: the recoveries in place of this node.
         faults: of this node.
         positions: of the round.
+        departure: of a node that is drained and has left the rendezvous, from the previous round; None where none has.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Reconfiguration:
         in_place: InPlaceRecovery,
         faults: FaultLog,
         positions: Positions,
+        departure: Departure | None = None,
     ) -> None:
         self._plan = plan
         self._node = node
@@ -113,6 +116,7 @@ class Reconfiguration:
         self._in_place = in_place
         self._faults = faults
         self._positions = positions
+        self._departure = departure
         self._has_to_notify = False
         self._world_before = 0
         self._has_announced = False
@@ -170,17 +174,25 @@ class Reconfiguration:
     def _bring_together(self, workers: StayingWorkers) -> bool:
         """Notify workers that stay once joining ones wait at the loop; returns whether all nodes do the same."""
         all_train = workers.all_train
-        if all_train and not self._are_ready():
+        if all_train and (not self._are_ready() or not self._has_departed()):
             return True
         settled = self._settle_on(_MEET if all_train else _OVER)
         self._has_to_notify = False
         if all_train and settled == _MEET:
-            fault = self._faults.of_change(self._world_before)
+            drained = "" if self._departure is None else self._departure.why()
+            fault = self._faults.of_change(self._world_before, drained=drained)
             self._faults.add(fault)
             self._positions.peers = self._plan.stay + self._plan.come
             self._in_place.regroup(workers, self._plan.number, fault)
             self._faults.lost_at = 0.0
         return all_train or settled == _OVER
+
+    def _has_departed(self) -> bool:
+        """Whether the workers of a leaving node have exited; lets them hand over."""
+        if self._departure is None:
+            return True
+        self._departure.meet()
+        return self._departure.is_finished()
 
     def _settle_on(self, outcome: str) -> str:
         """Return the outcome of the round, set by the first node whose workers can meet others or have left."""

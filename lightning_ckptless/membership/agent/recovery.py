@@ -12,6 +12,7 @@ from typing import Protocol
 
 from lightning_ckptless.errors import UnfitNodeError
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
@@ -19,11 +20,12 @@ from lightning_ckptless.membership.channel.exit_report import ExitReport
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.channel.program_failure import Failure
 from lightning_ckptless.membership.channel.worker_reports import WorkerReports
+from lightning_ckptless.membership.drain_events import Drained
 from lightning_ckptless.membership.events import RecoveredInPlace, Report, RunEnded
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.crash_loop import ProgramEnd, Stage, Starts, judge_end
-from lightning_ckptless.protocol.messages import Message, RunOver
+from lightning_ckptless.protocol.messages import HandedOver, Message, RunOver
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.retry_policy import why_no_recovery
 
@@ -36,6 +38,7 @@ class LosableWorkers(WorkerControl, Protocol):
 
     inside: set[int]
     stages: dict[int, Stage]
+    handed_over: dict[int, HandedOver]
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
@@ -60,6 +63,7 @@ class Recovery:
         settings: of the node.
         run: the run on this node.
         in_place: the recoveries in place.
+        draining: is told which ranks were handed over.
         faults: the faults of this node.
         reports: what its workers have left.
         oom_kills: describes the kills for lack of memory since the last call; empty for none.
@@ -75,6 +79,7 @@ class Recovery:
         settings: NodeSettings,
         run: NodeRun,
         in_place: InPlaceRecovery,
+        draining: Draining,
         faults: FaultLog,
         reports: WorkerReports,
         oom_kills: Callable[[], str],
@@ -85,6 +90,7 @@ class Recovery:
         self._settings = settings
         self._run = run
         self._in_place = in_place
+        self._draining = draining
         self._faults = faults
         self._reports = reports
         self._oom_kills = oom_kills
@@ -125,7 +131,12 @@ class Recovery:
         at, ranks = self._clock.wall(), rendezvous.ranks
         has_stepped = self.take_progress()
         self._out_of_memory = self._oom_kills()
-        exit_report = self._reports.take_final() or self._judge_end(ranks, workers, lost, has_stepped=has_stepped)
+        # Those that were handed over last: any other is the culprit.
+        lost = dict(sorted(lost.items(), key=lambda item: item[0] in workers.handed_over))
+        is_planned = next(iter(lost)) in workers.handed_over
+        exit_report = self._reports.take_final()
+        if exit_report is None and not is_planned:
+            exit_report = self._judge_end(ranks, workers, lost, has_stepped=has_stepped)
         if exit_report is not None and exit_report.unfit:
             workers.stop(signal.SIGKILL, 0.0)
             raise UnfitNodeError(exit_report.reason)
@@ -135,14 +146,15 @@ class Recovery:
                 lost=tuple(ranks[local_rank] for local_rank in lost),
                 world_size=rendezvous.world_size,
                 final=None if exit_report is None else exit_report.reason,
-                exhausted=why_no_recovery(self._run.history, limits, now),
+                exhausted=None if is_planned else why_no_recovery(self._run.history, limits, now),
                 in_place=self._in_place.is_wanted,
                 obstacle=self._in_place.obstacle,
                 outside={ranks[rank]: workers.stages[rank] for rank in ranks if rank not in workers.inside},
                 tries=self._in_place.tries,
+                handed_over=is_planned,
             )
         )
-        if plan.rung is not Rung.END:
+        if plan.rung is not Rung.END and not is_planned:
             self._run.history = self._run.history.after_recovery(now)
         if plan.rung is Rung.IN_PLACE:
             self._replace(rendezvous, workers, lost, at, plan, env_of)
@@ -162,17 +174,26 @@ class Recovery:
         """Replace the lost ranks while the survivors stay in the training loop."""
         self._run.recoveries_in_place += 1
         fault = self._fault_of(rendezvous, workers, lost, at)
+        handed_over = {rank: workers.handed_over[rank] for rank in lost if rank in workers.handed_over}
+        before = workers.pids()
         regrouping = self._in_place.open(fault)
         for local_rank in lost:
             self._reports.forget_progress(local_rank)
         kinds = self._in_place.replace(workers, list(lost), regrouping, env_of)
-        self._faults.add(fault)
+        if not fault.drained:
+            self._faults.add(fault)
         pids = workers.pids()
         new = {rendezvous.ranks[rank]: (pids[rank], kind) for rank, kind in kinds.items()}
         self._report(RecoveredInPlace(self._settings.name, regrouping.number, plan.reason, fault, new))
+        for local_rank, message in handed_over.items():
+            rank, end, pid = rendezvous.ranks[local_rank], lost[local_rank], before[local_rank]
+            code = None if end is None else end.exit_code
+            done = Drained(self._settings.name, rank, message.step, message.reason, pid, code, *new[rank])
+            self._draining.note(local_rank, done)
 
     def _fault_of(self, rendezvous: Round, workers: LosableWorkers, lost: Lost, detected_at: float) -> FaultReport:
         culprit, end = next(iter(lost.items()))
+        handed_over = workers.handed_over.get(culprit)
         return self._faults.of_worker(
             rendezvous.ranks[culprit],
             workers.pids()[culprit],
@@ -181,6 +202,7 @@ class Recovery:
             world_size=rendezvous.world_size,
             hung=workers.hang_reason(culprit),
             out_of_memory=self._out_of_memory,
+            drained="" if handed_over is None else handed_over.reason,
         )
 
     def _stop_survivors(

@@ -25,6 +25,8 @@ class NodeSettings:
         stop_grace_s: time between SIGTERM and SIGKILL, in seconds, where workers are asked to exit.
         finish_grace_s: time in seconds for workers to finish a step and save when the agent is asked to end.
         exit_grace_s: time in seconds between an exception that ends a worker's script and the exit of its process.
+        run_folder: folder of the run.
+        least_nodes: how many nodes the run needs.
         max_restarts: recoveries in the life of the agent; None for any number.
         max_recoveries_without_progress: recoveries in a row without a new committed step; None to leave it to the
             strategy of the workers.
@@ -47,6 +49,8 @@ class NodeSettings:
     stop_grace_s: float
     finish_grace_s: float
     exit_grace_s: float
+    run_folder: Path
+    least_nodes: int
     max_restarts: int | None = None
     max_recoveries_without_progress: int | None = None
     max_recoveries_per_hour: int | None = None

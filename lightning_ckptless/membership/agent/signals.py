@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,6 +34,23 @@ def raising_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def noting_sigterm(note: Callable[[], None]) -> Iterator[None]:
+    """Call a function on the first SIGTERM, within `raising_on_signals`; a second one raises `AskedToEnd`."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def first(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        note()
+
+    signal.signal(signal.SIGTERM, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is first:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:

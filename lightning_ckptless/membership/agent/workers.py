@@ -22,6 +22,7 @@ from lightning_ckptless.protocol.messages import (
     EnteredLoop,
     Finish,
     FitReturned,
+    HandedOver,
     LeftLoop,
     MayLeave,
     Message,
@@ -38,6 +39,9 @@ _POLL_EVERY_S = 0.005
 _DYING_GRACE_S = 0.025
 """Longest wait for the exit of a dying worker. On a machine without a free core its memory is better freed before the
 other ranks meet. The cause of death is known without it."""
+
+_HANDED_OVER_GRACE_S = 1.0
+"""Longest wait for the exit of a worker that hands its rank over: its successor may need what its exit frees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class WorkerGroup:
         stages: where each local rank is in its script.
         at_end: those in the loop that have made their last step and ask whether they may leave.
         ending: those that may.
+        handed_over: those that exit to hand their rank over.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class WorkerGroup:
         self.stages: dict[int, Stage] = dict.fromkeys(jobs, Stage.BEFORE)
         self.at_end: dict[int, Ending] = {}
         self.ending: set[int] = set()
+        self.handed_over: dict[int, HandedOver] = {}
         self._control = control
         self._clock = clock
         self._jobs = dict(jobs)
@@ -193,6 +199,7 @@ class WorkerGroup:
     def _reset_end(self, rank: int) -> None:
         self.at_end.pop(rank, None)
         self.ending.discard(rank)
+        self.handed_over.pop(rank, None)
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
@@ -247,6 +254,8 @@ class WorkerGroup:
                 self._reset_end(rank)
             case LeftLoop():
                 self.inside.discard(rank)
+            case HandedOver():
+                self.handed_over[rank] = message
             case ReachedFit():
                 self.stages[rank] = Stage.INSIDE
             case FitReturned():
@@ -335,15 +344,18 @@ class WorkerGroup:
         neither a short wait nor the kernel reveals.
         """
         # A worker that has left the loop may exit as it likes, and take its time. Workers killed as hung are lost at
-        # once and together, even one that the kernel does not release yet.
+        # once and together, even one that the kernel does not release yet. So are those that hand their ranks over.
         dying = [
             rank
             for rank in self._running
-            if rank in self._hang_reasons or (rank in self.inside and self._processes[rank].is_dying())
+            if rank in self._hang_reasons
+            or rank in self.handed_over
+            or (rank in self.inside and self._processes[rank].is_dying())
         ]
         for rank in dying:
             self._first_signs.setdefault(rank, self._clock.wall())
-        deadline = self._clock.monotonic() + _DYING_GRACE_S
+        grace_s = _HANDED_OVER_GRACE_S if self.handed_over.keys() & set(dying) else _DYING_GRACE_S
+        deadline = self._clock.monotonic() + grace_s
         while self._running.intersection(dying) and (left_s := deadline - self._clock.monotonic()) > 0:
             self.wait_for_end(left_s)
         self._listen()

@@ -28,6 +28,7 @@ class FaultReport:
         recovering_since: wall clock of the first of those; None where there are none.
         out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty where it has killed
             none since the previous fault.
+        drained: why the rank was handed over, which is no fault; empty where it was not.
     """
 
     rank: int | None
@@ -43,6 +44,7 @@ class FaultReport:
     earlier: tuple[str, ...] = ()
     recovering_since: float | None = None
     out_of_memory: str = ""
+    drained: str = ""
 
     def __post_init__(self) -> None:
         # A report that was sent as JSON equals the original.
@@ -55,7 +57,9 @@ class FaultReport:
 
     @property
     def kind(self) -> str:
-        """`killed` by a signal, `exited` by itself, `hung`, or `lost` together with its node."""
+        """`killed` by a signal, `exited` by itself, `hung`, `lost` together with its node, or `drained`."""
+        if self.drained:
+            return "drained"
         if self.hung:
             return "hung"
         if self.rank is None:
@@ -67,6 +71,8 @@ class FaultReport:
         """What happened to the culprit, or to the run where there is none."""
         if self.rank is None:
             return "the members of the run changed"
+        if self.drained:
+            return "handed over"
         if self.hung:
             return "hung"
         if self.exit_code is not None:
@@ -77,7 +83,7 @@ class FaultReport:
     def __str__(self) -> str:
         if self.rank is None:
             return self.cause
-        details = "; ".join(filter(None, [self.hung, self.out_of_memory]))
+        details = "; ".join(filter(None, [self.drained, self.hung, self.out_of_memory]))
         return f"rank {self.rank} (pid {self.pid}) {self.cause}" + (f": {details}" if details else "")
 
     def fields(self) -> dict[str, Any]:

@@ -33,10 +33,13 @@ class Standbys:
         start: starts one.
         folder: for their output until they have a rank.
         report: receives events.
+
+    Attributes:
+        count: how many to keep ready.
     """
 
     def __init__(self, count: int, start: Start, folder: Path, report: Report) -> None:
-        self._count = count
+        self.count = count
         self._start = start
         self._folder = folder
         self._report = report
@@ -51,6 +54,11 @@ class Standbys:
     def ready(self) -> int:
         """How many wait for a rank."""
         return len(self._waiting)
+
+    @property
+    def have_given_up(self) -> bool:
+        """Whether no further one is started, because several have exited before they were ready."""
+        return self._failures >= _TRIES
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -69,7 +77,7 @@ class Standbys:
             elif _has_exited(process):
                 del self._coming[pid]
                 self._count_failure(output)
-        while self._failures < _TRIES and self.ready + len(self._coming) < self._count:
+        while self._failures < _TRIES and self.ready + len(self._coming) < self.count:
             self._begin()
         return before != (self.pids, self.ready)
 

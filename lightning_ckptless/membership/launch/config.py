@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.configuration.option import Options, about, option, option_of
-from lightning_ckptless.configuration.ranges import integer, number
+from lightning_ckptless.configuration.ranges import integer, number, one_of
 from lightning_ckptless.distributions import CLASSES, LIGHTNING, PYTORCH_LIGHTNING
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.channel.fault_report import FaultReport
@@ -141,6 +141,21 @@ class LaunchConfig(Options):
         number(0),
         unit="seconds",
         flag="--finish-grace",
+    )
+    on_sigterm: str = option(
+        "end",
+        "what the first SIGTERM to the agent does: `end` the run, or `drain` this node, whose work moves to other "
+        "nodes; where that is not possible, the run ends",
+        one_of(("end", "drain")),
+        flag="--on-sigterm",
+        metavar="end|drain",
+    )
+    preemption_notice: str = option(
+        "",
+        "function of yours, called every 5 s in the agent, that returns true or a text when this node is about to be "
+        "taken away; the node is drained then",
+        flag="--preemption-notice",
+        metavar="MODULE.FUNCTION",
     )
     stop_grace_s: float = option(
         DEFAULT_STOP_GRACE_S,

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.internals import torch_names
-from lightning_ckptless.membership.agent.signals import AskedToEnd, raising_on_signals
+from lightning_ckptless.membership.agent.notices import SigtermNotice
+from lightning_ckptless.membership.agent.signals import AskedToEnd, noting_sigterm, raising_on_signals
 from lightning_ckptless.membership.events import Announcement, EventSink
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.command_line import parse_command_line, split_run_arguments
@@ -23,7 +24,13 @@ def _no_record(event: str, **fields: Any) -> None:
     """Discard an event."""
 
 
-def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Callable[..., None] = _no_record) -> Outcome:
+def run(
+    config: LaunchConfig,
+    *,
+    parent: ForkServer | None = None,
+    record: Callable[..., None] = _no_record,
+    sigterm: SigtermNotice | None = None,
+) -> Outcome:
     """Run this node's workers until they succeed, or fail for good.
 
     Installs no signal handlers and can be called in any thread. An exception raised by a signal handler of the caller
@@ -33,9 +40,12 @@ def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Calla
         config: what to run.
         parent: a fork server that outlives the run; None to start one for the run.
         record: receives events as `record(event, **fields)`, see `events.py`.
+        sigterm: is set by the caller's signal handler to drain this node; None if nothing sets it.
 
     Raises:
         LaunchError: the workers cannot be started, or the rendezvous of the nodes fails.
+        OptionsError: `preemption_notice` names no function.
+        AskedToEnd: this node was to be drained, and nothing could take its work: the workers have ended as on SIGTERM.
         TimeLimitError: the run exceeded its time limit.
         VersionError: this version of torch lacks names that are used.
     """
@@ -44,7 +54,7 @@ def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Calla
         torch_names.require(torch_names.AGENT)
         from lightning_ckptless.membership.launch.node import run_node  # noqa: PLC0415
 
-        return run_node(config, forker, EventSink(record))
+        return run_node(config, forker, EventSink(record), sigterm or SigtermNotice())
 
 
 def make_parent(config: LaunchConfig) -> ForkServer:
@@ -84,8 +94,11 @@ def main(
             if not config.fresh:
                 more = [name for name in config.preload if name not in modules]
                 parent.preload(more, path=script_path(config.program, config.working_dir))
+            sigterm = SigtermNotice()
+            noting = noting_sigterm(sigterm.give) if config.on_sigterm == "drain" else nullcontext()
             try:
-                outcome = run(config, parent=parent, record=record_for(config))
+                with noting:
+                    outcome = run(config, parent=parent, record=record_for(config), sigterm=sigterm)
             except LaunchError:
                 # Not the script's fault: its state allows another start.
                 outcome = Outcome(_CANNOT_START_EXIT_CODE, 0, (), has_given_up=True)

@@ -21,9 +21,11 @@ from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import NodeAgent
 from lightning_ckptless.membership.agent.assembly import assemble
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.departure import DepartedError
 from lightning_ckptless.membership.agent.elastic_agent import CkptlessAgent
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.logs import LogFiles, log_files
+from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice, load_hook
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
@@ -32,7 +34,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
-from lightning_ckptless.membership.requests import Requests
+from lightning_ckptless.membership.worker.program import script_path
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
 
@@ -68,10 +70,16 @@ class _Runner:
         config: what to run.
         parent: fork server of the workers.
         events: receives what happens.
+        sigterm: whether SIGTERM has asked to drain this node.
+
+    Raises:
+        OptionsError: `preemption_notice` names no function.
     """
 
-    def __init__(self, config: LaunchConfig, parent: ForkServer, events: EventSink) -> None:
+    def __init__(self, config: LaunchConfig, parent: ForkServer, events: EventSink, sigterm: SigtermNotice) -> None:
         self.run = NodeRun()
+        self._sigterm = sigterm
+        self._hook = load_hook(config.preemption_notice, script_path(config.program, config.working_dir))
         self._config = config
         self._settings = _settings(config)
         self._parent = parent
@@ -97,6 +105,8 @@ class _Runner:
             # The run may continue without this node: the rendezvous stays open for a replacement.
             self._events.report(Announcement(str(error)))
             self.run.exit_code = 1
+        except DepartedError:
+            self.run.exit_code = 0
         finally:
             self._memory.close()
 
@@ -113,7 +123,7 @@ class _Runner:
             log_files(config) as logs,
             ScratchFolder("agent") as scratch,
         ):
-            agent = self._make_agent(scratch.path, logs, _bound(handler))
+            agent = self._make_agent(scratch.path, logs, handler)
             elastic = CkptlessAgent(_spec(config, handler), logs, agent, self._settings.stop_grace_s)
             try:
                 elastic.run()
@@ -130,16 +140,19 @@ class _Runner:
             finally:
                 agent.close()
 
-    def _make_agent(self, folder: Path, logs: LogFiles, bound: Bound) -> NodeAgent:
+    def _make_agent(self, folder: Path, logs: LogFiles, handler: Any) -> NodeAgent:
         settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
-        requests = Requests((self._config.run_root or environment.run_root()) / self._config.run_id)
-        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, requests, report, clock)
+        bound = _bound(handler)
+        notices = Notices(self._sigterm, self._config.preemption_notice, self._hook, report, clock)
+        parts = assemble(
+            settings, run, self._parent, folder, logs, self._memory, bound, handler, notices, report, clock
+        )
         return NodeAgent(settings, run, parts, self._events, clock)
 
 
-def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink) -> Outcome:
+def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink, sigterm: SigtermNotice) -> Outcome:
     """Run this node's workers to their end; see `launch.run`."""
-    runner = _Runner(config, parent, events)
+    runner = _Runner(config, parent, events, sigterm)
     runner.run_to_end()
     run = runner.run
     return Outcome(run.exit_code, run.relaunches, tuple(run.faults), run.recoveries_in_place, run.has_given_up)
@@ -174,6 +187,8 @@ def _settings(config: LaunchConfig) -> NodeSettings:
         stop_grace_s=config.stop_grace_s,
         finish_grace_s=config.finish_grace_s,
         exit_grace_s=config.exit_grace_s,
+        run_folder=(config.run_root or environment.run_root()).absolute() / config.run_id,
+        least_nodes=config.node_range[0],
         max_restarts=config.max_restarts,
         max_recoveries_without_progress=config.max_recoveries_without_progress,
         max_recoveries_per_hour=config.max_recoveries_per_hour,
@@ -209,7 +224,7 @@ def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[Re
     asked_to_end = False
     try:
         yield handler
-    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _RendezvousLostError):
+    except (AskedToEnd, DepartedError, KeyboardInterrupt, UnfitNodeError, _RendezvousLostError):
         asked_to_end = True
         raise
     finally:

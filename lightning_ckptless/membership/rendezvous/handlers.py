@@ -38,6 +38,8 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from lightning_ckptless.internals.torch_internals import (
     forget_worker_store,
     is_this_machine,
+    leave_rendezvous,
+    nodes_beside,
     rendezvous_state_from_json,
     rendezvous_state_to_json,
 )
@@ -62,7 +64,7 @@ def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
     Raises:
         RendezvousError: the store cannot be reached.
     """
-    store = _meeting_store(parameters)
+    store, hosts = _meeting_store(parameters)
     timeouts: dict[str, Any] = {
         name: None if (value := parameters.get_as_int(f"{name}_timeout")) is None else timedelta(seconds=value)
         for name in ("join", "last_call", "close", "heartbeat")
@@ -78,6 +80,7 @@ def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
         keep_alive_interval=int(parameters.get("keep_alive_interval", 5)),
         keep_alive_max_attempt=int(parameters.get("keep_alive_max_attempt", 3)),
     )
+    handler.hosts = hosts
     return handler
 
 
@@ -130,6 +133,16 @@ class SingleNode(RendezvousHandler):
         """Name of the run."""
         return self.settings.run_id
 
+    hosts = True
+
+    def leave(self) -> None:
+        """End the run: there is no other node."""
+        self._is_closed = True
+
+    def spare_nodes(self) -> int:
+        """How many nodes wait for a place: there is no other."""
+        return 0
+
     def shutdown(self) -> bool:
         """End the run, and close the store of its workers."""
         self._is_closed = True
@@ -138,7 +151,27 @@ class SingleNode(RendezvousHandler):
 
 
 class DataRendezvous(DynamicRendezvousHandler):
-    """torch elastic's rendezvous, with a separate store for the workers of every round, on one address."""
+    """torch elastic's rendezvous, with a separate store for the workers of every round, on one address.
+
+    Attributes:
+        hosts: whether the store that the nodes meet in is in this process.
+    """
+
+    hosts = False
+    _has_left = False
+
+    def leave(self) -> None:
+        """Leave the round, so that the other nodes can complete the next one without this node."""
+        self._has_left = True
+        leave_rendezvous(self)
+
+    def spare_nodes(self) -> int:
+        """How many nodes wait for a place."""
+        return nodes_beside(self)
+
+    def num_nodes_waiting(self) -> int:
+        """How many nodes wait for the next round; none for a node that has left."""
+        return 0 if self._has_left else super().num_nodes_waiting()
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Rendezvous with the other nodes; see `RendezvousHandler`."""
@@ -264,21 +297,21 @@ def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo
     return only if is_numeric or not is_loopback else None
 
 
-def _meeting_store(parameters: RendezvousParameters) -> Store:
-    """Return the store that the nodes meet in: created by this process if it is the host, else a connection to it."""
+def _meeting_store(parameters: RendezvousParameters) -> tuple[Store, bool]:
+    """Return the store that the nodes meet in, and whether it is in this process, or a connection to it."""
     if parameters.get("store_type", "tcp") == "file":
-        return FileStore(parameters.endpoint)
+        return FileStore(parameters.endpoint), False
     host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=DEFAULT_PORT)
     timeout_s = int(parameters.get("read_timeout", _READ_TIMEOUT_S))
     is_host = parameters.get_as_bool("is_host")
     try:
         if is_host or (is_host is None and is_this_machine(host)):
             try:
-                return listening_store(host, port, timeout_s)
+                return listening_store(host, port, timeout_s), True
             except (OSError, RuntimeError):
                 # Another process on this machine may host the rendezvous, unless the user said that this one does.
                 if is_host:
                     raise
-        return TCPStore(host, port, is_master=False, multi_tenant=True, timeout=timedelta(seconds=timeout_s))
+        return TCPStore(host, port, is_master=False, multi_tenant=True, timeout=timedelta(seconds=timeout_s)), False
     except (OSError, ValueError, RuntimeError) as error:
         raise RendezvousConnectionError(f"no store at {host}:{port}: {error}") from error

@@ -26,6 +26,7 @@ from lightning_ckptless.protocol.messages import (
     AwaitRegroup,
     Blocked,
     Finish,
+    HandOver,
     MayLeave,
     Message,
     QueryBlocked,
@@ -84,6 +85,7 @@ class Watcher:
         self._is_leaving = False
         self._latest: Assignment | None = None
         self._finish_asked = False
+        self._hand_over: HandOver | None = None
         self._is_run_over = False
         self._failure = ""
         self._may_leave: int | None = None
@@ -116,6 +118,11 @@ class Watcher:
     def finish_asked(self) -> bool:
         """Whether the run is to end after this step."""
         return self._finish_asked
+
+    @property
+    def hand_over(self) -> HandOver | None:
+        """The request to hand this rank over; None if there is none in this generation."""
+        return self._hand_over
 
     @property
     def is_run_over(self) -> bool:
@@ -239,6 +246,8 @@ class Watcher:
         match message:
             case Finish():
                 self._finish_asked = True
+            case HandOver():
+                self._hand_over = message
             case TrainingFailed(reason):
                 self._failure = reason
             case RunOver():
@@ -250,6 +259,8 @@ class Watcher:
                 self._is_on_hold = True
             case Regroup(number, fault, env):
                 self._is_on_hold = False
+                # The agent asks again: the process that was ready may have taken another rank.
+                self._hand_over = None
                 # A fault while nodes join has its own number, and may arrive before the regrouping with them.
                 if self._latest is None or number > self._latest.number:
                     self._latest = Assignment(number, FaultReport(**fault), time.time(), env)

@@ -1,6 +1,8 @@
 """Coordinated stop: after one rank was asked to stop, all ranks stop at the same point, the next that none has passed.
 
-There they end the run, or decide on a rewind; each purpose has a stop of its own.
+A rank is asked to stop because the run ends, or because it hands its rank over to another process. All ranks learn the
+purpose from the round; if both are asked for in the same round, the run ends. A decision on a rewind has a stop of its
+own.
 
     training thread                     mirror thread
     passes a stopping point: count it
@@ -20,12 +22,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from enum import Enum, auto
+
+
+class StopPurpose(Enum):
+    """Why all ranks stop at the same point."""
+
+    END = auto()
+    """The run ends."""
+    HAND_OVER = auto()
+    """At least one rank is handed over to another process, and the run continues."""
+    REWIND = auto()
+    """All ranks decide whether they go back to an earlier step."""
 
 
 class CoordinatedStop:
-    """One rank's part in a coordinated stop. It exists no longer than the rank's mirror."""
+    """One rank's part in a coordinated stop. It exists as long as the rank's mirror.
+
+    Attributes:
+        purpose: why the ranks stop; None until they have agreed to.
+    """
 
     def __init__(self) -> None:
+        self.purpose: StopPurpose | None = None
         self._lock = threading.Lock()
         self._passed = 0
         self._last: Future[int] | None = None
@@ -53,17 +72,19 @@ class CoordinatedStop:
         self._passed += 1
         return self._passed >= number
 
-    def agree(self, gather: Callable[[bytes], list[bytes]]) -> None:
+    def agree(self, gather: Callable[[bytes], list[bytes]], purpose: StopPurpose) -> None:
         """Agree on the stopping point, in the mirror thread.
 
         Args:
             gather: `gather` of the mirror's transport.
+            purpose: why the ranks stop, the same on all of them.
 
         Raises:
             TransportError: a peer is lost.
         """
         with self._lock:
             last = self._last = Future()
+            self.purpose = purpose
             passed = self._passed
         try:
             last.set_result(1 + max(int(payload) for payload in gather(str(passed).encode())))

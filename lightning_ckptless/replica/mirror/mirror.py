@@ -34,7 +34,7 @@ from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
 from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined
 from lightning_ckptless.replica.layout.layout import Layout
-from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
+from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop, StopPurpose
 from lightning_ckptless.replica.mirror.exchange import KnownPrefix, OutgoingShard, ShardExchange
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.staging import PendingCopy, Stager
@@ -163,8 +163,8 @@ class Mirror:
         committed: version from which the state was restored; it is not overwritten until a newer one is committed.
         probe: called in the mirror thread with a moment and the version: `stage` (half of the data copied), `send`,
             `agree`, `committed`; and `go_back` in the thread of the caller, before versions of a ring are discarded.
-        vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it may not
-            continue, or asks for a rewind, the round starts a coordinated stop.
+        vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it is to stop, or
+            asks for a rewind, the round starts a coordinated stop.
 
     Attributes:
         committed: newest version that all ranks have committed.
@@ -436,10 +436,10 @@ class Mirror:
             self._commit(written, round_.version)
         else:
             self.stats.aborted += 1
-        if not outcome.may_continue and not self.stop.is_agreed:
-            self.stop.agree(self._transport.gather)
+        if outcome.stop is not None and not self.stop.is_agreed:
+            self.stop.agree(self._transport.gather, outcome.stop)
         if not outcome.no_rewind and not self.rewind.is_agreed:
-            self.rewind.agree(self._transport.gather)
+            self.rewind.agree(self._transport.gather, StopPurpose.REWIND)
         self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
 

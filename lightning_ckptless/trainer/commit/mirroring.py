@@ -19,6 +19,7 @@ from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
+from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.mirror import Blob, Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
@@ -225,8 +226,17 @@ class Mirroring:
         if agreement is not None and agreement[0] < version:
             self.mirror_interval.settle(agreed(agreement[1]))
         if self._ends_here:
-            mirror.settle()
+            self._stop(version, mirror)
+
+    def _stop(self, version: Version, mirror: Mirror) -> None:
+        """End the run, or leave the training loop because a rank is handed over. All ranks stop at the same version."""
+        committed = mirror.settle()
+        if mirror.stop.purpose is not StopPurpose.HAND_OVER:
             self._end.agree()
+        elif committed == version:
+            # A rank that exits while others still wait for its vote would cost them the version.
+            self._session.members.transport.agree(True)
+            self._end.hand_over(version.optimizer_step)
 
     def _submit(self, version: Version, planned: Planned, mirror: Mirror) -> float:
         tensors = planned.index.read()
@@ -337,7 +347,7 @@ class Mirroring:
             committed=committed,
             probe=self._probe,
             vote=lambda complete: RoundVote(
-                complete, not self._end.is_asked(), self.mirror_interval.word(), not self._rewinding.is_asked
+                complete, self._end.purpose, self.mirror_interval.word(), not self._rewinding.is_asked
             ),
         )
         mirror.bind(_written_by_hooks(planned))

@@ -1,16 +1,20 @@
-"""The end of a run on request: after a step that all ranks have agreed on, at the point where Lightning ends it.
+"""The end of a run, or of one rank's process, on request: after a step that all ranks have agreed on.
 
-A signal or the agent asks single ranks. The ranks vote with each version; the run ends with the first one whose vote
-has passed.
+A signal or the agent asks single ranks. The ranks vote with each version, and agree on the step. A run ends there, at
+the point where Lightning ends it. A rank that is handed over exits there; the others meet its successor.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning_ckptless.errors import TransportError
 from lightning_ckptless.internals.lightning.sigterm import SigtermFlag, sigterm_exception
 from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.messages import HandedOver
+from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.trainer.recovery.exits import leave_process
 
 
 class RunEnd:
@@ -35,6 +39,14 @@ class RunEnd:
         """Whether a signal or the agent has asked this rank to end the run after the current step."""
         return self._sigterm.asked or (self._watcher is not None and self._watcher.finish_asked)
 
+    @property
+    def purpose(self) -> StopPurpose | None:
+        """Why the ranks are to stop, as far as this rank was asked to; None if they may continue."""
+        if self.is_asked():
+            return StopPurpose.END
+        is_handed_over = self._watcher is not None and self._watcher.hand_over is not None
+        return StopPurpose.HAND_OVER if is_handed_over else None
+
     def is_with(self, mirror: Mirror | None) -> bool:
         """Whether the run ends with the version that may be captured now.
 
@@ -48,6 +60,21 @@ class RunEnd:
     def agree(self) -> None:
         """End the run with the current step: all ranks have agreed to."""
         self._sigterm.agree()
+
+    def hand_over(self, step: int) -> None:
+        """Exit if this rank was asked to hand over, or else leave the training loop to meet the rank's successor.
+
+        Args:
+            step: at which all ranks have stopped; all of them know that it is committed.
+
+        Raises:
+            TransportError: another rank hands over.
+        """
+        request = None if self._watcher is None else self._watcher.hand_over
+        if self._watcher is not None and request is not None:
+            self._watcher.send(HandedOver(step, request.reason))
+            leave_process(0)
+        raise TransportError(f"a rank is handed over after step {step}; the others meet the process that takes it")
 
     @property
     def is_over(self) -> bool:

@@ -11,8 +11,8 @@ class CannotRecoverInPlaceError(Exception):
     """Raised in a recovery that cannot continue in this process; its message is the reason, for the agent."""
 
 
-def leave_process() -> NoReturn:
-    """Exit at once with status 1, after flushing stdout and stderr."""
+def leave_process(exit_code: int = 1) -> NoReturn:
+    """Exit at once, after flushing stdout and stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(exit_code)

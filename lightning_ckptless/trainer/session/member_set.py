@@ -61,6 +61,13 @@ class MemberSet:
         """Whether this rank writes the notes of its node."""
         return is_first_of_node(local_rank())
 
+    @property
+    def sole_shards(self) -> list[int]:
+        """The shards of which this rank's node has all copies."""
+        nodes, holders = self.nodes, self.placement.holders
+        mine = nodes[self.rank]
+        return [rank for rank, others in enumerate(holders) if {nodes[holder] for holder in (rank, *others)} == {mine}]
+
     def gather(self, facts: Mapping[str, Any] | list[Any]) -> list[Any]:
         """Exchange values; returns those of all ranks, by rank."""
         return gather_json(self.transport, facts)

@@ -111,7 +111,7 @@ class RunningFit:
             self.deliver_rows()
         if self._watcher is not None and self._stepped_in != self._session.generation:
             self._stepped_in = self._session.generation
-            self._watcher.send(StepCommitted())
+            self._watcher.send(StepCommitted(self._session.members.sole_shards))
 
     def _ask_to_rewind(self, asked: Rewind) -> None:
         """Ask for a rewind on behalf of another terminal; called in the watcher's thread."""

@@ -163,16 +163,16 @@ def test_a_request_to_finish_is_received(agent: AgentChannel, watcher: Watcher, 
 
 
 def test_the_agent_receives_messages_of_a_worker(agent: AgentChannel, watcher: Watcher) -> None:
-    watcher.send(StepCommitted())
+    watcher.send(StepCommitted([]))
     watcher.send(CannotRecover("because", lasting=False))
     received = agent.receive()
-    assert received is not None and received.message == StepCommitted()
+    assert received is not None and received.message == StepCommitted([])
     assert [each.message for each in agent.poll()] == [CannotRecover("because", lasting=False)]
 
 
 def test_a_channel_whose_other_end_has_closed_reports_it(agent: AgentChannel) -> None:
     vars(agent)["other"].close()
-    agent.send(StepCommitted())
+    agent.send(StepCommitted([]))
     assert agent.poll() == []
     assert agent.ended
 

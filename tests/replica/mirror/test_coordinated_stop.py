@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import TransportError
-from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
+from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop, StopPurpose
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 
@@ -22,7 +22,7 @@ def test_all_ranks_stop_at_the_first_point_that_none_has_passed(passed: list[int
         assert not any(stop.passes() for _ in range(count))
     with ThreadPoolExecutor(2 * len(passed)) as pool:
         # The mirror threads agree while the training threads continue.
-        met = [pool.submit(stop.agree, peer.gather) for stop, peer in zip(stops, world, strict=True)]
+        met = [pool.submit(stop.agree, peer.gather, StopPurpose.END) for stop, peer in zip(stops, world, strict=True)]
         for future in met:
             future.result()
         further = list(pool.map(lambda stop: next(n for n in range(1, 9) if stop.passes()), stops))
@@ -32,7 +32,7 @@ def test_all_ranks_stop_at_the_first_point_that_none_has_passed(passed: list[int
 def test_the_training_thread_waits_for_the_agreement() -> None:
     stop, (mine, other) = CoordinatedStop(), LoopbackTransport.world(2)
     with ThreadPoolExecutor(2) as pool:
-        meeting = pool.submit(stop.agree, mine.gather)
+        meeting = pool.submit(stop.agree, mine.gather, StopPurpose.END)
         while not stop.is_agreed:
             pass
         passing = pool.submit(stop.passes)
@@ -49,6 +49,6 @@ def test_the_loss_of_a_peer_is_raised_in_both_threads() -> None:
     stop, (mine, other) = CoordinatedStop(), LoopbackTransport.world(2)
     other.close()
     with pytest.raises(TransportError):
-        stop.agree(mine.gather)
+        stop.agree(mine.gather, StopPurpose.END)
     with pytest.raises(TransportError):
         stop.passes()

@@ -1,0 +1,230 @@
+"""The departure of a node that is drained: the other nodes meet without it first, then its ranks are handed over.
+
+    the leaving node                         the nodes that stay
+    announces it, leaves the rendezvous
+    its workers train on                     rendezvous, with nodes that join; their workers train on
+                                             all joining workers wait at the loop: they can meet
+    asks its workers to hand over
+        all ranks stop at the same committed step
+    its workers exit with code 0
+    is finished, its agent exits             notify their workers, which meet without it
+
+If rank 0 is on the leaving node, the workers of another node are started again for it. They cannot train on meanwhile,
+so the leaving node does not wait for the others to meet.
+
+| Key | Written by | Content |
+|---|---|---|
+| `departure` | the leaving node | why it leaves |
+| `departure/met` | a node that stays | |
+| `departure/beat` | the leaving node, again and again | a number that grows |
+| `departure/finished` | the leaving node | |
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+from torch.distributed import DistError
+
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.drain_events import NodeDrained
+from lightning_ckptless.membership.events import Report
+from lightning_ckptless.membership.forkserver.client import End
+from lightning_ckptless.protocol.messages import HandedOver, HandOver, Message
+
+_WHY, _MET, _FINISHED = "ckptless/departure", "ckptless/departure/met", "ckptless/departure/finished"
+_BEAT = "ckptless/departure/beat"
+_LOOK_EVERY_S = 0.05
+_BEAT_EVERY_S = 1.0
+_SILENT_S = 10.0
+"""After this time without a beat, the leaving node is lost, and the others do not wait for it."""
+
+
+class DepartedError(Exception):
+    """Raised in the agent of a node whose work has been moved off it."""
+
+
+class Departure:
+    """The departure of a node from one round of the rendezvous, as its own agent and those of the other nodes see it.
+
+    Args:
+        store: of the agents, for the round.
+        is_shared: whether there are other nodes.
+        clock: of this node.
+    """
+
+    def __init__(self, store: Any, clock: Clock, *, is_shared: bool) -> None:
+        self._store = store
+        self._clock = clock
+        self._is_shared = is_shared
+        self._looked_at = 0.0
+        self._beat_at = 0.0
+        self._heard = 0, 0.0
+        self._may_meet = False
+
+    def announce(self, why: str) -> str:
+        """Announce that this node leaves; returns why another one does, if that was faster, else the given reason."""
+        said: bytes = self._store.compare_set(_WHY, "", why)
+        return said.decode()
+
+    def news(self) -> str:
+        """Return why a node leaves, as a sentence; empty where none does, or where it was not looked up again."""
+        return self._text(_WHY) if self._is_due() else ""
+
+    def why(self) -> str:
+        """Return why a node leaves, as a sentence; empty where none does."""
+        return self._text(_WHY)
+
+    def meet(self) -> None:
+        """Note that the workers of the other nodes can meet without those of the leaving one."""
+        if not self._may_meet:
+            self._may_meet = True
+            self._heard = 0, self._clock.monotonic()
+            self._set(_MET)
+
+    def has_met(self) -> bool:
+        """Whether the other nodes can meet; also where their store is lost."""
+        return self._is_due() and self._is_set(_MET)
+
+    def beat(self) -> None:
+        """Note that the leaving node is alive; called often."""
+        now = self._clock.monotonic()
+        if now - self._beat_at >= _BEAT_EVERY_S:
+            self._beat_at = now
+            with suppress(DistError):
+                self._store.add(_BEAT, 1)
+
+    def finish(self) -> None:
+        """Note that the workers of the leaving node have exited."""
+        self._set(_FINISHED)
+
+    def is_finished(self) -> bool:
+        """Whether the leaving node has handed over, or is silent; called after `meet`."""
+        if self._is_set(_FINISHED):
+            return True
+        now = self._clock.monotonic()
+        with suppress(DistError):
+            if (beats := self._store.add(_BEAT, 0)) != self._heard[0]:
+                self._heard = beats, now
+        return now - self._heard[1] > _SILENT_S
+
+    def _is_due(self) -> bool:
+        now = self._clock.monotonic()
+        if not self._is_shared or now - self._looked_at < _LOOK_EVERY_S:
+            return False
+        self._looked_at = now
+        return True
+
+    def _text(self, key: str) -> str:
+        try:
+            return bytes(self._store.get(key)).decode() if self._is_shared and self._store.check([key]) else ""
+        except DistError:
+            # The store was lost with its node, which heartbeats and the rendezvous detect.
+            return ""
+
+    def _is_set(self, key: str) -> bool:
+        try:
+            return bool(self._store.check([key]))
+        except DistError:
+            return True
+
+    def _set(self, key: str) -> None:
+        # If the store is lost, nobody can be told.
+        with suppress(DistError):
+            self._store.set(key, "1")
+
+
+class LeavingWorkers(Protocol):
+    """What a departure needs of the leaving node's workers; see `WorkerGroup`."""
+
+    handed_over: dict[int, HandedOver]
+
+    @property
+    def all_train(self) -> bool:
+        """Whether all workers run, are in the training loop and have not been allowed to leave it."""
+
+    @property
+    def all_at_end(self) -> bool:
+        """Whether every worker in the training loop has made its last step."""
+
+    @property
+    def running(self) -> int:
+        """How many workers have not been seen to exit."""
+
+    def lost(self) -> Mapping[int, End | None]:
+        """Workers that are lost, by local rank."""
+
+    def send(self, message: Message) -> None:
+        """Send a message to all workers that run."""
+
+    def allow_leave(self) -> None:
+        """Tell workers that ask to leave the training loop that they may."""
+
+    def stop(self, death_signal: int, grace_s: float) -> None:
+        """Stop all workers that still run, and wait until they have exited."""
+
+
+class Leaving:
+    """The last part of a node's life: it has left the rendezvous, and its workers train until they hand over.
+
+    Args:
+        node: its name.
+        reason: why it leaves.
+        departure: from the round.
+        wait_s: longest wait for the other nodes to meet, in seconds; 0 to hand over at once.
+        report: receives events.
+        clock: of this node.
+
+    Attributes:
+        summary: how this node has left the run; empty until it has.
+    """
+
+    def __init__(
+        self, node: str, reason: str, departure: Departure, wait_s: float, report: Report, clock: Clock
+    ) -> None:
+        self.summary = ""
+        self._node = node
+        self._reason = reason
+        self._departure = departure
+        self._until = clock.monotonic() + wait_s
+        self._report = report
+        self._clock = clock
+        self._has_asked = False
+
+    def poll(self, workers: LeavingWorkers) -> None:
+        """Hand over once the other nodes can meet.
+
+        Args:
+            workers: of this node.
+
+        Raises:
+            DepartedError: the workers have exited.
+        """
+        self._departure.beat()
+        lost = workers.lost()
+        steps = [message.step for message in workers.handed_over.values()]
+        codes = {rank: None if end is None else end.exit_code for rank, end in lost.items()}
+        if any(rank not in workers.handed_over for rank in lost):
+            workers.stop(signal.SIGKILL, 0.0)
+            self._end("a worker was lost before it handed over, so the step in flight is replayed", None, codes)
+        if not workers.running:
+            how = f"its ranks were handed over after step {max(steps)}" if steps else "its workers have ended"
+            self._end(how, max(steps, default=None), codes)
+        if workers.all_at_end:
+            # The run ends first. The workers of the other nodes do not wait for these.
+            workers.allow_leave()
+        elif workers.all_train and not self._has_asked and self._is_time():
+            self._has_asked = True
+            workers.send(HandOver(self._reason))
+
+    def _is_time(self) -> bool:
+        return self._clock.monotonic() >= self._until or self._departure.has_met()
+
+    def _end(self, how: str, step: int | None, codes: Mapping[int, int | None]) -> None:
+        self._departure.finish()
+        self.summary = f"this node has left the run: {how}"
+        self._report(NodeDrained(self._node, step, codes, self.summary, self._reason))
+        raise DepartedError(self.summary)

@@ -1,0 +1,277 @@
+"""Draining on this node: ranks are handed over at a committed step, or the whole node leaves.
+
+    request -> standby wanted -> standby ready: `HandOver` to the rank -> all ranks stop -> it exits -> replaced
+
+Requests are taken once a step is committed. A fault on the way is recovered from as always. If it took the standby, or
+another regrouping has begun, the rank is asked again once a standby is ready. If it took the rank itself, nothing is
+left to drain. How a node leaves is described in `departure.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.departure import Departure, Leaving
+from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
+from lightning_ckptless.membership.drain_events import DrainAsked, Drained, DrainGivenUp, NodeLeaves
+from lightning_ckptless.membership.events import Report
+from lightning_ckptless.membership.rendezvous.rounds import Round
+from lightning_ckptless.membership.requests import DrainRequest, Request, Requests, TakenRequest
+from lightning_ckptless.protocol.draining import (
+    DrainAction,
+    DrainPlan,
+    NodeSituation,
+    RankSituation,
+    plan_node_drain,
+    plan_rank_drain,
+)
+from lightning_ckptless.protocol.messages import HandOver
+
+_LOOK_EVERY_S = 0.25
+_MEET_S = 600.0
+"""Longest wait of a leaving node for the others: a node that takes its place may run its script for long."""
+ON_REQUEST = "requested with `ckptless drain`"
+
+
+class DrainableWorkers(WorkerControl, Protocol):
+    """What draining needs of this node's workers; see `WorkerGroup`."""
+
+    @property
+    def all_train(self) -> bool:
+        """Whether all workers run, are in the training loop and have not been allowed to leave it."""
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+
+
+class Seat(Protocol):
+    """This node's place in the rendezvous; see `handlers.py`."""
+
+    hosts: bool
+
+    def leave(self) -> None:
+        """Leave the round, so that the other nodes can complete the next one without this node."""
+
+    def spare_nodes(self) -> int:
+        """How many nodes wait for a place."""
+
+
+@dataclass(slots=True)
+class _Drain:
+    """One rank that is being drained.
+
+    Args:
+        rank: the rank.
+        pid: process that has it.
+        reason: why it is drained.
+        taken: the request, to be answered; None if nobody waits for an answer.
+        asked_in: regrouping in which the process was asked to hand over; None if it was not.
+    """
+
+    rank: int
+    pid: int
+    reason: str
+    taken: TakenRequest | None
+    asked_in: int | None = None
+
+
+class Draining:
+    """Drains the ranks of one node, or the node.
+
+    Args:
+        node: its name.
+        least_nodes: how many nodes the run needs.
+        seat: this node's place in the rendezvous.
+        requests: to the run.
+        in_place: the recoveries in place of this node.
+        report: receives events.
+        clock: of this node.
+
+    Attributes:
+        leaving: the last part of this node's life; None until it leaves.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        least_nodes: int,
+        seat: Seat,
+        requests: Requests,
+        in_place: InPlaceRecovery,
+        report: Report,
+        clock: Clock,
+    ) -> None:
+        self.leaving: Leaving | None = None
+        self._node = node
+        self._least_nodes = least_nodes
+        self._seat = seat
+        self._requests = requests
+        self._in_place = in_place
+        self._report = report
+        self._clock = clock
+        self._looked_at = 0.0
+        self._drains: dict[int, _Drain] = {}
+        self._node_request: TakenRequest | None = None
+
+    def poll(self, rendezvous: Round, departure: Departure, workers: DrainableWorkers) -> None:
+        """Take requests, and hand over ranks whose replacement is ready.
+
+        Args:
+            rendezvous: the round.
+            departure: of a node from it.
+            workers: of this node.
+        """
+        if self._in_place.trains or rendezvous.world_size == 1:
+            self._take_requests(rendezvous, departure, workers)
+        pids = workers.pids()
+        for local_rank, drain in list(self._drains.items()):
+            if pids[local_rank] != drain.pid:
+                self._give_up(local_rank, "its process was lost before it handed over, and was replaced")
+            elif why_not := self._in_place.why_no_standby:
+                self._give_up(local_rank, f"no replacement could be made ready: {why_not}")
+        self._in_place.wanted_for_drains = len(self._drains)
+        for local_rank, drain in list(self._drains.items())[: self._in_place.ready_standbys]:
+            if drain.asked_in != self._in_place.number and workers.all_train:
+                drain.asked_in = self._in_place.number
+                workers.send_to(local_rank, HandOver(drain.reason))
+
+    def _take_requests(self, rendezvous: Round, departure: Departure, workers: DrainableWorkers) -> None:
+        now = self._clock.monotonic()
+        if now - self._looked_at < _LOOK_EVERY_S:
+            return
+        self._looked_at = now
+
+        def concerns_us(request: Request) -> bool:
+            if not isinstance(request, DrainRequest):
+                return False
+            if request.rank is not None:
+                mine, count = rendezvous.ranks.values(), rendezvous.world_size
+                return request.rank in mine or (request.rank >= count and rendezvous.node == 0)
+            # Exactly one agent refuses a node that does not exist.
+            return request.node == rendezvous.node or (
+                request.node is not None and request.node >= rendezvous.nodes and rendezvous.node == 0
+            )
+
+        for taken in self._requests.take(concerns_us):
+            request = taken.request
+            assert isinstance(request, DrainRequest)
+            if request.rank is not None:
+                plan = self.drain_rank(request.rank, ON_REQUEST, rendezvous, workers, taken)
+            else:
+                assert request.node is not None
+                plan = self.drain_node(request.node, ON_REQUEST, rendezvous, departure, taken=taken)
+            if plan.action is DrainAction.REFUSE:
+                taken.answer(accepted=False, reason=plan.reason)
+
+    # ------------------------------------------------------------------ a rank
+
+    def drain_rank(
+        self,
+        rank: int,
+        reason: str,
+        rendezvous: Round,
+        workers: DrainableWorkers,
+        taken: TakenRequest | None = None,
+    ) -> DrainPlan:
+        """Drain a rank of this node, if that is possible.
+
+        Args:
+            rank: the rank.
+            reason: why.
+            rendezvous: the round.
+            workers: of this node.
+            taken: the request, which is answered once the rank is drained; None if nobody waits for an answer.
+        """
+        plan = plan_rank_drain(
+            RankSituation(
+                rank=rank,
+                world_size=rendezvous.world_size,
+                under_way=frozenset(drain.rank for drain in self._drains.values()),
+                in_place=self._in_place.is_wanted,
+                obstacle=self._in_place.obstacle,
+                standbys=self._in_place.ready_standbys - len(self._drains),
+            )
+        )
+        if plan.action is DrainAction.REPLACE:
+            local_rank = next(local_rank for local_rank, its_rank in rendezvous.ranks.items() if its_rank == rank)
+            self._drains[local_rank] = _Drain(rank, workers.pids()[local_rank], reason, taken)
+        self._report(DrainAsked(self._node, rank, str(plan.action), reason, plan.reason))
+        return plan
+
+    def note(self, local_rank: int, done: Drained) -> None:
+        """Report that a rank was handed over.
+
+        Args:
+            local_rank: the rank.
+            done: how.
+        """
+        self._report(done)
+        drain = self._drains.pop(local_rank, None)
+        if drain is not None and drain.taken is not None:
+            drain.taken.answer(accepted=True, reason=done.summary)
+
+    def _give_up(self, local_rank: int, why: str) -> None:
+        drain = self._drains.pop(local_rank)
+        reason = f"rank {drain.rank} was not handed over: {why}"
+        self._report(DrainGivenUp(self._node, drain.rank, reason))
+        if drain.taken is not None:
+            drain.taken.answer(accepted=False, reason=reason)
+
+    # ------------------------------------------------------------------ the node
+
+    def drain_node(
+        self,
+        node: int,
+        reason: str,
+        rendezvous: Round,
+        departure: Departure,
+        *,
+        wait_s: float = _MEET_S,
+        taken: TakenRequest | None = None,
+    ) -> DrainPlan:
+        """Let this node leave, if that is possible: from then on, `leaving` has to be polled.
+
+        Args:
+            node: number of the node; another one than this one does not exist.
+            reason: why.
+            rendezvous: the round.
+            departure: of a node from it.
+            wait_s: longest wait for the other nodes, in seconds.
+            taken: the request, which is answered once the workers have exited; None if nobody waits for an answer.
+        """
+        plan = plan_node_drain(
+            NodeSituation(
+                node=node,
+                nodes=rendezvous.nodes,
+                least_nodes=self._least_nodes,
+                spare_nodes=self._seat.spare_nodes(),
+                leaving=departure.why(),
+                hosts=self._seat.hosts,
+                sole_shards=self._in_place.sole_shards,
+                obstacle=self._in_place.obstacle_to_world_change,
+            )
+        )
+        if plan.action is not DrainAction.REFUSE and (other := departure.announce(plan.reason)) != plan.reason:
+            plan = DrainPlan(DrainAction.REFUSE, f"node {node} is not drained: another node is being drained ({other})")
+        self._report(NodeLeaves(self._node, str(plan.action), reason, plan.reason))
+        if plan.action is not DrainAction.REFUSE:
+            self._seat.leave()
+            self._node_request = taken
+            # The workers of another node are started again as rank 0, so they cannot train on meanwhile.
+            wait_s = wait_s if rendezvous.node else 0.0
+            self.leaving = Leaving(self._node, reason, departure, wait_s, self._report, self._clock)
+        return plan
+
+    def close(self, departed: str = "") -> None:
+        """Answer the requests that are open.
+
+        Args:
+            departed: how this node has left the run; empty where the run has ended.
+        """
+        for local_rank in list(self._drains):
+            self._give_up(local_rank, "the run has ended on this node")
+        if self._node_request is not None:
+            self._node_request.answer(accepted=bool(departed), reason=departed or "the run has ended on this node")
+            self._node_request = None

@@ -1,0 +1,96 @@
+"""Draining a rank: another process takes it at a committed step, and no step is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from lightning_ckptless.membership.agent.signals import AskedToEnd
+from lightning_ckptless.membership.requests import Answer, DrainRequest, submit
+from lightning_ckptless.testing.drill import Variant
+from tests.faults.matrix import BASE
+from tests.faults.test_restart import Run, assert_identical, job, undisturbed
+from tests.lab.parts import Options
+
+__all__ = ["job", "undisturbed"]
+
+LONG = replace(BASE, samples=400, epochs=2)
+"""Two ranks, fifty steps per epoch."""
+DONE = "drained"
+
+
+def run_and_drain(job: Run, options: Options, rank: int, faults: str = "") -> Answer:
+    """Run to the end, and drain a rank meanwhile; steps take long until the drain is over."""
+    folder, done = job.folder / "runs" / job.run_id, job.folder / DONE
+    folder.mkdir(parents=True)
+    slow = replace(options, slow_mirror_s=0.1, slow_until=str(done))
+
+    def drain() -> Answer:
+        try:
+            return submit(folder, DrainRequest(rank=rank), timeout_s=100)
+        finally:
+            done.touch()
+
+    with ThreadPoolExecutor(1) as terminal:
+        answer = terminal.submit(drain)
+        assert job.start(slow, faults, max_restarts=5).exit_code == 0, job.output
+        return answer.result()
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_drained_rank_is_handed_over_without_a_replayed_step(
+    rank: int, job: Run, undisturbed: Callable[[Options], Variant]
+) -> None:
+    answer = run_and_drain(job, LONG, rank)
+    assert answer.accepted, answer.reason
+    (drained,) = (event.fields for event in job.events("drained"))
+    (recovery,) = (event.fields for event in job.events("recovery"))
+    (spawned,) = (event.fields["pids"] for event in job.events("workers_spawned"))
+    assert (drained["drained_rank"], drained["exit_code"], drained["kind"]) == (rank, 0, "standby")
+    assert drained["pid"] == spawned[str(rank)] != drained["new_pid"]
+    assert (recovery["kind"], recovery["steps_replayed"], recovery["culprit_rank"]) == ("drained", 0, rank)
+    assert recovery["version"] == f"step {drained['step']}"
+    assert not job.events("fault")
+    assert_identical(job, undisturbed(LONG))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_kill_while_a_rank_is_drained(killed: int, job: Run, undisturbed: Callable[[Options], Variant]) -> None:
+    # The standby of the drain may take the killed rank. Then another one is started for the drained rank.
+    answer = run_and_drain(job, LONG, 1, f"kill:rank={killed}:step=8")
+    assert answer.accepted or "was lost before it handed over, and was replaced" in answer.reason
+    assert len(job.events("fault")) == 1
+    assert len(job.events("drained")) == answer.accepted
+    assert_identical(job, undisturbed(LONG))
+
+
+@pytest.mark.long
+def test_what_cannot_be_drained_is_refused_while_the_run_continues(
+    job: Run, undisturbed: Callable[[Options], Variant]
+) -> None:
+    folder = job.folder / "runs" / job.run_id
+    folder.mkdir(parents=True)
+    requests = DrainRequest(rank=2), DrainRequest(node=0), DrainRequest(node=1)
+    with ThreadPoolExecutor(1) as terminal:
+        asked = terminal.map(lambda request: submit(folder, request, timeout_s=100), requests)
+        assert job.start(replace(LONG, slow_mirror_s=0.05)).exit_code == 0
+        answers = list(asked)
+    assert [answer.accepted for answer in answers] == [False] * 3
+    reasons = ["the run has 2 ranks", "it is the only node of the run", "the run has 1 node, numbered from 0"]
+    assert all(reason in answer.reason for reason, answer in zip(reasons, answers, strict=True))
+    assert_identical(job, undisturbed(LONG))
+
+
+def test_a_preemption_notice_ends_a_run_whose_work_nothing_can_take(job: Run) -> None:
+    soon = "tests.lab.kinds.preempted"
+    with pytest.raises(AskedToEnd):
+        job.start(replace(LONG, slow_mirror_s=0.1), preemption_notice=soon)
+    (refused,) = (event.fields for event in job.events("node_leaves"))
+    assert refused["cause"] == f"{soon} gave notice: in two minutes"
+    assert (refused["action"], "the only node of the run" in refused["reason"]) == ("refuse", True)
+    # As on SIGTERM, all ranks have stopped after the same step.
+    assert {event.rank for event in job.events("stopped")} == {0, 1}

@@ -1,0 +1,148 @@
+"""Draining a node: the others continue from a committed step, with a node that takes its place or without."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.requests import Answer, DrainRequest, submit
+from tests.faults.cluster import END_S
+from tests.faults.counting import Account, account_of, largest_difference
+from tests.faults.elastic import BOUND, Nodes, run_undisturbed
+
+SAMPLES = ("--samples", "240")
+
+
+class Drained(Nodes):
+    """Nodes whose steps take long until one of them is drained."""
+
+    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int, flags: tuple[str, ...] = ()) -> None:
+        self.is_over = folder / "drained"
+        words = (*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over))
+        super().__init__(folder, stack, least=least, most=most, words=words)
+        self.cluster.words += flags
+
+    def drain(self, node: int | None = None, *, rank: int | None = None) -> Answer:
+        """Request that a node or a rank is drained, and wait for the answer."""
+        return submit(self.cluster.ledger.parent, DrainRequest(node, rank), timeout_s=END_S)
+
+    def finish(self, world: int) -> Account:
+        """Let the run end once ranks of another world have completed a step."""
+        self.wait_for_world(world)
+        self.is_over.touch()
+        assert [agent.wait(timeout=END_S) for agent in self.agents] == [0] * len(self.agents), self.cluster.output()
+        return account_of(self.cluster.folder)
+
+    def only(self, kind: str) -> dict[str, Any]:
+        """Return the fields of the only event of a kind."""
+        (fields,) = self.cluster.events(kind)
+        return fields
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=3)
+    for number in range(3):
+        nodes.start(number)
+    nodes.wait_for_world(3)
+    answer = nodes.drain(2)
+    assert answer.accepted, answer.reason
+    found = nodes.finish(2)
+    assert found.sizes == [3, 2]
+    assert found.processes == 3, "the others keep their processes"
+    drained, recovery = nodes.only("node_drained"), nodes.only("recovery")
+    assert drained["exit_codes"] == {"0": 0}
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    assert recovery["version"] == f"step {drained['step']}"
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_waiting_node_takes_the_place_of_a_drained_one(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=2)
+    for number in range(2):
+        nodes.start(number)
+    nodes.wait_for_world(2)
+    refused = nodes.drain(1)
+    assert not refused.accepted
+    assert "2 - 1 + 0 waiting = 1 node would be left, and the run needs 2" in refused.reason
+    nodes.start(2)
+    nodes.wait_until(lambda: nodes.drain(1).accepted, "the third node does not wait for a place")
+    found = nodes.finish(2)
+    assert (found.sizes, found.processes) == ([2], 3)
+    drained, recovery = nodes.only("node_drained"), nodes.only("recovery")
+    assert drained["exit_codes"] == {"0": 0}
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    assert recovery["version"] == f"step {drained['step']}"
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) == 0
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_node_of_rank_0_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    """Another node takes over rank 0 with a new worker."""
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=3)
+    for number in range(3):
+        nodes.start(number)
+    nodes.wait_for_world(3)
+    answer = nodes.drain(0)
+    assert answer.accepted, answer.reason
+    found = nodes.finish(2)
+    assert (found.sizes, found.processes) == ([3, 2], 3 + 1)
+    assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
+    assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=1, most=2, flags=("--on-sigterm", "drain"))
+    agents = [nodes.start(number) for number in range(2)]
+    nodes.wait_for_world(2)
+    agents[1].send_signal(signal.SIGTERM)
+    assert agents[1].wait(timeout=END_S) == 0, nodes.cluster.output()
+    found = nodes.finish(1)
+    assert (found.sizes, found.processes) == ([2, 1], 2)
+    assert nodes.only("node_leaves")["cause"] == "the agent received SIGTERM"
+    assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
+    assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_of_one_of_two_nodes_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=2)
+    for number in range(2):
+        nodes.start(number)
+    nodes.wait_for_world(2)
+    answer = nodes.drain(rank=1)
+    assert answer.accepted, answer.reason
+    found = nodes.finish(2)
+    assert (found.sizes, found.processes) == ([2], 3)
+    drained, recovery = nodes.only("drained"), nodes.only("recovery")
+    assert (drained["drained_rank"], drained["exit_code"]) == (1, 0)
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) == 0
