@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ckptless.cli.survey import Survey
+from lightning_ckptless.protocol.mtbf import observed_mtbf
 from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
 
 _COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
@@ -25,6 +26,8 @@ def show_status(found: Survey) -> None:
         console.print(_arenas(found))
     if found.slots:
         console.print(_slots(found))
+    if found.goodput is not None:
+        console.print(_time(found))
     if found.recoveries:
         console.print(_recoveries(found))
 
@@ -54,7 +57,10 @@ def _head(found: Survey) -> Table:
         table.add_row("durable", found.durable)
     table.add_row("recoveries", str(found.recovery_count))
     if found.goodput is not None:
-        table.add_row("goodput", f"{found.goodput:.1%}")
+        recent = "" if found.goodput_1h is None else f", {found.goodput_1h:.1%} in the last hour"
+        table.add_row("goodput", f"{found.goodput:.1%} of {found.wall_s:.1f} s{recent}")
+        table.add_row("replayed", f"{found.steps_replayed} step{'' if found.steps_replayed == 1 else 's'}")
+        table.add_row("failures", str(observed_mtbf(found.failures, found.wall_s)))
     return table
 
 
@@ -83,6 +89,14 @@ def _slots(found: Survey) -> Table:
         holder = f"rank {slot.holder}" + (" (own)" if slot.holder == slot.shard else "")
         cells = (str(slot.shard), holder, slot.node, str(slot.slot), slot.version)
         table.add_row(*cells, state, decimal(slot.bytes))
+    return table
+
+
+def _time(found: Survey) -> Table:
+    table = _table("Time", "bucket", "seconds", "share")
+    for bucket, spent_s in sorted(found.time_s.items(), key=lambda pair: -pair[1]):
+        if spent_s > 0:
+            table.add_row(bucket, f"{spent_s:.2f}", f"{spent_s / found.wall_s:.1%}")
     return table
 
 

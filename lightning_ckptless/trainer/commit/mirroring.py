@@ -11,6 +11,7 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.protocol.mirror_interval import agreed
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout.layout import Layout
@@ -179,6 +180,10 @@ class Mirroring:
 
     def commit(self, version: Version) -> None:
         """Capture a version and hand it to the mirror. Called in the training thread at a commit point."""
+        with self._report.time.spending(Bucket.MIRROR_STALL):
+            self._commit(version)
+
+    def _commit(self, version: Version) -> None:
         self._await_rereplication()
         self._report.step_done()
         began = perf_counter()
@@ -226,7 +231,8 @@ class Mirroring:
     def wait_copied(self) -> None:
         """Wait until the current version has been copied, so that its tensors may change."""
         if self._mirror is not None:
-            self._report.waited(self._mirror.wait_staged())
+            with self._report.time.spending(Bucket.MIRROR_STALL):
+                self._report.waited(self._mirror.wait_staged())
 
     def before_optimizer_step(self) -> None:
         """Wait until the current version has been copied: the optimizer is about to change the tensors."""

@@ -365,7 +365,8 @@ class CkptlessMixin(LightningStrategy):
         """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""
         if self.engine is not None and self.is_global_zero:
             self.engine.saving_checkpoint(str(filepath))
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        with nullcontext() if self.engine is None else self.engine.writing_checkpoint():
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         if self.engine is not None and self.is_global_zero:
             self.engine.saved_checkpoint(str(filepath))
 

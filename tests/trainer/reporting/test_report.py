@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,12 +14,14 @@ from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
+from lightning_ckptless.trainer.session.identity import Identity
 from tests.trainer.tiny import tiny_trainer
 
 
 def report_of(trainer: Any, folder: Path) -> RunReport:
     """Report the first generation of a trainer to the ledger in a folder."""
-    return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1))
+    identity = Identity("run", "node", os.getpid(), own_agent=True, run_root=folder)
+    return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1), identity)
 
 
 @pytest.mark.parametrize(("recoveries", "shown"), [(0, set[str]()), (1, {"goodput", "recoveries"})])
