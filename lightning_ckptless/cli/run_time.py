@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.mtbf import Mtbf, observed_mtbf
 from lightning_ckptless.protocol.time_account import WINDOW_S, Bucket, FitTime, Outage, TimeAccount, whole_run
+
+
+@dataclass(frozen=True, slots=True)
+class RankTime:
+    """What one rank has kept the others waiting for, in the current `fit`.
+
+    Args:
+        rank: the rank.
+        data_wait_s: seconds that it has waited for its data.
+        own_ms: its own work per batch, up to its first collective, in milliseconds.
+        behind_s: seconds that its own work took longer than that of the median rank, over all batches.
+    """
+
+    rank: int
+    data_wait_s: float
+    own_ms: float
+    behind_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +37,14 @@ class RunTime:
         steps_replayed: optimizer steps that faults have undone.
         mtbf: the mean time between failures.
         productive: pairs (instant, productive seconds until then), one per report.
+        ranks: the ranks that have reported, by the time for which they may have kept the others waiting.
     """
 
     account: TimeAccount
     steps_replayed: int
     mtbf: Mtbf
     productive: tuple[tuple[float, float], ...]
+    ranks: tuple[RankTime, ...]
 
     @property
     def is_known(self) -> bool:
@@ -74,7 +94,21 @@ def run_time(events: Sequence[Event]) -> RunTime:
         steps_replayed=sum(int(line.fields["steps_replayed"]) for line in last.values()),
         mtbf=observed_mtbf(failures, account.wall_s),
         productive=tuple(_productive(map(_fit, lines))),
+        ranks=tuple(_ranks(events)),
     )
+
+
+def _ranks(events: Sequence[Event]) -> list[RankTime]:
+    last = {event.rank: event.fields for event in events if event.event == "rank_time" and event.fields["batches"]}
+    own_s = {rank: fields["own_s"] / fields["batches"] for rank, fields in last.items() if rank is not None}
+    usual_s = median(own_s.values()) if own_s else 0.0
+    found = [
+        RankTime(
+            rank, last[rank]["data_wait_s"], 1e3 * of_rank_s, max(0.0, of_rank_s - usual_s) * last[rank]["batches"]
+        )
+        for rank, of_rank_s in own_s.items()
+    ]
+    return sorted(found, key=lambda found: -(found.data_wait_s + found.behind_s))
 
 
 def _productive(reports: Iterable[FitTime]) -> Iterator[tuple[float, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.cli.plan import plan_of, protection_in
-from lightning_ckptless.cli.run_time import run_time
+from lightning_ckptless.cli.run_time import RankTime, run_time
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.placement_table import PlacementTable
@@ -95,6 +95,7 @@ class Survey:
         mtbf_s: mean time between failures in seconds; None without a failure.
         mtbf_low_s: lower end of its 95 % confidence interval.
         mtbf_high_s: upper end; None without a failure.
+        ranks: what each rank has kept the others waiting for: its data, and its own work; longest first.
     """
 
     run_id: str
@@ -125,6 +126,7 @@ class Survey:
     mtbf_s: float | None
     mtbf_low_s: float
     mtbf_high_s: float | None
+    ranks: tuple[RankTime, ...]
 
 
 def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Survey:
@@ -168,7 +170,15 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
 def _time(run: Run) -> dict[str, Any]:
     if not run.events:
         nothing = dict.fromkeys(("goodput", "goodput_1h", "mtbf_s", "mtbf_high_s"))
-        return {**nothing, "wall_s": 0.0, "time_s": {}, "steps_replayed": 0, "failures": 0, "mtbf_low_s": 0.0}
+        return {
+            **nothing,
+            "wall_s": 0.0,
+            "time_s": {},
+            "steps_replayed": 0,
+            "failures": 0,
+            "mtbf_low_s": 0.0,
+            "ranks": (),
+        }
     found = run_time(run.events)
     account, mtbf = found.account, found.mtbf
     return {
@@ -181,6 +191,7 @@ def _time(run: Run) -> dict[str, Any]:
         "mtbf_s": mtbf.mean_s if mtbf.failures else None,
         "mtbf_low_s": mtbf.low_s,
         "mtbf_high_s": mtbf.high_s if mtbf.failures else None,
+        "ranks": found.ranks,
     }
 
 

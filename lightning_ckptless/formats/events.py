@@ -78,9 +78,10 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "world_size": optional(integer(1, MOST_RANKS)), "placement": optional(_WORDS), "arena": text(),
     },
     "standbys": {"ready": _COUNT, "wanted": _COUNT},
+    "rank_time": {"data_wait_s": number(), "own_s": number(), "batches": _COUNT},
     "time_spent": {
         "began_at": number(), "until": number(), "seconds": table(text(r"\w+"), number()), "is_over": boolean,
-        "failures": integer(0, _MOST_FAILURES), "steps_replayed": _COUNT,
+        "failures": integer(0, _MOST_FAILURES), "steps_replayed": _COUNT, "step": STEP, "versions": _COUNT,
     },
     "workers_spawned": {"pids": table(_BY_RANK, PID)},
 }  # fmt: skip

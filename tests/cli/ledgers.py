@@ -65,7 +65,7 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
 def time_spent(until_s: float, *, is_over: bool = False, **seconds: float) -> dict[str, Any]:
     """The fields of a report of the time until an instant, in seconds after the run began."""
     until = BEGAN_AT + until_s
-    counts = {"failures": 2, "steps_replayed": 2}
+    counts = {"failures": 2, "steps_replayed": 2, "step": round(until_s), "versions": round(until_s)}
     return {"began_at": BEGAN_AT, "until": until, "seconds": seconds, "is_over": is_over, **counts}
 
 

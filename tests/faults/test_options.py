@@ -43,6 +43,8 @@ def test_costs_of_recovery_and_mirroring_are_logged(job: Run) -> None:
         assert spent[f"ckptless/time_{bucket}_s"] > 0, bucket
     assert columns["ckptless/goodput"][-1] == pytest.approx(spent["ckptless/time_training_s"] / sum(spent.values()))
     assert columns["ckptless/goodput_1h"][-1] == pytest.approx(columns["ckptless/goodput"][-1])
+    assert {event.rank for event in job.events("rank_time")} == {0, 1}
+    assert all(event.fields["data_wait_s"] > 0 and event.fields["own_s"] > 0 for event in job.events("rank_time"))
     last = [columns[f"ckptless/{name}"][-1] for name in ("mtbf_low_s", "mtbf_s", "mtbf_high_s")]
     assert last == sorted(last)
     assert columns["ckptless/recoveries"][-1] == 1

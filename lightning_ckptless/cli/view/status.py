@@ -13,6 +13,7 @@ from lightning_ckptless.protocol.mtbf import observed_mtbf
 from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
 
 _COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
+_MOST_RANKS = 8
 _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
 
 
@@ -28,6 +29,8 @@ def show_status(found: Survey) -> None:
         console.print(_slots(found))
     if found.goodput is not None:
         console.print(_time(found))
+    if found.ranks:
+        console.print(_ranks(found))
     if found.recoveries:
         console.print(_recoveries(found))
 
@@ -97,6 +100,13 @@ def _time(found: Survey) -> Table:
     for bucket, spent_s in sorted(found.time_s.items(), key=lambda pair: -pair[1]):
         if spent_s > 0:
             table.add_row(bucket, f"{spent_s:.2f}", f"{spent_s / found.wall_s:.1%}")
+    return table
+
+
+def _ranks(found: Survey) -> Table:
+    table = _table("Ranks that others wait for", "rank", "waited for data", "own work per batch", "behind the median")
+    for rank in found.ranks[:_MOST_RANKS]:
+        table.add_row(str(rank.rank), f"{rank.data_wait_s:.2f} s", f"{rank.own_ms:.1f} ms", f"{rank.behind_s:.2f} s")
     return table
 
 

@@ -98,6 +98,7 @@ class RunReport:
         self._restored: Version | None = None
         self._moved: Moved | None = None
         self._stall_s = 0.0
+        self._versions = 0
         self._values: dict[str, float] = {}
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
@@ -243,7 +244,7 @@ class RunReport:
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Adopt the accounts of the restored version; training is about to resume."""
-        self.time.resume(saved["account"], self._outage())
+        self.time.resume(saved["time"], self._outage())
         self._is_rewinding = False
         self.recoveries, self.failures = saved["recoveries"], saved["failures"]
         self.steps_replayed = saved["steps_replayed"]
@@ -256,7 +257,7 @@ class RunReport:
         """The accounts, stored with each version so that rolled back steps are not counted."""
         phases = self.last_phases
         return {
-            "account": self.time.state(),
+            "time": self.time.state(),
             "recoveries": self.recoveries,
             "failures": self.failures,
             "steps_replayed": self.steps_replayed,
@@ -310,11 +311,14 @@ class RunReport:
         self.time.touch()
         if self.time.is_note_due:
             self._note_time()
+        if self.time.is_note_of_rank_due:
+            self.time.note_rank()
         if self.is_reporter and self._values:
             self._log_values()
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
         """Update the logged values; the version of the step has been handed to the mirror."""
+        self._versions += 1
         stats, mtbf, account = mirror.stats, self.mtbf, self.account
         self._values = {
             "goodput": account.goodput,
@@ -437,6 +441,7 @@ class RunReport:
 
     def finished(self) -> None:
         """Report the end of `fit`."""
+        self.time.note_rank()
         if not self.is_reporter:
             return
         self._note_time(is_over=True)
@@ -463,7 +468,13 @@ class RunReport:
 
     def _note_time(self, *, is_over: bool = False) -> None:
         if self.is_reporter:
-            self.time.note(is_over=is_over, failures=self.failures, steps_replayed=self.steps_replayed)
+            self.time.note(
+                is_over=is_over,
+                step=int(self.trainer.global_step),
+                versions=self._versions,
+                failures=self.failures,
+                steps_replayed=self.steps_replayed,
+            )
 
     def peer_lost(self, error: Exception) -> None:
         """Record that another rank was lost; this one waits for its agent."""

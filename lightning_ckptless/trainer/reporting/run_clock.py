@@ -17,6 +17,9 @@ from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 _NOTE_EVERY_S = 1.0
 _NOTE_EVERY_SHARE = 1e-3
 """Share of the wall time between two notes in the ledger: their number grows with its logarithm."""
+_NOTE_RANK_EVERY_S = 60.0
+_NOTE_RANK_EVERY_SHARE = 0.1
+"""The same for the notes of all ranks."""
 
 
 class RunClock:
@@ -37,6 +40,10 @@ class RunClock:
         self._clock = clock
         self._buckets = [Bucket.START]
         self._noted_at = 0.0
+        self._noted_rank_at = began_at
+        self._own_s = 0.0
+        self._batches = 0
+        self._batch_began_at: float | None = None
 
     # ------------------------------------------------------------------ what time is spent on
 
@@ -64,6 +71,17 @@ class RunClock:
         """Account for the time until now."""
         self.account.advance(self._clock(), self._buckets[-1])
 
+    def begin_batch(self) -> None:
+        """Begin to measure this rank's own work on a batch."""
+        self._batch_began_at = self._clock()
+
+    def end_own_work(self) -> None:
+        """End it: this rank is about to meet the others in a collective. Further calls in the same batch do nothing."""
+        if self._batch_began_at is not None:
+            self._own_s += max(0.0, self._clock() - self._batch_began_at)
+            self._batches += 1
+            self._batch_began_at = None
+
     # ------------------------------------------------------------------ from start to end
 
     def begin_training(self, outage: Outage | None = None) -> None:
@@ -87,17 +105,18 @@ class RunClock:
         """Continue the account of a restored version; training is about to resume.
 
         Args:
-            saved: the account.
+            saved: what `state` returned.
             outage: what is known of the time since then.
         """
-        self.account = TimeAccount.from_dict(saved)
+        self.account = TimeAccount.from_dict(saved["account"])
         self.account.advance_through(outage.marks(self._clock()))
+        self._own_s, self._batches, self._batch_began_at = saved["own_s"], saved["batches"], None
         self._buckets = [Bucket.TRAINING]
 
     def state(self) -> dict[str, Any]:
-        """The account until now, to be mirrored with a version."""
+        """The time until now, to be mirrored with a version."""
         self.touch()
-        return self.account.to_dict()
+        return {"account": self.account.to_dict(), "own_s": self._own_s, "batches": self._batches}
 
     # ------------------------------------------------------------------ the ledger
 
@@ -125,6 +144,19 @@ class RunClock:
             is_over=is_over,
             **counts,
         )
+
+    @property
+    def is_note_of_rank_due(self) -> bool:
+        """Whether the last note of this rank is older than a minute and a tenth of the run."""
+        account = self.account
+        every_s = max(_NOTE_RANK_EVERY_S, _NOTE_RANK_EVERY_SHARE * account.wall_s)
+        return account.until - self._noted_rank_at >= every_s
+
+    def note_rank(self) -> None:
+        """Write to the ledger what this rank has waited for its data, and how long its own work took."""
+        self._noted_rank_at = self.account.until
+        data_wait_s = self.account.seconds.get(Bucket.DATA_WAIT, 0.0)
+        self._ledger.record("rank_time", data_wait_s=data_wait_s, own_s=self._own_s, batches=self._batches)
 
 
 def agent_started_at(agent_pid: int, *, own_agent: bool, env: Mapping[str, str] = os.environ) -> float:

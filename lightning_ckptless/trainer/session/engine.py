@@ -179,6 +179,8 @@ class Engine:
     def beat(self, point: Point) -> None:
         """Report this rank's position in the step, which identifies hung ranks; raises if the agent has aborted it."""
         if self.running is not None:
+            if point is Point.BACKWARD:
+                self.session.report.time.end_own_work()
             self.running.progress.beat(point)
 
     def before_optimizer_step(self) -> None:

@@ -98,6 +98,7 @@ class RunningFit:
 
     def at_batch_start(self) -> None:
         """Record which step has begun."""
+        self._session.report.time.begin_batch()
         self._begun.stamp(self._session.rank, self._trainer.global_step + 1)
         with self._session.report.time.spending(Bucket.DATA_WAIT):
             self._virtual_ranks.fetch()

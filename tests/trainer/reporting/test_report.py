@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +12,12 @@ from typing import Any, cast
 import pytest
 
 from lightning_ckptless.ledger import Ledger, read_ledger
+from lightning_ckptless.lightning_pytorch import CkptlessStrategy
+from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.worker.watcher import Assignment
+from lightning_ckptless.metrics import Goodput
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
@@ -18,10 +25,10 @@ from lightning_ckptless.trainer.session.identity import Identity
 from tests.trainer.tiny import tiny_trainer
 
 
-def report_of(trainer: Any, folder: Path) -> RunReport:
+def report_of(trainer: Any, folder: Path, clock: Callable[[], float] = time.time) -> RunReport:
     """Report the first generation of a trainer to the ledger in a folder."""
     identity = Identity("run", "node", os.getpid(), own_agent=True, run_root=folder)
-    return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1), identity)
+    return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1), identity, clock=clock)
 
 
 @pytest.mark.parametrize(("recoveries", "shown"), [(0, set[str]()), (1, {"goodput", "recoveries"})])
@@ -32,6 +39,38 @@ def test_the_progress_bar_is_as_under_ddp_until_a_recovery(recoveries: int, show
     report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
     report.step_done()
     assert set(trainer.progress_bar_metrics) == shown
+
+
+def test_a_script_asks_the_strategy_where_the_time_went(tmp_path: Path) -> None:
+    strategy: Any = CkptlessStrategy()
+    assert strategy.time_account is None
+    report = report_of(tiny_trainer(tmp_path), tmp_path)
+    strategy.engine = SimpleNamespace(session=SimpleNamespace(report=report))
+    report.begin_training()
+    first, second = strategy.time_account, strategy.time_account
+    assert first.until <= second.until == second.began_at + sum(second.seconds.values())
+    goodput = Goodput()
+    goodput.update(second.productive_s, second.wall_s)
+    assert goodput.compute().item() == pytest.approx(second.goodput)
+
+
+def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None:
+    now = [1000.0]
+    trainer = tiny_trainer(tmp_path)
+    report = report_of(trainer, tmp_path, clock=lambda: now[0])
+    report.begin_training()
+    saved = report.state()
+    report.rewinding()
+    now[0] += 5.0
+    report.resume(saved)
+    assert report.account.seconds[Bucket.REWIND] == 5.0
+    fault = FaultReport(None, None, None, None, now[0] + 1, now[0] + 1, now[0] + 2, 1, world_size=0)
+    report.faulted(Assignment(1, fault, now[0] + 1))
+    saved = report.state()
+    now[0] += 5.0
+    report.resume(saved)
+    assert report.account.seconds[Bucket.ELASTIC_TRANSITION] == 4.0
+    assert report.failures == 0
 
 
 def test_the_ledger_keeps_the_costs_that_led_to_the_interval(tmp_path: Path) -> None:

@@ -105,6 +105,27 @@ def test_the_ledger_is_written_ever_less_often(lab: Lab) -> None:
         assert 1.0 <= after["until"] - before["until"] <= 1.0 + 1e-3 * (after["until"] - 100.0)
 
 
+def test_own_work_ends_at_the_first_collective_of_a_batch(lab: Lab) -> None:
+    lab.clock.begin_training()
+    for _ in range(3):
+        with lab.clock.spending(Bucket.DATA_WAIT):
+            lab.after(0.5)
+        lab.clock.begin_batch()
+        lab.after(2.0).end_own_work()
+        lab.after(4.0).end_own_work()
+    saved = lab.clock.state()
+    lab.clock.begin_batch()
+    lab.after(30.0).end_own_work()
+    assert not lab.clock.is_note_of_rank_due
+    lab.after(5.0).resume(saved, Outage())
+    lab.after(10.0).touch()
+    assert lab.clock.is_note_of_rank_due
+    lab.clock.note_rank()
+    assert not lab.clock.is_note_of_rank_due
+    (event,) = read_ledger(lab.path)
+    assert event.fields == {"data_wait_s": 1.5, "own_s": 6.0, "batches": 3}
+
+
 def test_our_agent_says_when_it_was_started_and_another_is_asked() -> None:
     assert agent_started_at(1, own_agent=True, env={environment.AGENT_STARTED_AT: "12.5"}) == 12.5
     started_at = psutil.Process().create_time()
