@@ -17,6 +17,7 @@ PROGRAMS = (
     "durable",
     "sharded",
     "elastic",
+    "goodput",
 )
 
 

@@ -126,6 +126,18 @@ class TimeAccount:
             if at is not None:
                 self.advance(at, bucket)
 
+    def rewind_to(self, productive_s: float) -> None:
+        """Go back to an earlier version: the steps since then are lost. What was lost meanwhile stays where it is.
+
+        Args:
+            productive_s: productive seconds until that version.
+        """
+        undone_s = self.productive_s - productive_s
+        if undone_s > 0:
+            self.seconds[Bucket.TRAINING] = productive_s
+            self.seconds[Bucket.REWIND] = self.seconds.get(Bucket.REWIND, 0.0) + undone_s
+            self.noted = [(at, min(until_then_s, productive_s)) for at, until_then_s in self.noted]
+
     def to_dict(self) -> dict[str, Any]:
         """The account as plain values, to be mirrored with its version."""
         return {
@@ -154,7 +166,7 @@ class Outage:
         detected_at: when it was detected.
         stopped_at: when all survivors had stopped.
         regrouped_at: when the ranks had met again.
-        planned: bucket of all of it, if nothing was lost: the ranks have met to become more, or to rewind.
+        grows: whether the ranks have met to become more, and nothing was lost.
     """
 
     agent_at: float | None = None
@@ -164,7 +176,7 @@ class Outage:
     detected_at: float | None = None
     stopped_at: float | None = None
     regrouped_at: float | None = None
-    planned: Bucket | None = None
+    grows: bool = False
 
     @property
     def fault_marks(self) -> tuple[Mark, ...]:
@@ -180,8 +192,8 @@ class Outage:
 
     def marks(self, restored_at: float) -> tuple[Mark, ...]:
         """What the time until the state was restored was spent on."""
-        if self.planned is not None:
-            return ((self.fault_at, Bucket.REPLAY), (restored_at, self.planned))
+        if self.grows:
+            return ((self.fault_at, Bucket.REPLAY), (restored_at, Bucket.ELASTIC_TRANSITION))
         return (*self.fault_marks, (self.regrouped_at, Bucket.REGROUP), (restored_at, Bucket.RESTORE))
 
 

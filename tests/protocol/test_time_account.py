@@ -20,7 +20,7 @@ outages = st.builds(
             "agent_at", "process_at", "recovering_since", "fault_at", "detected_at", "stopped_at", "regrouped_at",
         ), st.none() | instants
     ),
-    planned=st.none() | st.sampled_from((Bucket.REWIND, Bucket.ELASTIC_TRANSITION)),
+    grows=st.booleans(),
 )  # fmt: skip
 fits = st.builds(FitTime, instants, instants, st.dictionaries(buckets, st.floats(0.0, 1e5), max_size=4), st.booleans())
 
@@ -91,15 +91,35 @@ def test_a_recovery_costs_the_discarded_work_and_the_outage() -> None:
         (Outage(process_at=14.0, regrouped_at=19.0), {"detect": 4, "regroup": 5, "restore": 1}),
         # The agent was started again.
         (Outage(agent_at=16.0, regrouped_at=19.0), {"idle": 6, "regroup": 3, "restore": 1}),
-        (Outage(fault_at=15.0, detected_at=16.0, planned=Bucket.ELASTIC_TRANSITION),
+        (Outage(fault_at=15.0, detected_at=16.0, grows=True),
          {"replay": 5, "elastic_transition": 5}),
-        (Outage(planned=Bucket.REWIND), {"rewind": 10}),
     ],
 )  # fmt: skip
 def test_what_an_outage_is_split_into(outage: Outage, expected: dict[str, float]) -> None:
     account = TimeAccount(10.0)
     account.advance_through(outage.marks(restored_at=20.0))
     assert account.seconds == expected
+
+
+def test_a_rewind_takes_back_the_steps_and_leaves_what_was_lost_meanwhile() -> None:
+    account = TimeAccount(0.0)
+    account.advance_through([(120.0, Bucket.TRAINING), (130.0, Bucket.DETECT), (200.0, Bucket.TRAINING)])
+    account.rewind_to(100.0)
+    account.advance(210.0, Bucket.REWIND)
+    assert account.seconds == {Bucket.TRAINING: 100.0, Bucket.DETECT: 10.0, Bucket.REWIND: 100.0}
+    assert is_exact(account) and account.recent_goodput == account.goodput
+    account.rewind_to(100.0)
+    assert account.productive_s == 100.0
+
+
+@given(st.lists(st.tuples(instants, buckets)), st.floats(0.0, 1e6))
+def test_a_rewind_keeps_the_sum(marks: list[tuple[float, Bucket]], productive_s: float) -> None:
+    account = TimeAccount(0.0)
+    account.advance_through(marks)
+    before = account.productive_s
+    account.rewind_to(productive_s)
+    assert account.productive_s == min(before, productive_s)
+    assert is_exact(account) and account.recent_goodput >= 0
 
 
 def test_the_window_forgets_what_is_older_than_an_hour() -> None:

@@ -192,6 +192,7 @@ class RunReport:
         self._fault = assignment.fault
         self._notified_at = assignment.told_at
         self._resumed_at = None
+        self._is_rewinding = False
         self._in_place = True
 
     def met(self, arrivals: Sequence[Arrival]) -> None:
@@ -235,8 +236,9 @@ class RunReport:
             self._say(reason)
 
     def rewinding(self) -> None:
-        """Note that the next version is restored to rewind: the time since it was captured is lost to that."""
+        """Note that all ranks begin to go back: the next version is restored for that, and not after a fault."""
         self._is_rewinding = True
+        self.time.begin_rewind()
 
     def begin_training(self) -> None:
         """Count the time as training from now on, unless it already is; called before each batch."""
@@ -244,13 +246,16 @@ class RunReport:
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Adopt the accounts of the restored version; training is about to resume."""
-        self.time.resume(saved["time"], self._outage())
+        if self._is_rewinding:
+            self.time.end_rewind(saved["time"])
+        else:
+            self.time.resume(saved["time"], self._outage())
+            self.recoveries, self.failures = saved["recoveries"], saved["failures"]
+            self.steps_replayed = saved["steps_replayed"]
+            if saved["phases"]:
+                self.last_phases = Phases(**saved["phases"])
+            self._resumed_at = self.clock()
         self._is_rewinding = False
-        self.recoveries, self.failures = saved["recoveries"], saved["failures"]
-        self.steps_replayed = saved["steps_replayed"]
-        if saved["phases"]:
-            self.last_phases = Phases(**saved["phases"])
-        self._resumed_at = self.clock()
         self._note_time()
 
     def state(self) -> dict[str, Any]:
@@ -270,8 +275,6 @@ class RunReport:
 
     def _outage(self) -> Outage:
         fault = self._fault
-        if self._is_rewinding:
-            return Outage(planned=Bucket.REWIND)
         if fault is None:
             unseen = None if self._own_agent else psutil.Process().create_time()
             return Outage(
@@ -283,7 +286,7 @@ class RunReport:
             detected_at=fault.detected_at,
             stopped_at=self._notified_at if self._in_place else fault.stopped_at,
             regrouped_at=self._joined_at,
-            planned=Bucket.ELASTIC_TRANSITION if self._has_grown else None,
+            grows=self._has_grown,
         )
 
     # ------------------------------------------------------------------ steps

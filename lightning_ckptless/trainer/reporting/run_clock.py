@@ -113,6 +113,21 @@ class RunClock:
         self._own_s, self._batches, self._batch_began_at = saved["own_s"], saved["batches"], None
         self._buckets = [Bucket.TRAINING]
 
+    def begin_rewind(self) -> None:
+        """Count the time from now on as rewind, until `end_rewind`."""
+        self.touch()
+        self._buckets = [Bucket.REWIND]
+
+    def end_rewind(self, saved: Mapping[str, Any]) -> None:
+        """Count the time as training from now on, and the steps since a version as lost.
+
+        Args:
+            saved: what `state` returned at the version.
+        """
+        self.touch()
+        self.account.rewind_to(TimeAccount.from_dict(saved["account"]).productive_s)
+        self._buckets, self._batch_began_at = [Bucket.TRAINING], None
+
     def state(self) -> dict[str, Any]:
         """The time until now, to be mirrored with a version."""
         self.touch()

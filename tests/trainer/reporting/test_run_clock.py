@@ -79,11 +79,12 @@ def test_a_fault_in_a_span_ends_it(lab: Lab) -> None:
 def test_a_rewind_and_added_ranks_have_one_bucket_each(lab: Lab) -> None:
     lab.clock.begin_training()
     saved = lab.after(2.0).state()
-    lab.after(8.0).resume(saved, Outage(planned=Bucket.REWIND))
-    assert lab.seconds == {"training": 2, "rewind": 8}
-    saved = lab.clock.state()
-    lab.after(8.0).resume(saved, Outage(fault_at=111.0, planned=Bucket.ELASTIC_TRANSITION))
-    assert lab.seconds == {"training": 2, "rewind": 8, "replay": 1, "elastic_transition": 7}
+    lab.after(8.0).begin_rewind()
+    lab.after(1.0).end_rewind(saved)
+    assert lab.seconds == {"training": 2, "rewind": 9}
+    saved = lab.after(1.0).state()
+    lab.after(8.0).resume(saved, Outage(fault_at=113.0, grows=True))
+    assert lab.seconds == {"training": 3, "rewind": 9, "replay": 1, "elastic_transition": 7}
 
 
 def test_a_fit_that_begins_again_without_a_version_has_lost_its_work(lab: Lab) -> None:
@@ -96,7 +97,7 @@ def test_the_ledger_is_written_ever_less_often(lab: Lab) -> None:
     for _ in range(20_000):
         lab.after(1.0).touch()
         if lab.clock.is_note_due:
-            lab.clock.note(is_over=False, failures=0, steps_replayed=0)
+            lab.clock.note(is_over=False, failures=0, steps_replayed=0, step=1, versions=1)
     reports = [event.fields for event in read_ledger(lab.path)]
     assert 1000 < len(reports) < 5000
     for report in reports:
@@ -116,14 +117,20 @@ def test_own_work_ends_at_the_first_collective_of_a_batch(lab: Lab) -> None:
     saved = lab.clock.state()
     lab.clock.begin_batch()
     lab.after(30.0).end_own_work()
-    assert not lab.clock.is_note_of_rank_due
     lab.after(5.0).resume(saved, Outage())
-    lab.after(10.0).touch()
-    assert lab.clock.is_note_of_rank_due
     lab.clock.note_rank()
-    assert not lab.clock.is_note_of_rank_due
     (event,) = read_ledger(lab.path)
     assert event.fields == {"data_wait_s": 1.5, "own_s": 6.0, "batches": 3}
+
+
+def test_a_rank_reports_ever_less_often(lab: Lab) -> None:
+    at = []
+    for _ in range(20_000):
+        lab.after(1.0).touch()
+        if lab.clock.is_note_of_rank_due:
+            lab.clock.note_rank()
+            at.append(lab.now - 100.0)
+    assert at[:3] == [60.0, 120.0, 180.0] and 30 < len(at) < 60
 
 
 def test_our_agent_says_when_it_was_started_and_another_is_asked() -> None:
