@@ -313,8 +313,8 @@ def test_a_run_without_failures_needs_a_rate(tmp_path: Path) -> None:
         "domains": ["a", "b"],
     }
     writer.at(0.0, "placement", **place, sizes_bytes=[1, 1])
-    writer.at(1.0, "committed", generation=1, step=1)
-    writer.at(2.0, "committed", generation=1, step=2)
+    for second in (1.0, 2.0):
+        writer.at(second, "time_spent", generation=1, **time_spent(second, training=second))
     result = CliRunner().invoke(app, ["forecast", "--from", str(folder)])
     assert "no failure rate is given" in str(result.exception)
 
