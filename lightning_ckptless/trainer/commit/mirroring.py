@@ -180,12 +180,14 @@ class Mirroring:
 
     def commit(self, version: Version) -> None:
         """Capture a version and hand it to the mirror. Called in the training thread at a commit point."""
-        with self._report.time.spending(Bucket.MIRROR_STALL):
-            self._commit(version)
+        report = self._report
+        with report.time.spending(Bucket.MIRROR_STALL):
+            self._await_rereplication()
+        report.step_done()
+        with report.time.spending(Bucket.MIRROR_STALL):
+            self._capture(version)
 
-    def _commit(self, version: Version) -> None:
-        self._await_rereplication()
-        self._report.step_done()
+    def _capture(self, version: Version) -> None:
         began = perf_counter()
         self._rank_state.warn_of_gaps()
         self.optimizers_are_of = version
