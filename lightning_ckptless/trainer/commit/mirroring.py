@@ -147,9 +147,10 @@ class Mirroring:
 
     def settle(self) -> None:
         """Wait until the last version is committed."""
-        self._await_rereplication()
-        if self._mirror is not None:
-            self._mirror.settle()
+        with self._report.time.spending(Bucket.MIRROR_STALL):
+            self._await_rereplication()
+            if self._mirror is not None:
+                self._mirror.settle()
 
     def close(self) -> None:
         """Release threads and mappings."""

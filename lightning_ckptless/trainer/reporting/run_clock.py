@@ -168,8 +168,13 @@ class RunClock:
         return account.until - self._noted_rank_at >= every_s
 
     def note_rank(self) -> None:
-        """Write to the ledger what this rank has waited for its data, and how long its own work took."""
+        """Write to the ledger what this rank has waited for its data, and how long its own work took.
+
+        Does nothing if there is no ledger: rank 0 reports once for all why it cannot be written.
+        """
         self._noted_rank_at = self.account.until
+        if not self._ledger.path.exists():
+            return
         data_wait_s = self.account.seconds.get(Bucket.DATA_WAIT, 0.0)
         self._ledger.record("rank_time", data_wait_s=data_wait_s, own_s=self._own_s, batches=self._batches)
 

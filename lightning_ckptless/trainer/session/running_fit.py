@@ -80,10 +80,9 @@ class RunningFit:
         self._stepped_in = 0
         note = session.run_folder / f"search-{session.fit_index}"
         self._searches = RateSearches(trainer, loops, data.hooks, will_restore, note)
-
-        spending = session.report.time
-        loops.around_fetches(lambda: spending.enter(Bucket.DATA_WAIT), spending.leave)
-        loops.around_validation(lambda: spending.spending(Bucket.VALIDATION))
+        clock = session.report.time
+        loops.around_fetches(lambda: clock.enter(Bucket.DATA_WAIT), clock.leave)
+        loops.around_validation(lambda: clock.spending(Bucket.VALIDATION))
 
     # ------------------------------------------------------------------ the points of a step
 

@@ -119,6 +119,9 @@ def test_own_work_ends_at_the_first_collective_of_a_batch(lab: Lab) -> None:
     lab.after(30.0).end_own_work()
     lab.after(5.0).resume(saved, Outage())
     lab.clock.note_rank()
+    assert not lab.path.exists()
+    lab.path.touch()
+    lab.clock.note_rank()
     (event,) = read_ledger(lab.path)
     assert event.fields == {"data_wait_s": 1.5, "own_s": 6.0, "batches": 3}
 
