@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
+from lightning_ckptless import environment
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.lightning_pytorch import CkptlessStrategy
 from lightning_ckptless.membership.channel.fault_report import FaultReport
@@ -25,9 +27,11 @@ from lightning_ckptless.trainer.session.identity import Identity
 from tests.trainer.tiny import tiny_trainer
 
 
-def report_of(trainer: Any, folder: Path, clock: Callable[[], float] = time.time) -> RunReport:
+def report_of(
+    trainer: Any, folder: Path, clock: Callable[[], float] = time.time, *, own_agent: bool = True
+) -> RunReport:
     """Report the first generation of a trainer to the ledger in a folder."""
-    identity = Identity("run", "node", os.getpid(), own_agent=True, run_root=folder)
+    identity = Identity("run", "node", os.getpid(), own_agent=own_agent, run_root=folder)
     return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1), identity, clock=clock)
 
 
@@ -52,6 +56,32 @@ def test_a_script_asks_the_strategy_where_the_time_went(tmp_path: Path) -> None:
     goodput = Goodput()
     goodput.update(second.productive_s, second.wall_s)
     assert goodput.compute().item() == pytest.approx(second.goodput)
+
+
+def saved_until(report: RunReport, until: float) -> dict[str, Any]:
+    """The accounts of a version that another process has captured after 100 s of training."""
+    account = TimeAccount(until - 100.0)
+    account.advance(until, Bucket.TRAINING)
+    return report.state() | {"time": {"account": account.to_dict(), "own_s": 0.0, "batches": 0}}
+
+
+def test_the_time_without_an_agent_is_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.AGENT_STARTED_AT, "2000.0")
+    now = [2100.0]
+    report = report_of(tiny_trainer(tmp_path), tmp_path, clock=lambda: now[0])
+    now[0] = 2130.0
+    report.resume(saved_until(report, 1500.0))
+    assert report.account.seconds == {"training": 100.0, "idle": 500.0, "regroup": 100.0, "restore": 30.0}
+
+
+def test_another_launcher_reports_no_fault(tmp_path: Path) -> None:
+    started_at = psutil.Process().create_time()
+    now = [started_at + 3.0]
+    report = report_of(tiny_trainer(tmp_path), tmp_path, clock=lambda: now[0], own_agent=False)
+    now[0] += 4.0
+    report.resume(saved_until(report, started_at - 50.0))
+    seconds = report.account.seconds
+    assert seconds == pytest.approx({"training": 100.0, "detect": 50.0, "regroup": 3.0, "restore": 4.0})
 
 
 def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None:
