@@ -49,7 +49,9 @@ def test_every_model_is_tried_at_every_rate_with_failures_of_its_own() -> None:
     found = trials(24)
     assert {(trial.model, trial.mtbf_s) for trial in found} == {(m, s) for m in MODELS for s in MTBF_S}
     assert len({trial.seed for trial in found}) == len({trial.name for trial in found}) == 24
-    assert len({trial.seed for trial in GRID}) == 1 and len(GRID) == len(INTERVALS)
+    assert {trial.every for trial in GRID} == set(INTERVALS)
+    for trial in GRID:
+        assert [other.kills(HORIZON_S) == trial.kills(HORIZON_S) for other in GRID].count(True) == len(INTERVALS)
 
 
 def test_the_forecast_counts_the_failures_that_it_is_given() -> None:
