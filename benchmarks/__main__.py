@@ -19,6 +19,7 @@ PROGRAMS = (
     "elastic",
     "rewind",
     "drain",
+    "goodput",
 )
 
 

@@ -28,6 +28,7 @@ AGENT = "CKPTLESS_AGENT"
 NODE = "CKPTLESS_NODE"
 FAULT_REPORT = "CKPTLESS_FAULT_REPORT"
 AGENT_DIR = "CKPTLESS_AGENT_DIR"
+AGENT_STARTED_AT = "CKPTLESS_AGENT_STARTED_AT"
 SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
 GENERATION = "CKPTLESS_GENERATION"
 FIT_INDEX = "CKPTLESS_FIT_INDEX"
@@ -64,6 +65,7 @@ SET_BY_AGENT = {
     NODE: "name of this node, unique in the run, unchanged while its agent lives",
     FAULT_REPORT: "the fault that led to this generation, in JSON (`FaultReport`); absent in the first generation",
     AGENT_DIR: "folder for exit reports, which can forbid a relaunch, and for records of finished trainer calls",
+    AGENT_STARTED_AT: "wall-clock time, in seconds, at which the agent was started",
     SPAWNED_AT: "wall-clock time, in seconds, at which this worker was requested",
     GENERATION: "number of the generation that this worker has joined; set by the worker for itself",
     FIT_INDEX: "how many times this worker has entered `fit`; set by the worker for itself",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from statistics import mean, median
 from typing import Any
 
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.time_account import Bucket
 
 Measured = dict[str, tuple[Any, str]]
 """By input: its value, and how it was measured."""
@@ -57,14 +59,28 @@ def _steps(run: Run) -> Measured:
             "version_s": (facts["version_s"], "cost of a version, measured by the run"),
             "mirror_every_n_steps": (facts["interval"], "interval that the run chose"),
         }
-    pace_s = [
-        (after.at - before.at) / (after.fields["step"] - before.fields["step"])
-        for before, after in pairwise(run.of("committed"))
-        if after.generation == before.generation and after.fields["step"] > before.fields["step"]
-    ]
-    if not pace_s:
+    training_s = stall_s = 0.0
+    steps = versions = 0
+    for before, after in pairwise(run.of("time_spent")):
+        then, now = before.fields, after.fields
+        if before.generation != after.generation or now["step"] < then["step"] or now["versions"] < then["versions"]:
+            continue
+        training_s += _more(now, then, Bucket.TRAINING)
+        stall_s += _more(now, then, Bucket.MIRROR_STALL)
+        steps += now["step"] - then["step"]
+        versions += now["versions"] - then["versions"]
+    if not steps or not versions:
         return {}
-    return {"step_s": (median(pace_s), "median time per committed step of the run, versions included")}
+    return {
+        "step_s": (training_s / steps, f"mean of {steps} steps of the run, without waiting for data or copies"),
+        "version_s": (stall_s / versions, f"mean delay by {versions} versions of the run"),
+        "mirror_every_n_steps": (max(1, round(steps / versions)), "interval of the run"),
+    }
+
+
+def _more(now: Mapping[str, Any], then: Mapping[str, Any], bucket: Bucket) -> float:
+    """Seconds that a bucket has gained between two reports."""
+    return float(now["seconds"].get(bucket, 0.0) - then["seconds"].get(bucket, 0.0))
 
 
 def _recoveries(run: Run) -> Measured:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.cli.plan import plan_of, protection_in
+from lightning_ckptless.cli.run_time import RankTime, run_time
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.placement_table import PlacementTable
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
 from lightning_ckptless.replica.arena import Arena, ArenaInfo, default_arena_dir, find_arenas
 from lightning_ckptless.system.memory_files import stat_file
@@ -86,7 +88,16 @@ class Survey:
         durable: newest durable state, as text; empty without one.
         recoveries: details of the last recoveries.
         recovery_count: number of all recoveries.
-        goodput: goodput of the whole run; None before it has ended.
+        goodput: productive time / wall time of the run so far; None before its first report.
+        goodput_1h: the same in the last hour.
+        wall_s: seconds from the beginning of the run to its last event.
+        time_s: seconds by bucket, which sum to `wall_s`.
+        steps_replayed: optimizer steps that faults have undone.
+        failures: failures so far.
+        mtbf_s: mean time between failures in seconds; None without a failure.
+        mtbf_low_s: lower end of its 95 % confidence interval.
+        mtbf_high_s: upper end; None without a failure.
+        ranks: what each rank has kept the others waiting for: its data, and its own work; longest first.
     """
 
     run_id: str
@@ -110,6 +121,15 @@ class Survey:
     recoveries: tuple[dict[str, Any], ...]
     recovery_count: int
     goodput: float | None
+    goodput_1h: float | None
+    wall_s: float
+    time_s: dict[str, float]
+    steps_replayed: int
+    failures: int
+    mtbf_s: float | None
+    mtbf_low_s: float
+    mtbf_high_s: float | None
+    ranks: tuple[RankTime, ...]
 
 
 def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Survey:
@@ -147,8 +167,36 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         slots=tuple(_line(replica) for replica in sorted(replicas, key=_order)),
         recoveries=tuple(dict(event.fields) | {"at": event.at} for event in recoveries[-last:]),
         recovery_count=len(recoveries),
-        goodput=ended[-1].fields.get("goodput") if ended else None,
+        **_time(run),
     )
+
+
+def _time(run: Run) -> dict[str, Any]:
+    if not run.events:
+        nothing = dict.fromkeys(("goodput", "goodput_1h", "mtbf_s", "mtbf_high_s"))
+        return {
+            **nothing,
+            "wall_s": 0.0,
+            "time_s": {},
+            "steps_replayed": 0,
+            "failures": 0,
+            "mtbf_low_s": 0.0,
+            "ranks": (),
+        }
+    found = run_time(run.events)
+    account, mtbf = found.account, found.mtbf
+    return {
+        "goodput": account.goodput if found.is_known else None,
+        "goodput_1h": found.recent_goodput if found.is_known else None,
+        "wall_s": account.wall_s,
+        "time_s": {str(bucket): account.seconds.get(bucket, 0.0) for bucket in Bucket},
+        "steps_replayed": found.steps_replayed,
+        "failures": mtbf.failures,
+        "mtbf_s": mtbf.mean_s if mtbf.failures else None,
+        "mtbf_low_s": mtbf.low_s,
+        "mtbf_high_s": mtbf.high_s if mtbf.failures else None,
+        "ranks": found.ranks,
+    }
 
 
 def _members(run: Run) -> tuple[tuple[int, int], ...]:

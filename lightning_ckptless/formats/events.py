@@ -33,6 +33,8 @@ _SUFFIX_BYTES = len(b', "format": 1, "crc": "00000000"}')
 _RANKS = sequence(RANK, most=MOST_RANKS)
 _BY_RANK = text(r"\d{1,6}")
 _COUNT = integer()
+_MOST_FAILURES = 1_000_000
+"""The confidence interval of more takes long to compute, and no run has them."""
 _WORDS = text(longest=1 << 16)
 _AFTER = {"after_step": integer(-1), "after_tail": boolean}
 
@@ -61,7 +63,7 @@ _EVENTS: dict[str, dict[str, Check]] = {
     "durable_written": {"step": STEP, "path": text()},
     "fault": {
         "restart": optional(_COUNT), "signal_name": optional(_WORDS), "exit_code": optional(integer(-LARGEST)),
-        "died_at": optional(number()),
+        "died_at": optional(number()), "detected_at": optional(number()), "stopped_at": optional(number()),
     },
     "in_place": {"new": table(_BY_RANK, _worker)},
     "node_drained": {"node": text()},
@@ -81,6 +83,11 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "world_size": optional(integer(1, MOST_RANKS)), "placement": optional(_WORDS), "arena": text(),
     },
     "standbys": {"ready": _COUNT, "wanted": _COUNT},
+    "rank_time": {"data_wait_s": number(), "own_s": number(), "batches": _COUNT},
+    "time_spent": {
+        "began_at": number(), "until": number(), "seconds": table(text(r"\w+"), number()), "is_over": boolean,
+        "failures": integer(0, _MOST_FAILURES), "steps_replayed": _COUNT, "step": STEP, "versions": _COUNT,
+    },
     "workers_spawned": {"pids": table(_BY_RANK, PID)},
 }  # fmt: skip
 _HEAD: dict[str, Check] = {

@@ -77,6 +77,27 @@ class Announcement(Event):
         return self.text
 
 
+# ---------------------------------------------------------------- the agent itself
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStarted(Event):
+    """The agent of a node has started: the run begins there, or begins again."""
+
+    name: ClassVar[str] = "agent_started"
+    node: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgentEnded(Event):
+    """All workers of a node have exited, and its agent is about to."""
+
+    name: ClassVar[str] = "agent_ended"
+    node: str
+    exit_code: int
+
+
 # ---------------------------------------------------------------- starting workers
 
 

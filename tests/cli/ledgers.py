@@ -42,6 +42,8 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
     writer.at(0.0, "workers_spawned", world_size=2, pids={"0": 70, "1": 71})
     writer.at(4.0, "standbys", ready=1, wanted=2, pids=[80, 81])
     writer.at(8.2, "in_place", new={"1": [80, "standby"]})
+    if ended:
+        writer.at(4.5, "time_spent", generation=1, **time_spent(4.5, start=1.0, training=3.5))
     for generation, (began_s, action) in enumerate(((1.0, "fresh"), (5.3, "restore"), (8.4, "restore")), 1):
         if generation > 1:
             writer.at(began_s - 0.2, "relaunch", restart=generation - 1)
@@ -53,8 +55,18 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
             dead_s = (5.0, 8.0)[generation - 1]
             writer.at(dead_s + 0.1, "fault", rank=2 - generation, signal_name="SIGKILL", died_at=BEGAN_AT + dead_s)
     if ended:
+        writer.at(
+            10.9, "time_spent", generation=3, **time_spent(11.0, is_over=True, start=1.0, training=8.25, detect=1.75)
+        )
         writer.at(11.0, "run_ended", generation=3, goodput=0.75, recoveries=2)
     return folder
+
+
+def time_spent(until_s: float, *, is_over: bool = False, **seconds: float) -> dict[str, Any]:
+    """The fields of a report of the time until an instant, in seconds after the run began."""
+    until = BEGAN_AT + until_s
+    counts = {"failures": 2, "steps_replayed": 2, "step": round(until_s), "versions": round(until_s)}
+    return {"began_at": BEGAN_AT, "until": until, "seconds": seconds, "is_over": is_over, **counts}
 
 
 def recovery(generation: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lightning_ckptless.cli.runs import find_run
 from lightning_ckptless.cli.view.forecast_plot import COLOURS
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.ledger import Ledger
-from tests.cli.ledgers import Writer, recovery
+from tests.cli.ledgers import Writer, recovery, time_spent
 
 JOB = ["--nodes", "64", "--step-s", "10"]
 QUICK = ["--trials", "4", "--days", "20", "--no-alternatives"]
@@ -252,7 +252,8 @@ def write_run(root: Path, *, auto: bool = True) -> Path:
     if auto:
         writer.at(2.0, "mirror_interval", interval=5, reason="cheap", step_s=0.5, version_s=0.01)
     for step in (10, 20, 30):
-        writer.at(3.0 + 0.6 * step, "committed", generation=1, step=step)
+        spent = time_spent(0.7 * step, training=0.6 * step, mirror_stall=0.04 * step, data_wait=0.06 * step)
+        writer.at(3.0 + 0.7 * step, "time_spent", generation=1, **spent | {"step": step, "versions": step // 2})
     for at_s in (100.0, 200.0):
         writer.at(at_s, "recovery", generation=2, **recovery(2))
     writer.at(250.0, "node_lost", node="a", lost=["b"], reason="silent")
@@ -283,10 +284,11 @@ def test_a_run_gives_what_it_has_measured(tmp_path: Path) -> None:
     }
 
 
-def test_without_a_measured_interval_the_pace_of_the_run_counts(tmp_path: Path) -> None:
+def test_without_a_measured_interval_the_account_of_the_run_counts(tmp_path: Path) -> None:
     found = measured_in(find_run(str(write_run(tmp_path, auto=False)), None))
     assert found["step_s"][0] == pytest.approx(0.6)
-    assert "version_s" not in found and "mirror_every_n_steps" not in found
+    assert found["version_s"][0] == pytest.approx(0.08)
+    assert found["mirror_every_n_steps"][0] == 2
 
 
 def test_the_command_takes_a_run_and_lets_options_replace_it(tmp_path: Path) -> None:
@@ -311,8 +313,8 @@ def test_a_run_without_failures_needs_a_rate(tmp_path: Path) -> None:
         "domains": ["a", "b"],
     }
     writer.at(0.0, "placement", **place, sizes_bytes=[1, 1])
-    writer.at(1.0, "committed", generation=1, step=1)
-    writer.at(2.0, "committed", generation=1, step=2)
+    for second in (1.0, 2.0):
+        writer.at(second, "time_spent", generation=1, **time_spent(second, training=second))
     result = CliRunner().invoke(app, ["forecast", "--from", str(folder)])
     assert "no failure rate is given" in str(result.exception)
 

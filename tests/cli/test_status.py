@@ -141,6 +141,29 @@ def test_what_is_being_drained_is_shown(tmp_path: Path, arena: Arena) -> None:
     assert read_status(tmp_path / "runs")["draining"] == []
 
 
+def test_waits_are_attributed_to_ranks(tmp_path: Path) -> None:
+    folder = write_ledger(tmp_path / "runs")
+    ledger = Ledger(folder / "ledger.jsonl")
+    for rank, (data_wait_s, own_s) in enumerate(((0.5, 10.0), (0.25, 10.0), (3.0, 10.0), (0.25, 30.0))):
+        ledger.record("rank_time", generation=3, rank=rank, data_wait_s=0.0, own_s=0.0, batches=0)
+        ledger.record("rank_time", generation=3, rank=rank, data_wait_s=data_wait_s, own_s=own_s, batches=100)
+    ranks = read_status(tmp_path / "runs")["ranks"]
+    assert [rank["rank"] for rank in ranks] == [3, 2, 0, 1]
+    assert ranks[0] == {"rank": 3, "data_wait_s": 0.25, "own_ms": 300.0, "behind_s": pytest.approx(20.0)}
+    assert ranks[1]["behind_s"] == 0.0
+    shown = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"}).output
+    assert "Ranks that others wait for" in shown and "300.0 ms" in shown
+
+
+def test_the_time_of_a_run(tmp_path: Path) -> None:
+    write_ledger(tmp_path / "runs")
+    status = read_status(tmp_path / "runs")
+    assert (status["wall_s"], status["goodput_1h"], status["steps_replayed"], status["failures"]) == (11.0, 0.75, 2, 2)
+    assert sum(status["time_s"].values()) == status["wall_s"]
+    assert status["time_s"]["training"] == 8.25 and status["time_s"]["rewind"] == 0.0
+    assert status["mtbf_low_s"] < status["mtbf_s"] == 5.5 < status["mtbf_high_s"]
+
+
 def plan(folder: Path, *, nodes: tuple[str, ...], copies: int = 1) -> None:
     """Record a placement of two shards, each with a copy on the other node."""
     Ledger(folder / "ledger.jsonl").record(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ckptless.ledger import LEDGER_NAME
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.testing.drill import DrillReport, Ladder, Variant, run_drill, run_variant
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.matrix import Cell
+from tests.faults.whole_time import require_whole_time
 from tests.lab.parts import Options
 
 LAB = Path(__file__).parents[1] / "lab" / "train.py"
@@ -39,6 +41,14 @@ def parent() -> Iterator[ForkServer]:
         yield preloaded
 
 
+@pytest.fixture(autouse=True)
+def _whole_time(tmp_path: Path) -> Iterator[None]:
+    """Check the time of every run that a test has made in its folder."""
+    yield
+    for ledger in tmp_path.rglob(LEDGER_NAME):
+        require_whole_time(ledger)
+
+
 Drill = Callable[[Cell, Ladder], DrillReport]
 
 
@@ -56,7 +66,7 @@ def drill(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Drill
                 command_for(options), folder, nproc=options.devices, parent=parent, isolate=True, env=env
             )
             assert baselines[options].exit_code == 0, baselines[options].tail()
-        return run_drill(
+        report = run_drill(
             command_for(options),
             cell.faults,
             folder=tmp_path_factory.mktemp("drill"),
@@ -68,5 +78,9 @@ def drill(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Drill
             ladder=ladder,
             timeout_s=120,
         )
+        for variant in (report.baseline, report.faulted):
+            assert variant.run_folder is not None
+            require_whole_time(variant.run_folder / LEDGER_NAME)
+        return report
 
     return run

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.runner import remove_arenas
 from tests.faults.matrix import BASE, is_version
 from tests.faults.test_restart import Run, job
@@ -34,8 +35,18 @@ def _columns(folder: Path) -> dict[str, list[float]]:
 
 
 def test_costs_of_recovery_and_mirroring_are_logged(job: Run) -> None:
-    assert job.start(BASE, "kill:rank=1:step=5", max_restarts=3).exit_code == 0
+    assert job.start(replace(BASE, checkpoint_every=3), "kill:rank=1:step=5", max_restarts=3).exit_code == 0
     columns = _columns(job.folder)
+    spent = {name: seconds for name, (*_, seconds) in columns.items() if name.startswith("ckptless/time_")}
+    empty = {Bucket.ABORT, Bucket.REPLAY, Bucket.REWIND, Bucket.ELASTIC_TRANSITION, Bucket.IDLE}
+    for bucket in set(Bucket) - empty:
+        assert spent[f"ckptless/time_{bucket}_s"] > 0, bucket
+    assert columns["ckptless/goodput"][-1] == pytest.approx(spent["ckptless/time_training_s"] / sum(spent.values()))
+    assert columns["ckptless/goodput_1h"][-1] == pytest.approx(columns["ckptless/goodput"][-1])
+    assert {event.rank for event in job.events("rank_time")} == {0, 1}
+    assert all(event.fields["data_wait_s"] > 0 and event.fields["own_s"] > 0 for event in job.events("rank_time"))
+    last = [columns[f"ckptless/{name}"][-1] for name in ("mtbf_low_s", "mtbf_s", "mtbf_high_s")]
+    assert last == sorted(last)
     assert columns["ckptless/recoveries"][-1] == 1
     assert columns["ckptless/steps_replayed"][-1] in (1, 2)
     assert 0 < columns["ckptless/goodput"][-1] < 1

@@ -41,6 +41,7 @@ from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.repartition import Repartition, require_repartition
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.startup import Left, Start, StartPlan, plan_start
+from lightning_ckptless.protocol.time_account import Bucket, whole_run
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
 from lightning_ckptless.protocol.virtual_ranks import require_world
 from lightning_ckptless.supported import SUPPORTED
@@ -192,6 +193,14 @@ def test_what_a_generation_starts_from() -> None:
     assert table(page("recovery"), "Arenas") == table(startup.__doc__, "Arenas")
 
 
+def test_buckets() -> None:
+    text, of_buckets, of_runs = page("goodput"), inspect.getdoc(Bucket), inspect.getdoc(whole_run)
+    assert of_buckets is not None and of_runs is not None
+    assert table(text, "Bucket") == table(of_buckets, "Bucket")
+    assert [row[0].strip("`") for row in table(text, "Bucket")] == list(Bucket)
+    assert table(text, "Time") == table(of_runs, "Time")
+
+
 def test_phases() -> None:
     documented = [row[0].strip("`") for row in table(page("recovery"), "Phase")]
     assert documented == [field.name.removesuffix("_s") for field in fields(Phases)]
@@ -280,7 +289,8 @@ def test_logged_values() -> None:
     assert isinstance(values, ast.Dict)
     names = {str(key.value) for key in values.keys if isinstance(key, ast.Constant)}
     phases = {f"_{field.name}" for field in fields(Phases)} - {"_detect_s"} | {"ckptless/recovery_detect_s"}
-    assert first_words(table(page("watching"), "Name")) == {f"ckptless/{name}" for name in names} | phases
+    times = {f"_{bucket}_s" for bucket in Bucket} - {"_start_s"} | {"ckptless/time_start_s"}
+    assert first_words(table(page("watching"), "Name")) == {f"ckptless/{name}" for name in names} | phases | times
 
 
 def test_commands() -> None:

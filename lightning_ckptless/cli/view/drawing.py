@@ -58,8 +58,8 @@ def draw(story: Story, target: Path | Any, format_name: str) -> None:
 
 def _title(story: Story) -> str:
     parts = [f"{story.last_step} steps in {story.wall_s:.1f} s", f"{len(story.recoveries)} recoveries"]
-    if story.final_goodput is not None:
-        parts.append(f"goodput {story.final_goodput:.1%}")
+    if story.time.is_known:
+        parts.append(f"goodput {story.time.account.goodput:.1%}")
     return f"{story.run_id}:  {',  '.join(parts)}"
 
 
@@ -90,8 +90,8 @@ def _draw_steps(ax: Any, story: Story) -> None:
 
 
 def _draw_goodput(ax: Any, story: Story) -> None:
-    instants = [instant for instant, _ in story.goodput]
-    shares = [100 * share for _, share in story.goodput]
+    instants = [instant for instant, _ in story.time.curve]
+    shares = [100 * share for _, share in story.time.curve]
     ax.fill_between(instants, shares, color=_STEPS, alpha=0.15, linewidth=0)
     ax.plot(instants, shares, color=_STEPS, linewidth=1.4)
     for fault in story.faults:

@@ -36,20 +36,22 @@ def page(story: Story) -> str:
     Raises:
         OptionsError: matplotlib is not installed.
     """
-    goodput = "unknown" if story.final_goodput is None else f"{story.final_goodput:.1%}"
+    account, mtbf = story.time.account, story.time.mtbf
     facts = {
         "steps": str(story.last_step),
         "wall clock": f"{story.wall_s:.1f} s",
         "faults": str(len(story.faults)),
         "recoveries": str(len(story.recoveries)),
-        "goodput": goodput,
+        "goodput": f"{account.goodput:.1%}" if story.time.is_known else "unknown",
+        "steps replayed": str(story.time.steps_replayed),
+        "time between failures": f"{mtbf.mean_s:.3g} s" if mtbf.failures else "no failure",
     }
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     title = f"Run {escape(story.run_id)}"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<dl>{listed}</dl>\n{_picture(story)}\n"
-        f"{_recoveries(story)}</body>\n</html>\n"
+        f"{_buckets(story)}{_recoveries(story)}</body>\n</html>\n"
     )
 
 
@@ -59,6 +61,22 @@ def _picture(story: Story) -> str:
     text = drawn.getvalue().decode()
     # Inline SVG must not have an XML prologue. The metadata refers to vocabularies on the web.
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def _buckets(story: Story) -> str:
+    if not story.time.is_known:
+        return ""
+    wall_s = story.time.account.wall_s
+    rows = [
+        _row("td", [str(bucket), _bar(spent_s / wall_s), f"{spent_s:.2f} s", f"{spent_s / wall_s:.1%}"])
+        for bucket, spent_s in story.time.by_size
+    ]
+    head = _row("th", ["bucket", "", "time", "share"])
+    return f"<h2>Where the time went</h2>\n<table>\n{head}{''.join(rows)}</table>\n"
+
+
+def _bar(share: float) -> str:
+    return f'<i style="background:#004488;width:{30 * share:.2f}rem;margin:0"></i>'
 
 
 def _recoveries(story: Story) -> str:

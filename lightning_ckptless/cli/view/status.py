@@ -9,9 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ckptless.cli.survey import Survey
+from lightning_ckptless.protocol.mtbf import observed_mtbf
 from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
 
 _COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
+_MOST_RANKS = 8
 _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
 
 
@@ -25,6 +27,10 @@ def show_status(found: Survey) -> None:
         console.print(_arenas(found))
     if found.slots:
         console.print(_slots(found))
+    if found.goodput is not None:
+        console.print(_time(found))
+    if found.ranks:
+        console.print(_ranks(found))
     if found.recoveries:
         console.print(_recoveries(found))
 
@@ -56,7 +62,10 @@ def _head(found: Survey) -> Table:
         table.add_row("durable", found.durable)
     table.add_row("recoveries", str(found.recovery_count))
     if found.goodput is not None:
-        table.add_row("goodput", f"{found.goodput:.1%}")
+        recent = "" if found.goodput_1h is None else f", {found.goodput_1h:.1%} in the last hour"
+        table.add_row("goodput", f"{found.goodput:.1%} of {found.wall_s:.1f} s{recent}")
+        table.add_row("replayed", f"{found.steps_replayed} step{'' if found.steps_replayed == 1 else 's'}")
+        table.add_row("failures", str(observed_mtbf(found.failures, found.wall_s)))
     return table
 
 
@@ -85,6 +94,21 @@ def _slots(found: Survey) -> Table:
         holder = f"rank {slot.holder}" + (" (own)" if slot.holder == slot.shard else "")
         cells = (str(slot.shard), holder, slot.node, str(slot.slot), slot.version)
         table.add_row(*cells, state, decimal(slot.bytes))
+    return table
+
+
+def _time(found: Survey) -> Table:
+    table = _table("Time", "bucket", "seconds", "share")
+    for bucket, spent_s in sorted(found.time_s.items(), key=lambda pair: -pair[1]):
+        if spent_s > 0:
+            table.add_row(bucket, f"{spent_s:.2f}", f"{spent_s / found.wall_s:.1%}")
+    return table
+
+
+def _ranks(found: Survey) -> Table:
+    table = _table("Ranks that others wait for", "rank", "waited for data", "own work per batch", "behind the median")
+    for rank in found.ranks[:_MOST_RANKS]:
+        table.add_row(str(rank.rank), f"{rank.data_wait_s:.2f} s", f"{rank.own_ms:.1f} ms", f"{rank.behind_s:.2f} s")
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_ckptless.cli.run_time import RunTime, run_time
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.goodput import PHASES
 
@@ -70,12 +71,11 @@ class Story:
 
     Args:
         run_id: id of the run.
-        wall_s: seconds from its first event to its last.
+        wall_s: seconds from its beginning to its last event.
         steps: steps in chronological order, including those that were rolled back.
         faults: the faults.
         recoveries: the recoveries.
-        goodput: pairs (time, goodput up to that time).
-        final_goodput: goodput that the run itself reported; None if it has not ended.
+        time: where its time went.
     """
 
     run_id: str
@@ -83,8 +83,7 @@ class Story:
     steps: tuple[Step, ...]
     faults: tuple[Mark, ...]
     recoveries: tuple[Span, ...]
-    goodput: tuple[tuple[float, float], ...]
-    final_goodput: float | None
+    time: RunTime
 
     @property
     def last_step(self) -> int:
@@ -109,7 +108,8 @@ def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()
         finished: steps from a trace, with times in seconds since the epoch; if empty, the `committed` events of the
             ledger are used instead.
     """
-    began_at = min(event.at for event in events)
+    time = run_time(events)
+    began_at = time.account.began_at
     known = finished or [
         Step(event.at, int(event.fields["step"]), event.generation or 0)
         for event in events
@@ -118,21 +118,14 @@ def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()
     steps = tuple(Step(step.at - began_at, step.step, step.generation) for step in known)
     recoveries = tuple(_span(event, began_at) for event in events if event.event == "recovery")
     ended_at = max([event.at - began_at for event in events] + [step.at for step in steps])
-    ends = [event.fields["goodput"] for event in events if event.event == "run_ended" and "goodput" in event.fields]
     return Story(
         run_id=run_id,
         wall_s=ended_at,
         steps=steps,
         faults=tuple(_fault(event, began_at) for event in _seen_first_hand(events)),
         recoveries=recoveries,
-        goodput=tuple(goodput_over_time(steps, recoveries, since=_training_began_at(events) - began_at)),
-        final_goodput=ends[-1] if ends else None,
+        time=time,
     )
-
-
-def _training_began_at(events: Sequence[Event]) -> float:
-    """Return the time from which the run itself counts goodput: the first `run_started`, or the first event."""
-    return min((event.at for event in events if event.event == "run_started"), default=min(e.at for e in events))
 
 
 def _seen_first_hand(events: Sequence[Event]) -> list[Event]:
@@ -157,36 +150,3 @@ def _span(event: Event, began_at: float) -> Span:
     ended_at = event.at - began_at
     text = f"{who}{fields['cause']}, resumed from {fields['version']}"
     return Span(ended_at - float(fields["total_s"]), ended_at, event.generation or 0, text, phases)
-
-
-def goodput_over_time(
-    steps: Sequence[Step], recoveries: Sequence[Span], *, since: float = 0.0
-) -> list[tuple[float, float]]:
-    """Return the goodput at every finished step.
-
-    A step takes the time since the previous step of its generation; the first step after a recovery takes the time
-    since the end of the restore. Steps that are rolled back do not count.
-
-    Args:
-        steps: steps in chronological order.
-        recoveries: recoveries, which give the duration of the first step after each.
-        since: time from which goodput counts.
-
-    Returns:
-        Pairs (time, goodput up to that time).
-    """
-    replay_s = {span.generation: span.phases["replay"] for span in recoveries}
-    counted: list[tuple[int, float]] = []
-    curve = []
-    before: Step | None = None
-    for step in steps:
-        if before is None or step.generation != before.generation:
-            counted = [(number, took_s) for number, took_s in counted if number < step.step]
-            took_s = replay_s.get(step.generation, 0.0)
-        else:
-            took_s = step.at - before.at
-        counted.append((step.step, took_s))
-        before = step
-        if step.at > since:
-            curve.append((step.at, min(1.0, sum(took_s for _, took_s in counted) / (step.at - since))))
-    return curve

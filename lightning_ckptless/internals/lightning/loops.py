@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lightning_ckptless.internals.lightning.combined_loader import (
@@ -330,6 +330,29 @@ class FitLoops:
         for parameter in module_.parameters():
             parameter.grad = None
 
+    def around_fetches(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        """Call functions before and after each fetch of a training batch by Lightning's fetcher."""
+
+        def before() -> None:
+            begun.original()
+            begin()
+
+        def after() -> None:
+            end()
+            ended.original()
+
+        begun = Override(self.epoch, "_on_before_fetch", before)
+        ended = Override(self.epoch, "_on_after_fetch", after)
+
+    def around_validation(self, span: Callable[[], AbstractContextManager[None]]) -> None:
+        """Run each validation inside a context."""
+
+        def inside() -> Any:
+            with span():
+                return override.original()
+
+        override = Override(self.validation, "run", inside)
+
     def run_by(self, run: Callable[[Callable[[], None]], None]) -> None:
         """Wrap the run of the fit loop.
 
@@ -341,8 +364,11 @@ class FitLoops:
     @contextmanager
     def without_overrides(self) -> Iterator[None]:
         """Context without our overrides of the loops; their dataloaders stay wrapped."""
-        replaced = {self.fit: ("run", "setup_data", "on_run_end"), self.epoch: ("advance", "on_advance_end")}
-        replaced[self.validation] = ("setup_data",)
+        replaced: dict[Any, tuple[str, ...]] = {
+            self.fit: ("run", "setup_data", "on_run_end"),
+            self.epoch: ("advance", "on_advance_end", "_on_before_fetch", "_on_after_fetch"),
+            self.validation: ("run", "setup_data"),
+        }
         present = [(loop, name) for loop, names in replaced.items() for name in names if name in vars(loop)]
         overrides = [(loop, name, vars(loop).pop(name)) for loop, name in present]
         try:
@@ -354,7 +380,8 @@ class FitLoops:
     def give_back(self) -> None:
         """Restore the original methods and dataloaders of the loops."""
         remove_overrides(self.fit, "run", "setup_data", "on_run_end")
-        remove_overrides(self.validation, "setup_data")
+        remove_overrides(self.epoch, "_on_before_fetch", "_on_after_fetch")
+        remove_overrides(self.validation, "run", "setup_data")
         for source in self._data_sources.values():
             remove_overrides(source, "dataloader")
         if self.combined_loader is not None:

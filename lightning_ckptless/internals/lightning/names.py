@@ -39,7 +39,7 @@ NAMES = {
         batch_idx batch_progress done global_step on_advance_end on_iteration_done restarting
     """,
     "loops.evaluation_loop:_EvaluationLoop": """
-        _combined_loader _data_source _has_run _last_val_dl_reload_epoch _results setup_data
+        _combined_loader _data_source _has_run _last_val_dl_reload_epoch _results run setup_data
     """,
     "loops.loop": "_Loop",
     "loops.optimization.automatic": "ClosureResult",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice, 
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
-from lightning_ckptless.membership.events import Announcement, EventSink, RendezvousLost
+from lightning_ckptless.membership.events import AgentEnded, AgentStarted, Announcement, EventSink, RendezvousLost
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
@@ -85,6 +86,11 @@ class _Runner:
         self._parent = parent
         self._events = events
         self._memory = HeldMemory(self._settings.name, events.report)
+
+    @property
+    def node(self) -> str:
+        """Name of this node."""
+        return self._settings.name
 
     def run_to_end(self) -> None:
         """Run the workers to their end, at one rendezvous endpoint after another."""
@@ -153,8 +159,12 @@ class _Runner:
 def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink, sigterm: SigtermNotice) -> Outcome:
     """Run this node's workers to their end; see `launch.run`."""
     runner = _Runner(config, parent, events, sigterm)
-    runner.run_to_end()
-    run = runner.run
+    run, node = runner.run, runner.node
+    events.report(AgentStarted(node, os.getpid()))
+    try:
+        runner.run_to_end()
+    finally:
+        events.report(AgentEnded(node, run.exit_code))
     return Outcome(run.exit_code, run.relaunches, tuple(run.faults), run.recoveries_in_place, run.has_given_up)
 
 
@@ -209,6 +219,7 @@ def _newcomer_outputs(config: LaunchConfig) -> Path | None:
 
 def _base_env(config: LaunchConfig) -> dict[str, str]:
     env = {**os.environ, **config.env, **variables_of(config), environment.NNODES: config.nnodes}
+    env[environment.AGENT_STARTED_AT] = repr(time.time())
     if config.nproc > 1:
         # As torchrun does; otherwise each worker would start as many threads as there are cores.
         env.setdefault("OMP_NUM_THREADS", "1")

@@ -13,6 +13,7 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.protocol.mirror_interval import agreed
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS
 from lightning_ckptless.replica.cores import threads_of_a_rank
@@ -163,9 +164,10 @@ class Mirroring:
 
     def settle(self) -> None:
         """Wait until the last version is committed."""
-        self._await_rereplication()
-        if self._mirror is not None:
-            self._mirror.settle()
+        with self._report.time.spending(Bucket.MIRROR_STALL):
+            self._await_rereplication()
+            if self._mirror is not None:
+                self._mirror.settle()
 
     def close(self) -> None:
         """Release threads and mappings."""
@@ -202,8 +204,14 @@ class Mirroring:
 
     def commit(self, version: Version) -> None:
         """Capture a version and hand it to the mirror. Called in the training thread at a commit point."""
-        self._await_rereplication()
-        self._report.step_done()
+        report = self._report
+        with report.time.spending(Bucket.MIRROR_STALL):
+            self._await_rereplication()
+        report.step_done()
+        with report.time.spending(Bucket.MIRROR_STALL):
+            self._capture(version)
+
+    def _capture(self, version: Version) -> None:
         began = perf_counter()
         self._rank_state.warn_of_gaps()
         self.optimizers_are_of = version
@@ -273,7 +281,8 @@ class Mirroring:
     def wait_copied(self) -> None:
         """Wait until the current version has been copied, so that its tensors may change."""
         if self._mirror is not None:
-            self._report.waited(self._mirror.wait_staged())
+            with self._report.time.spending(Bucket.MIRROR_STALL):
+                self._report.waited(self._mirror.wait_staged())
 
     def before_optimizer_step(self) -> None:
         """Wait until the current version has been copied: the optimizer is about to change the tensors."""

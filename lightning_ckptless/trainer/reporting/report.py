@@ -6,26 +6,32 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import nan
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lightning_ckptless import environment
 from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.results import show_on_progress_bar
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
-from lightning_ckptless.protocol.goodput import PHASE_FIELDS, GoodputAccount, Phases, phases_from
+from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases, phases_from
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan
+from lightning_ckptless.protocol.mtbf import Mtbf, observed_mtbf
 from lightning_ckptless.protocol.newcomer import Arrival, why_slow
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
 from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.startup import StartPlan
+from lightning_ckptless.protocol.time_account import Bucket, Outage, TimeAccount
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
+from lightning_ckptless.trainer.reporting.run_clock import RunClock, agent_started_at
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
@@ -53,15 +59,33 @@ class RunReport:
     Args:
         trainer: its loggers and progress bar receive the values.
         ledger: ledger of the run, shared by all its relaunches.
+        identity: which agent has started this process.
+        fit_index: number of earlier calls of `fit` in this process.
         clock: returns seconds since the epoch.
+
+    Attributes:
+        time: what the training thread spends its time on.
+        recoveries: recoveries so far, from faults and from changes of the nodes.
+        rewinds: rewinds so far.
+        failures: recoveries from faults.
     """
 
-    def __init__(self, trainer: Any, ledger: RankLedger, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        ledger: RankLedger,
+        identity: Identity,
+        fit_index: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.trainer = trainer
         self.ledger = ledger
         self.clock = clock
-        self.account = GoodputAccount(began_at=clock())
-        self.recoveries = self.rewinds = 0
+        self._own_agent = identity.own_agent
+        self._agent_at = agent_started_at(identity.agent_pid, own_agent=identity.own_agent)
+        # A later `fit` begins where the script calls it: what it does before is not ours to account for.
+        self.time = RunClock(ledger, clock() if fit_index else self._agent_at, clock)
+        self.recoveries = self.failures = self.rewinds = 0
         self.steps_replayed = 0
         self.last_phases: Phases | None = None
         self._fault = _fault_report()
@@ -74,12 +98,22 @@ class RunReport:
         self._resumed_at: float | None = None
         self._restored: Version | None = None
         self._moved: Moved | None = None
-        self._step_began_at = clock()
         self._stall_s = 0.0
+        self._versions = 0
         self._values: dict[str, float] = {}
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
         self._is_plan_shown = False
+
+    @property
+    def account(self) -> TimeAccount:
+        """The time of the run so far."""
+        return self.time.account
+
+    @property
+    def mtbf(self) -> Mtbf:
+        """The mean time between failures that the run has observed."""
+        return observed_mtbf(self.failures, self.account.wall_s)
 
     @property
     def is_reporter(self) -> bool:
@@ -198,33 +232,59 @@ class RunReport:
 
     def world_changed(self, before: int, reason: str) -> None:
         """Report that a version of another world size has been adopted and mirrored by these ranks."""
+        self.account.advance(self.clock(), Bucket.ELASTIC_TRANSITION)
         if self.is_reporter:
             self.ledger.record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
             self._say(reason)
 
+    def begin_training(self) -> None:
+        """Count the time as training from now on, unless it already is; called before each batch."""
+        self.time.begin_training(None if self._fault is None else self._outage())
+
     def resume(self, saved: dict[str, Any]) -> None:
         """Adopt the accounts of the restored version; training is about to resume."""
         if self._rewind is not None:
-            # What was lost since then stays lost; only the steps are no longer productive.
-            self.account.rewind_to(GoodputAccount.from_dict(saved["account"]).productive_s)
+            self.time.end_rewind(saved["time"])
         else:
-            self.account = GoodputAccount.from_dict(saved["account"])
-            self.recoveries, self.steps_replayed = saved["recoveries"], saved["steps_replayed"]
-            self.rewinds = saved["rewinds"]
+            self.time.resume(saved["time"], self._outage())
+            self.recoveries, self.failures = saved["recoveries"], saved["failures"]
+            self.rewinds, self.steps_replayed = saved["rewinds"], saved["steps_replayed"]
             if saved["phases"]:
                 self.last_phases = Phases(**saved["phases"])
-        self._resumed_at = self._step_began_at = self.clock()
+            self._resumed_at = self.clock()
+        self._note_time()
 
     def state(self) -> dict[str, Any]:
         """The accounts, stored with each version so that rolled back steps are not counted."""
         phases = self.last_phases
         return {
-            "account": self.account.to_dict(),
+            "time": self.time.state(),
             "recoveries": self.recoveries,
             "rewinds": self.rewinds,
+            "failures": self.failures,
             "steps_replayed": self.steps_replayed,
             "phases": None if phases is None else asdict(phases),
         }
+
+    @property
+    def _has_grown(self) -> bool:
+        return self._fault is not None and bool(self.trainer.world_size > self._fault.world_size)
+
+    def _outage(self) -> Outage:
+        fault = self._fault
+        if fault is None:
+            unseen = None if self._own_agent else psutil.Process().create_time()
+            return Outage(
+                agent_at=self._agent_at if self._own_agent else None, process_at=unseen, regrouped_at=self._joined_at
+            )
+        return Outage(
+            recovering_since=fault.recovering_since,
+            fault_at=fault.died_at,
+            detected_at=fault.detected_at,
+            stopped_at=self._notified_at if self._in_place else fault.stopped_at,
+            regrouped_at=self._joined_at,
+            grows=self._has_grown,
+        )
 
     # ------------------------------------------------------------------ steps
 
@@ -247,21 +307,28 @@ class RunReport:
         self._stall_s += stall_s
 
     def step_done(self) -> None:
-        """Count a finished step as productive time; called just before its state is captured."""
-        now = self.clock()
-        self.account.record_step(self._step_began_at, now, stall_s=self._stall_s)
+        """Log the values of the step before; called just before the state of this one is captured."""
+        self.time.touch()
+        if self.time.is_note_due:
+            self._note_time()
+        if self.time.is_note_of_rank_due:
+            self.time.note_rank()
         if self.is_reporter and self._values:
             self._log_values()
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
         """Update the logged values; the version of the step has been handed to the mirror."""
-        self._step_began_at = self.clock()
-        stats, report = mirror.stats, self.account.report(self._step_began_at)
+        self._versions += 1
+        stats, mtbf, account = mirror.stats, self.mtbf, self.account
         self._values = {
-            "goodput": report.goodput,
+            "goodput": account.goodput,
+            "goodput_1h": account.recent_goodput,
             "recoveries": float(self.recoveries),
             "rewinds": float(self.rewinds),
             "steps_replayed": float(self.steps_replayed),
+            "mtbf_s": mtbf.mean_s if mtbf.failures else nan,
+            "mtbf_low_s": mtbf.low_s,
+            "mtbf_high_s": mtbf.high_s if mtbf.failures else nan,
             "mirror_ms": 1e3 * stats.last_round_s,
             "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
             "mirror_submit_ms": 1e3 * cost_s,
@@ -271,6 +338,8 @@ class RunReport:
         }
         for name in PHASE_FIELDS:
             self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
+        for bucket in Bucket:
+            self._values[f"time_{bucket}_s"] = account.seconds.get(bucket, 0.0)
         self._stall_s = 0.0
 
     def _log_values(self) -> None:
@@ -301,7 +370,8 @@ class RunReport:
         return True
 
     def out_of_steps(self) -> None:
-        """Close a recovery that no further step will follow."""
+        """Close a recovery that no further step will follow; training has ended."""
+        self.time.end_training()
         if self._resumed_at is not None and self._restored is not None:
             self._recovered()
 
@@ -311,11 +381,12 @@ class RunReport:
         """Note that all ranks begin to go back."""
         self._rewind = plan, self.clock()
         self.rewinds += 1
+        self.time.begin_rewind()
 
     def rewound(self, skipped_batches: int) -> None:
         """Report that training resumes from the version of the plan, with a number of batches of each rank skipped."""
         assert self._rewind is not None
-        plan, began_at = self._rewind
+        (plan, began_at), self._rewind = self._rewind, None
         if not self.is_reporter:
             return
         took_s = self.clock() - began_at
@@ -343,10 +414,6 @@ class RunReport:
 
     def _recovered(self) -> None:
         assert self._restored is not None and self._resumed_at is not None
-        if self._rewind is not None:
-            self._rewind = self._resumed_at = None
-            self.account.record_rewind()
-            return
         if self._had_ended:
             # The fault struck a later part of the script, which reports its own recovery.
             self._resumed_at = None
@@ -367,7 +434,7 @@ class RunReport:
         self.last_phases = phases
         self.recoveries += 1
         self.steps_replayed += self._replayed_now
-        self.account.record_recovery(phases)
+        self.failures += not self._has_grown
         if not self.is_reporter:
             return
         assert self._moved is not None
@@ -410,15 +477,40 @@ class RunReport:
 
     def finished(self) -> None:
         """Report the end of `fit`."""
-        if self.is_reporter:
-            report = self.account.report(self.clock())
-            self.ledger.record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
-            recoveries = _count(self.recoveries, "recovery", "recoveries")
-            self._say(f"fit ended: goodput {report.goodput:.1%} of {report.wall_s:.1f} s, {recoveries}")
+        self.time.note_rank()
+        if not self.is_reporter:
+            return
+        self._note_time(is_over=True)
+        account = self.account
+        self.ledger.record(
+            "run_ended",
+            goodput=account.goodput,
+            goodput_1h=account.recent_goodput,
+            recoveries=self.recoveries,
+            steps_replayed=self.steps_replayed,
+            wall_s=account.wall_s,
+        )
+        recoveries = _count(self.recoveries, "recovery", "recoveries")
+        lost = sorted(account.seconds.items(), key=lambda pair: -pair[1])
+        named = ", ".join(f"{bucket} {spent_s:.1f} s" for bucket, spent_s in lost if spent_s >= 0.05)
+        self._say(f"fit ended: goodput {account.goodput:.1%} of {account.wall_s:.1f} s, {recoveries}; {named}")
+        if self.recoveries:
+            self._say(f"{_count(self.steps_replayed, 'step')} replayed; {self.mtbf}")
 
     def stopped(self, error: BaseException) -> None:
         """Record that the run was asked to stop."""
+        self._note_time()
         self.ledger.record("stopped", cause=type(error).__name__)
+
+    def _note_time(self, *, is_over: bool = False) -> None:
+        if self.is_reporter:
+            self.time.note(
+                is_over=is_over,
+                step=int(self.trainer.global_step),
+                versions=self._versions,
+                failures=self.failures,
+                steps_replayed=self.steps_replayed,
+            )
 
     def peer_lost(self, error: Exception) -> None:
         """Record that another rank was lost; this one waits for its agent."""
@@ -434,6 +526,7 @@ class RunReport:
 
     def failed(self, error: Exception, reason: str) -> None:
         """Report the exception that ends the run."""
+        self._note_time()
         self.ledger.record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
         self._say(f"rank {self.trainer.global_rank}: not retried: {reason}")
 

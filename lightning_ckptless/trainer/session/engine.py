@@ -12,6 +12,7 @@ It decides nothing. The parts are created when what they need is known:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.channel.exit_report import ExitReport, write_exit_report
 from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.startup import StartPlan
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.data.hooks import from_note, to_note
@@ -179,12 +181,18 @@ class Engine:
     def beat(self, point: Point) -> None:
         """Report this rank's position in the step, which identifies hung ranks; raises if the agent has aborted it."""
         if self.running is not None:
+            if point is Point.BACKWARD:
+                self.session.report.time.end_own_work()
             self.running.progress.beat(point)
 
     def before_optimizer_step(self) -> None:
         """Wait until the current version has been copied: the optimizer is about to change the tensors."""
         if self.running is not None:
             self.running.mirroring.before_optimizer_step()
+
+    def writing_checkpoint(self) -> AbstractContextManager[None]:
+        """Context in which this rank writes a checkpoint file."""
+        return self.session.report.time.spending(Bucket.CHECKPOINT_WAIT)
 
     def saving_checkpoint(self, path: str) -> None:
         """Called before this rank writes a checkpoint file."""

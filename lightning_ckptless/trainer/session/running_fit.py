@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.channel.exit_report import mark_begun
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.messages import Rewind, RewindDecided, StepCommitted
+from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.commit.begun_step import BegunStep
@@ -67,7 +69,7 @@ class RunningFit:
             self._commit,
             every_n_steps=lambda: mirroring.mirror_interval.interval,
             since=since,
-            before_batch=self.batches.watch,
+            before_batch=self._before_batch,
             ends_here=mirroring.ends_here,
             before_hooks=mirroring.wait_copied,
             after_batch=mirroring.end_if_asked,
@@ -84,6 +86,9 @@ class RunningFit:
         self._stepped_in = 0
         note = session.run_folder / f"search-{session.fit_index}"
         self._searches = RateSearches(trainer, loops, data.hooks, will_restore, note)
+        clock = session.report.time
+        loops.around_fetches(lambda: clock.enter(Bucket.DATA_WAIT), clock.leave)
+        loops.around_validation(lambda: clock.spending(Bucket.VALIDATION))
 
     # ------------------------------------------------------------------ the points of a step
 
@@ -92,10 +97,16 @@ class RunningFit:
         self.has_started = True
         self.rank_state.watch_objects()
 
+    def _before_batch(self, fetcher: Any) -> None:
+        self._session.report.begin_training()
+        self.batches.watch(fetcher)
+
     def at_batch_start(self) -> None:
         """Record which step has begun."""
+        self._session.report.time.begin_batch()
         self._begun.stamp(self._session.rank, self._trainer.global_step + 1)
-        self._virtual_ranks.fetch()
+        with self._session.report.time.spending(Bucket.DATA_WAIT):
+            self._virtual_ranks.fetch()
         self.deliver_rows()
         self.mirroring.mirror_interval.begin_step(self._trainer.global_step)
         self.progress.beat(Point.BATCH)

@@ -77,7 +77,7 @@ class Session:
         self.folders = RunFolders(trainer)
         self.ledger = Ledger(self.run_folder / LEDGER_NAME)
         own_events = RankLedger(self.ledger, lambda: self.rank, lambda: self.generation)
-        self.report = RunReport(trainer, own_events)
+        self.report = RunReport(trainer, own_events, self.identity, fit_index)
         self.files = CheckpointFiles(own_events, fit_index, self.report.report_files)
         self._mesh_sizes: Callable[[], tuple[int, int] | None] = strategy.mesh_sizes
         self._channel = channel

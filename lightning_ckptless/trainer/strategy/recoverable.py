@@ -24,6 +24,7 @@ from lightning_ckptless.membership.worker.process_groups import use_loopback_on_
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.hang_detection import Point
+from lightning_ckptless.protocol.time_account import TimeAccount
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
 from lightning_ckptless.trainer.reporting.checkpoint_files import removes_by_path
@@ -88,6 +89,13 @@ class CkptlessMixin(LightningStrategy):
             yield
         finally:
             self.engine = engine
+
+    @property
+    def time_account(self) -> TimeAccount | None:
+        """Where the time of the current `fit` has gone until now, on this rank; None outside of `fit`."""
+        if self.engine is None:
+            return None
+        return TimeAccount.from_dict(self.engine.session.report.time.state()["account"])
 
     # -------------------------------------------------------------- copies
 
@@ -398,7 +406,8 @@ class CkptlessMixin(LightningStrategy):
         """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""
         if self.engine is not None and self.is_global_zero:
             self.engine.saving_checkpoint(str(filepath))
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        with nullcontext() if self.engine is None else self.engine.writing_checkpoint():
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         if self.engine is not None and self.is_global_zero:
             self.engine.saved_checkpoint(str(filepath))
 

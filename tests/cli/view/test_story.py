@@ -1,4 +1,4 @@
-"""The story of a run: times count from its beginning, and steps that are rolled back do not count as goodput."""
+"""The story of a run: times count from its beginning."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.cli.runs import find_run
-from lightning_ckptless.cli.view.story import Span, Step, goodput_over_time, story_of
+from lightning_ckptless.cli.view.story import story_of
 from lightning_ckptless.ledger import Event
-from lightning_ckptless.protocol.goodput import PHASES
 from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
 
 
@@ -18,7 +17,8 @@ def test_a_story_of_ledger_and_trace(tmp_path: Path) -> None:
     story = story_of(RUN_ID, find_run(None, tmp_path).events, STEPS)
     assert story.wall_s == 11.0
     assert story.last_step == 6
-    assert story.final_goodput == 0.75
+    assert story.time.account.goodput == 0.75
+    assert story.time.curve == [(4.5, 3.5 / 4.5), (11.0, 0.75)]
     assert [(mark.at, mark.text) for mark in story.faults] == [(5.0, "rank 1: SIGKILL"), (8.0, "rank 0: SIGKILL")]
     assert [(round(span.began_at, 6), round(span.ended_at, 6)) for span in story.recoveries] == [(5.0, 6.0), (8.1, 9.1)]
     assert story.recoveries[0].text == "rank 1 died by SIGKILL, resumed from step 2"
@@ -34,30 +34,8 @@ def test_phases_sum_to_the_span(tmp_path: Path) -> None:
 def test_a_story_without_a_trace(tmp_path: Path) -> None:
     write_ledger(tmp_path, ended=False)
     story = story_of(RUN_ID, find_run(None, tmp_path).events)
-    assert (story.steps, story.goodput, story.final_goodput) == ((), (), None)
+    assert (story.steps, story.time.curve, story.time.is_known) == ((), [], False)
     assert story.wall_s == pytest.approx(9.1)
-
-
-def span(generation: int, replay_s: float) -> Span:
-    return Span(0.0, 0.0, generation, "", dict.fromkeys(PHASES, 0.0) | {"replay": replay_s})
-
-
-def test_goodput_without_a_fault() -> None:
-    curve = goodput_over_time([Step(1.0, 1, 1), Step(2.0, 2, 1), Step(4.0, 3, 1)], [])
-    assert curve == [(1.0, 0.0), (2.0, 0.5), (4.0, 0.75)]
-
-
-def test_steps_that_are_rolled_back_do_not_count() -> None:
-    """Steps 2 and 3 ran, were rolled back and ran again; the second run of step 2 took half a second."""
-    steps = [Step(1.0, 1, 1), Step(2.0, 2, 1), Step(3.0, 3, 1), Step(6.0, 2, 2), Step(7.0, 3, 2)]
-    curve = goodput_over_time(steps, [span(2, 0.5)])
-    assert [instant for instant, _ in curve] == [1.0, 2.0, 3.0, 6.0, 7.0]
-    assert [share for _, share in curve] == pytest.approx([0.0, 1 / 2, 2 / 3, 0.5 / 6, 1.5 / 7])
-
-
-def test_goodput_counts_from_the_beginning_of_training() -> None:
-    steps = [Step(11.0, 1, 1), Step(12.0, 2, 1)]
-    assert goodput_over_time(steps, [], since=10.0) == [(11.0, 0.0), (12.0, 0.5)]
 
 
 def test_fault_of_another_node_is_shown_once() -> None:

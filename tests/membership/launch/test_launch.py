@@ -95,7 +95,8 @@ def test_a_killed_worker_is_relaunched_with_the_others(
     assert all(fault.died_at <= fault.detected_at <= fault.stopped_at for fault in outcome.faults)
     for count, fault in enumerate(outcome.faults, start=1):
         assert FaultReport.from_json(seen(tmp_path, 0, count)[environment.FAULT_REPORT]) == fault
-    assert ledger.names() == ["workers_spawned", *["fault", "workers_spawned", "relaunch"] * 2]
+    started = ["fault", "workers_spawned", "relaunch"] * 2
+    assert ledger.names() == ["agent_started", "workers_spawned", *started, "agent_ended"]
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         f"ckptless: {fault}; all 2 workers relaunched, recovery {fault.restart} of the run, {fault.restart} without a "

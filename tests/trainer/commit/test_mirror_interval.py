@@ -9,8 +9,8 @@ import pytest
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol.goodput import GoodputAccount
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan, agreed
+from lightning_ckptless.protocol.time_account import TimeAccount
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 
@@ -19,7 +19,7 @@ class FakeReport:
     """The part of a report that a mirror_interval uses."""
 
     def __init__(self) -> None:
-        self.account = GoodputAccount(began_at=0.0)
+        self.account = TimeAccount(began_at=0.0)
         self.recoveries = 0
         self.last_phases = None
         self.clock = lambda: 0.0

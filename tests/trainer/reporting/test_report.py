@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
+from lightning_ckptless import environment
 from lightning_ckptless.ledger import Ledger, read_ledger
+from lightning_ckptless.lightning_pytorch import CkptlessStrategy
+from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.worker.watcher import Assignment
+from lightning_ckptless.metrics import Goodput
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
+from lightning_ckptless.protocol.time_account import Bucket, TimeAccount
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
+from lightning_ckptless.trainer.session.identity import Identity
 from tests.trainer.tiny import tiny_trainer
 
 
-def report_of(trainer: Any, folder: Path) -> RunReport:
+def report_of(
+    trainer: Any, folder: Path, clock: Callable[[], float] = time.time, *, own_agent: bool = True
+) -> RunReport:
     """Report the first generation of a trainer to the ledger in a folder."""
-    return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1))
+    identity = Identity("run", "node", os.getpid(), own_agent=own_agent, run_root=folder)
+    return RunReport(trainer, RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1), identity, clock=clock)
 
 
 @pytest.mark.parametrize(("recoveries", "shown"), [(0, set[str]()), (1, {"goodput", "recoveries"})])
@@ -29,6 +43,66 @@ def test_the_progress_bar_is_as_under_ddp_until_a_recovery(recoveries: int, show
     report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
     report.step_done()
     assert set(trainer.progress_bar_metrics) == shown
+
+
+def test_a_script_asks_the_strategy_where_the_time_went(tmp_path: Path) -> None:
+    strategy = cast("Any", CkptlessStrategy())
+    assert strategy.time_account is None
+    report = report_of(tiny_trainer(tmp_path), tmp_path)
+    strategy.engine = SimpleNamespace(session=SimpleNamespace(report=report))
+    report.begin_training()
+    first, second = (cast("TimeAccount", strategy.time_account) for _ in range(2))
+    assert first.until <= second.until == second.began_at + sum(second.seconds.values())
+    goodput = Goodput()
+    goodput.update(second.productive_s, second.wall_s)
+    assert goodput.compute().item() == pytest.approx(second.goodput)
+
+
+def saved_until(report: RunReport, until: float) -> dict[str, Any]:
+    """The accounts of a version that another process has captured after 100 s of training."""
+    account = TimeAccount(until - 100.0)
+    account.advance(until, Bucket.TRAINING)
+    return report.state() | {"time": {"account": account.to_dict(), "own_s": 0.0, "batches": 0}}
+
+
+def test_the_time_without_an_agent_is_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.AGENT_STARTED_AT, "2000.0")
+    now = [2100.0]
+    report = report_of(tiny_trainer(tmp_path), tmp_path, clock=lambda: now[0])
+    now[0] = 2130.0
+    report.resume(saved_until(report, 1500.0))
+    assert report.account.seconds == {"training": 100.0, "idle": 500.0, "regroup": 100.0, "restore": 30.0}
+
+
+def test_another_launcher_reports_no_fault(tmp_path: Path) -> None:
+    started_at = psutil.Process().create_time()
+    now = [started_at + 3.0]
+    report = report_of(tiny_trainer(tmp_path), tmp_path, clock=lambda: now[0], own_agent=False)
+    now[0] += 4.0
+    report.resume(saved_until(report, started_at - 50.0))
+    seconds = report.account.seconds
+    assert seconds == pytest.approx({"training": 100.0, "detect": 50.0, "regroup": 3.0, "restore": 4.0})
+
+
+def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None:
+    # Later than the start of the agent.
+    now = [time.time() + 1000.0]
+    trainer = tiny_trainer(tmp_path)
+    report = report_of(trainer, tmp_path, clock=lambda: now[0])
+    report.begin_training()
+    saved = report.state()
+    now[0] += 3.0
+    report.rewinding()
+    now[0] += 2.0
+    report.resume(saved)
+    assert report.account.seconds[Bucket.REWIND] == pytest.approx(5.0)
+    fault = FaultReport(None, None, None, None, now[0] + 1, now[0] + 1, now[0] + 2, 1, world_size=0)
+    report.faulted(Assignment(1, fault, now[0] + 1))
+    saved = report.state()
+    now[0] += 5.0
+    report.resume(saved)
+    assert report.account.seconds[Bucket.ELASTIC_TRANSITION] == pytest.approx(4.0)
+    assert report.failures == 0
 
 
 def test_the_ledger_keeps_the_costs_that_led_to_the_interval(tmp_path: Path) -> None:
