@@ -53,14 +53,16 @@ _CHECKPOINT: dict[str, dict[str, Check]] = {
 }
 _EVENTS: dict[str, dict[str, Check]] = {
     "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
-    "committed": {"step": STEP},
-    "durable_failed": {"step": STEP},
+    "committed": {"step": STEP, "of": optional(STEP)},
+    "durable_failed": {"step": STEP, "cause": optional(_WORDS)},
     "durable_written": {"step": STEP, "path": text()},
     "fault": {
         "restart": optional(_COUNT), "signal_name": optional(_WORDS), "exit_code": optional(integer(-LARGEST)),
-        "died_at": optional(number()),
+        "died_at": optional(number()), "node": optional(text()), "pid": optional(PID), "kind": optional(text()),
+        "hung": optional(_WORDS), "out_of_memory": optional(_WORDS),
     },
     "in_place": {"new": table(_BY_RANK, _worker)},
+    "node_lost": {"node": optional(text()), "reason": _WORDS},
     "placement": {
         "kind": text(), "copies": integer(0, MOST_RANKS), "holders": sequence(_RANKS), "nodes": sequence(text()),
         "domains": sequence(text()), "sizes_bytes": sequence(BYTES),
@@ -70,13 +72,16 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "steps_replayed": _COUNT, "phases": table(text(), number()), "total_s": number(),
         "sources": optional(table(text(), _COUNT)), "moved_bytes": optional(BYTES),
     },
+    "raised": {"cause": _WORDS, "final": boolean},
     "restored": {"version": text()},
     "run_ended": {"goodput": optional(number(0, 1)), "recoveries": optional(_COUNT)},
     "run_started": {
         "world_size": optional(integer(1, MOST_RANKS)), "placement": optional(_WORDS), "arena": text(),
     },
     "standbys": {"ready": _COUNT, "wanted": _COUNT},
-    "workers_spawned": {"pids": table(_BY_RANK, PID)},
+    "workers_spawned": {
+        "pids": table(_BY_RANK, PID), "node": text(), "host": text(), "agent": PID, "folder": text(r"[^\0]+"),
+    },
 }  # fmt: skip
 _HEAD: dict[str, Check] = {
     "event": text(r"\w+"), "at": number(), "generation": optional(integer(0, 1 << 40)), "rank": optional(RANK),

@@ -415,6 +415,7 @@ def _parts(
     faults = FaultLog(settings.name, run.faults, report, lambda: "", clock)
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(
+        folder=_NOWHERE,
         starter=SimulatedStarter(machine, clock),
         in_place=in_place,
         faults=faults,

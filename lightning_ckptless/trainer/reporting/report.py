@@ -280,7 +280,12 @@ class RunReport:
         now = self.clock()
         if self.is_reporter and now - self._last_noted_at >= NOTE_EVERY_S:
             self._last_noted_at = now
-            self.ledger.record("committed", step=version.optimizer_step, validation_done=version.validation_done)
+            self.ledger.record(
+                "committed",
+                step=version.optimizer_step,
+                validation_done=version.validation_done,
+                of=_steps_in_all(self.trainer),
+            )
         if self._restored is None:
             first, self._restored = True, version
             return first
@@ -391,6 +396,15 @@ class RunReport:
 
 def _count(number: int, one: str, several: str = "") -> str:
     return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
+def _steps_in_all(trainer: Any) -> int | None:
+    """The number of optimizer steps after which `fit` will end; None if it is unknown."""
+    if not trainer.lightning_module.automatic_optimization:
+        # With several optimizers, a batch makes several steps.
+        return None
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < float("inf") else None
 
 
 def _cause(fault: FaultReport | None) -> str:
