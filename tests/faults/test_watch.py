@@ -86,7 +86,7 @@ INJECTED = {
     "raise:rank=1:step=7": ("raised", 1, "InjectedError: injected at step 7"),
     "hang:rank=0:step=11": ("behind|hung", 0, "of step 11"),
     "exit:rank=1:step=15": ("exited|gone", 1, "exited with code 3"),
-    "leave:rank=0:step=19": ("exited|gone", 0, "exited with code 0"),
+    "leave:rank=0:step=19": ("gone", 0, "has left"),
     "stop:rank=1:step=23": ("stopped|hung", 1, "a signal has stopped rank 1"),
     "crash:rank=0:step=27": ("killed|gone", 0, "SIGSEGV"),
 }

@@ -7,7 +7,7 @@ An alarm ends when its condition ends. Each kind has one rule:
 | `killed`, `exited`, `hung`, `lost` | an agent has reported this fault of a worker, and no step was committed since |
 | `raised` | the script has raised an exception on a rank, and no step was committed since |
 | `node_lost` | another node has fallen silent, and no step was committed since |
-| `gone` | the process of a rank no longer exists, and its agent has not reported that |
+| `gone` | the process of a rank no longer exists, and how it has ended is not known, or not yet |
 | `stopped` | a signal has stopped the process of a rank |
 | `traced` | a debugger holds the process of a rank |
 | `behind` | no rank makes progress, and the others wait for this one |
@@ -87,7 +87,7 @@ class Fault:
     """A fault that the ledger reports.
 
     Args:
-        kind: `killed`, `exited`, `hung`, `lost`, `raised` or `node_lost`.
+        kind: `killed`, `exited`, `gone`, `hung`, `lost`, `raised` or `node_lost`.
         rank: rank that failed; None if no worker of the reporting node did.
         node: name of the node that reports it; empty if a worker does.
         text: what happened, one sentence.
@@ -119,11 +119,13 @@ def _fault(event: Event, stepped_at: float) -> Fault:
         return Fault(AlarmKind.NODE_LOST, None, node, fields["reason"], event.at, stepped_at > event.at)
     rank = event.rank
     at = fields.get("died_at") or event.at
-    return Fault(_kind(fields), rank, node, _cause(rank, fields), at, stepped_at > event.at)
+    return Fault(_kind(rank, fields), rank, node, _cause(rank, fields), at, stepped_at > event.at)
 
 
-def _kind(fields: dict[str, Any]) -> AlarmKind:
+def _kind(rank: int | None, fields: dict[str, Any]) -> AlarmKind:
     kind = fields.get("kind")
+    if rank is not None and not fields.get("hung") and not _end(fields):
+        return AlarmKind.GONE
     return AlarmKind(kind) if kind in {"killed", "exited", "hung", "lost"} else AlarmKind.LOST
 
 
@@ -132,10 +134,16 @@ def _cause(rank: int | None, fields: dict[str, Any]) -> str:
         return "the members of the run changed"
     if fields.get("hung"):
         return f"rank {rank} hung: {fields['hung']}"
-    code, signal_name = fields.get("exit_code"), fields.get("signal_name")
-    how = f"exited with code {code}" if code is not None else f"died by {signal_name}" if signal_name else "died"
+    how = _end(fields) or "has left, and its agent does not know its exit code"
     memory = f" ({fields['out_of_memory']})" if fields.get("out_of_memory") else ""
     return f"rank {rank} {how}{memory}"
+
+
+def _end(fields: dict[str, Any]) -> str:
+    """How a process has ended; empty if its agent does not know."""
+    if (code := fields.get("exit_code")) is not None:
+        return f"exited with code {code}"
+    return f"died by {fields['signal_name']}" if fields.get("signal_name") else ""
 
 
 def alarms_of(
