@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lightning_ckptless.cli.survey.reader import RunReader
 
 EVERY_S = 0.5
+MOST_SHARE = 0.01
+"""Of one core. If the view cost more, it is drawn less often."""
+LOOPBACK = "127.0.0.1"
 _MOST_RUNS = 20
 
 
@@ -31,6 +34,9 @@ def watch(
     arena_dir: ArenaDirOfRun = None,
     once: Annotated[bool, typer.Option("--once", help="Show the run once, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --once: print JSON.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Serve a page and /metrics instead.")] = False,
+    host: Annotated[str, typer.Option(help="With --web: address to listen on.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(help="With --web: port to listen on; 0 for a free one.")] = 0,
 ) -> None:
     """Watch a run: what is protected now, its ranks, tiers, standbys, faults and recoveries.
 
@@ -39,9 +45,9 @@ def watch(
     * `ckptless watch`
     * `ckptless watch 20250131-120000-3fa2`
     * `ckptless watch --once --json | jq .protected`
+    * `ckptless watch --web`
     """
-    if as_json and not once:
-        raise OptionsError("--json prints a run once: add --once")
+    _require_consistent(once=once, as_json=as_json, web=web, host=host, port=port)
     folder = _folder_of(run, run_root, arena_dir)
     from rich.console import Console
 
@@ -51,6 +57,9 @@ def watch(
     from lightning_ckptless.cli.view.watch import screen
 
     reader, console = RunReader(folder, arena_dir), Console()
+    if web:
+        watch_as_page(reader, host, port)
+        return
     found = survey_of(reader.read())
     if as_json:
         typer.echo(to_json(found))
@@ -75,6 +84,7 @@ def watch_in_terminal(reader: RunReader, console: Console, wait: Callable[[float
     from lightning_ckptless.cli.survey.survey import survey_of
     from lightning_ckptless.cli.view.watch import screen
 
+    began_s = time.process_time()
     found = survey_of(reader.read())
     # What was imported stays: looking through it again and again would cost more than the view.
     gc.freeze()
@@ -82,11 +92,61 @@ def watch_in_terminal(reader: RunReader, console: Console, wait: Callable[[float
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while found.state != "ended":
                 live.update(screen(found, console.width, console.height), refresh=True)
-                wait(EVERY_S)
+                wait(pause_s(time.process_time() - began_s))
+                began_s = time.process_time()
                 found = survey_of(reader.read())
     except KeyboardInterrupt:
         pass
     console.print(screen(found, console.width, None))
+
+
+def watch_as_page(reader: RunReader, host: str, port: int) -> None:
+    """Serve a run as a page until Ctrl-C is pressed.
+
+    Args:
+        reader: reads the run.
+        host: address to listen on.
+        port: port to listen on; 0 for a free one.
+
+    Raises:
+        OptionsError: it cannot listen there.
+    """
+    from lightning_ckptless.cli.web.server import WatchedRun, WatchServer, is_loopback, serve
+
+    run = WatchedRun(reader)
+    server = WatchServer(run, host, port)
+    if not is_loopback(host):
+        typer.echo(
+            f"ckptless: the page listens on {host}: every host that reaches it can read the status of the run, with "
+            "paths, process ids and error messages",
+            err=True,
+        )
+    typer.echo(f"{reader.run_id}: {server.url} (metrics: {server.url}metrics); Ctrl-C ends the page, not the run")
+    gc.freeze()
+    serve(run, server, pause_s)
+
+
+def pause_s(cost_s: float) -> float:
+    """Return the time until the run is looked at again.
+
+    Args:
+        cost_s: processor time of the last look, in seconds.
+    """
+    return max(EVERY_S, cost_s / MOST_SHARE)
+
+
+def _require_consistent(*, once: bool, as_json: bool, web: bool, host: str, port: int) -> None:
+    """Refuse options without effect.
+
+    Raises:
+        OptionsError: an option needs another one.
+    """
+    if as_json and not once:
+        raise OptionsError("--json prints a run once: add --once")
+    if once and web:
+        raise OptionsError("--once and --web exclude each other")
+    if not web and (host != LOOPBACK or port):
+        raise OptionsError("--host and --port are those of a page: add --web")
 
 
 def _folder_of(run: str | None, run_root: Path | None, arena_dir: Path | None) -> Path:

@@ -187,7 +187,7 @@ def test_a_live_view_that_is_left_with_ctrl_c(terminal: Terminal, root: Path) ->
     assert "step 41 of 50" in after and "Traceback" not in terminal.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_live_view_ends_with_the_run(terminal: Terminal, root: Path, arena: Arena) -> None:
     assert terminal.shows("step 6"), terminal.text
     Ledger(root / RUN_ID / LEDGER_NAME).record("run_ended", goodput=0.875, recoveries=2)

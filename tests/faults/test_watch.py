@@ -141,7 +141,7 @@ class Live:
         return self.see(
             lambda found: (
                 not found["alarms"]
-                and found["standbys"] == "1 of 1 ready"
+                and found["standbys"] == {"ready": 1, "wanted": 1}
                 and len(found["members"]) == 2
                 and all(member["step"] and member["step"] > 2 for member in found["members"])
                 and found["protected"]["losses"] == 1

@@ -51,6 +51,7 @@ class RunReader:
         self._arenas = _Arenas(self.run_id)
         self._tail = LedgerTail(folder / LEDGER_NAME)
         self._history = History()
+        self._agents: dict[tuple[str, float], Owner | None] = {}
 
     def read(self) -> Reading:
         """Read the run."""
@@ -58,7 +59,7 @@ class RunReader:
             self._history.add(event)
         history = self._history
         arenas = self._arenas.read(self._arena_dir or history.arena_dir or default_arena_dir())
-        nodes = {node.name: _read_node(node) for node in history.nodes.values() if node.host == self._host}
+        nodes = {node.name: self._read_node(node) for node in history.nodes.values() if node.host == self._host}
         return Reading(
             run_id=self.run_id,
             folder=self._folder,
@@ -69,6 +70,13 @@ class RunReader:
             nodes=nodes,
             free_bytes=_free_bytes(self._folder),
         )
+
+    def _read_node(self, node: Node) -> NodeReading:
+        start = (node.name, node.spawned_at)
+        if start not in self._agents:
+            self._agents[start] = _agent_of(node)
+        agent = self._agents[start]
+        return _workers_of(node, agent_alive=agent is not None and agent.alive())
 
 
 def arenas_of(run_id: str, arena_dir: Path | None) -> list[ArenaInfo]:
@@ -111,16 +119,15 @@ class _Arenas:
         return before
 
     def _search(self, arena_dir: Path) -> None:
-        folders = [arena_dir, *(info.path for info, _ in self._found)]
-        seen = (arena_dir, *map(_changed_at, folders))
-        if seen == self._seen:
+        if self._seen == (arena_dir, *map(_changed_at, [arena_dir, *(info.path for info, _ in self._found)])):
             return
+        changed_at = _changed_at(arena_dir)
         self._found.clear()
         for info in arenas_of(self._run_id, arena_dir):
             # It may just have been removed: the run has ended.
             with suppress(ArenaError):
                 self._found.append((info, Arena.attach(info.path)))
-        self._seen = (arena_dir, *map(_changed_at, [arena_dir, *(info.path for info, _ in self._found)]))
+        self._seen = (arena_dir, changed_at, *(_changed_at(info.path) for info, _ in self._found))
 
 
 def _changed_at(folder: Path) -> int:
@@ -139,13 +146,17 @@ def _read_arena(info: ArenaInfo, arena: Arena) -> ArenaReading | None:
         return None
 
 
-def _read_node(node: Node) -> NodeReading:
+def _agent_of(node: Node) -> Owner | None:
+    """Return the agent of a node; None if it has exited."""
     owner = Owner.running(node.agent, None)
     # A process that began after the workers were started has the process id of an agent that has exited.
-    alive = owner is not None and owner.started_at <= node.spawned_at + _CLOCK_TOLERANCE_S
+    return owner if owner is not None and owner.started_at <= node.spawned_at + _CLOCK_TOLERANCE_S else None
+
+
+def _workers_of(node: Node, *, agent_alive: bool) -> NodeReading:
     fields = {pid: stat_fields(pid) for pid in node.pids.values()}
     states = {pid: "X" if found is None else found[0] for pid, found in fields.items()}
-    return NodeReading(alive, read_workers(node.folder), states)
+    return NodeReading(agent_alive, read_workers(node.folder), states)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -20,6 +20,7 @@ from lightning_ckptless.protocol.placement_table import PlacementTable
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
 
 FORMAT = 1
+STATES = ("starting", "running", "silent", "ended", "stopped")
 SILENT_S = 60.0
 """Without an event in the ledger, after which a run on other hosts counts as silent."""
 
@@ -105,6 +106,22 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
+class Standbys:
+    """Processes that wait for a rank, on the node that reported last.
+
+    Args:
+        ready: number of those that have reached `fit`.
+        wanted: number of those that are wanted.
+    """
+
+    ready: int
+    wanted: int
+
+    def __str__(self) -> str:
+        return f"{self.ready} of {self.wanted} ready"
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """A run at one moment.
 
@@ -123,7 +140,7 @@ class Survey:
         members: the ranks, in order.
         pace: how far training has come.
         tiers: the tiers, and how far each lags behind.
-        standbys: number of standbys that are ready, as text; empty if none are requested.
+        standbys: the standbys; None if none are requested, or the run is over.
         placement: where replicas are held, in a sentence.
         plan: the placement as tables; None without copies.
         protection: how many shards have all planned copies, in a sentence; empty if unknown.
@@ -153,7 +170,7 @@ class Survey:
     members: tuple[Member, ...]
     pace: Pace
     tiers: tuple[Tier, ...]
-    standbys: str
+    standbys: Standbys | None
     placement: str
     plan: PlacementTable | None
     protection: str
@@ -201,7 +218,7 @@ def survey_of(reading: Reading, *, last: int = 5) -> Survey:
         members=members,
         pace=pace,
         tiers=_tiers(reading, members, pace),
-        standbys=_standbys(history) if state in {"starting", "running"} else "",
+        standbys=_standbys(history) if state in {"starting", "running"} else None,
         placement=facts.get("placement") or "",
         plan=history.plan,
         protection=protection_in(history, replicas, nodes_here) if nodes_here else "",
@@ -232,10 +249,9 @@ def _state(reading: Reading) -> str:
     return "stopped" if history.newest else "starting"
 
 
-def _standbys(history: History) -> str:
-    """Describe how many standbys are ready; empty if none are requested."""
+def _standbys(history: History) -> Standbys | None:
     event = history.newest.get("standbys")
-    return f"{event.fields['ready']} of {event.fields['wanted']} ready" if event is not None else ""
+    return Standbys(event.fields["ready"], event.fields["wanted"]) if event is not None else None
 
 
 def _durable(history: History) -> str:

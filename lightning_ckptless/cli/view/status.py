@@ -36,8 +36,8 @@ def _head(found: Survey) -> Table:
     if found.generation is not None:
         table.add_row("members", f"generation {found.generation}, {found.world_size} ranks")
         table.add_row("", ", ".join(f"rank {member.rank}: pid {member.pid}" for member in found.members))
-        if found.standbys:
-            table.add_row("standbys", found.standbys)
+        if found.standbys is not None:
+            table.add_row("standbys", str(found.standbys))
         table.add_row("placement", found.placement)
     table.add_row("protected", found.protected.text)
     if found.protection:

@@ -102,8 +102,8 @@ def _member(member: Member) -> str:
 
 def _below(found: Survey) -> list[Text]:
     lines = [_line(f"{tier.name}", _tier(tier)) for tier in found.tiers]
-    if found.standbys:
-        lines.append(_line("standbys", found.standbys))
+    if found.standbys is not None:
+        lines.append(_line("standbys", str(found.standbys)))
     if found.recovery_count:
         lines.append(_line("recoveries", str(found.recovery_count)))
         lines += [_recovery(recovery, found.at) for recovery in reversed(found.recoveries[-3:])]
