@@ -24,6 +24,7 @@ GUIDES = {
     "drill": "[Fault injection](faults.md)",
     "forecast": "[Forecast](forecast.md)",
     "status": "[Watching a run](watching.md)",
+    "watch": "[Watching a run](watching.md#in-the-terminal)",
     "export": "[Exporting the state as a file](watching.md#exporting-the-state-as-a-file)",
     "clean": "[Shared memory after a run](launching.md#shared-memory-after-a-run)",
     "timeline": "[Watching a run](watching.md)",

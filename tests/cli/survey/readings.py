@@ -64,7 +64,12 @@ def reading(
 ) -> Reading:
     """A reading of a run with two nodes, whose clock of progress is the wall clock."""
     history = History()
-    for each in (spawned("a", 0), spawned("b", 1), event("run_started", 99.0, 0, arena="/shm/x", world_size=2), *events):
+    for each in (
+        spawned("a", 0),
+        spawned("b", 1),
+        event("run_started", 99.0, 0, arena="/shm/x", world_size=2),
+        *events,
+    ):
         history.add(each)
     owners = {name: Owner(60 + rank, 1.0) for rank, name in enumerate(NODES)}
     kept = {name: {one: NOW - written_before_s for one in copies if one.node == name} for name in hosted}
