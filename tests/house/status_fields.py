@@ -1,4 +1,4 @@
-"""The table of fields that `ckptless status --json` prints, from the docstrings: `python -m tests.house.status_fields`."""
+"""The table of fields that `ckptless status --json` prints: `python -m tests.house.status_fields`."""
 
 from __future__ import annotations
 

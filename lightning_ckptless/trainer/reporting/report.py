@@ -25,6 +25,7 @@ from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
+from lightning_ckptless.trainer.reporting.tensorboard_layout import lay_out
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
@@ -75,6 +76,7 @@ class RunReport:
         self._step_began_at = clock()
         self._stall_s = 0.0
         self._values: dict[str, float] = {}
+        self._is_laid_out = False
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
         self._is_plan_shown = False
@@ -270,6 +272,9 @@ class RunReport:
             show_on_progress_bar(trainer, shown)
         stepped = trainer.fit_loop.epoch_loop.global_step
         if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
+            if not self._is_laid_out:
+                self._is_laid_out = True
+                lay_out(trainer.loggers, PREFIX)
             values = {f"{PREFIX}{name}": value for name, value in self._values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=max(0, stepped - 1))

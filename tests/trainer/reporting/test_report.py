@@ -7,12 +7,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
+from lightning_ckptless.trainer.reporting.tensorboard_layout import CHARTS
 from tests.trainer.tiny import tiny_trainer
 
 
@@ -29,6 +33,24 @@ def test_the_progress_bar_is_as_under_ddp_until_a_recovery(recoveries: int, show
     report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
     report.step_done()
     assert set(trainer.progress_bar_metrics) == shown
+
+
+def test_tensorboard_is_told_which_values_share_a_chart(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    trainer = tiny_trainer(tmp_path, logger=logger, log_every_n_steps=1)
+    report = report_of(trainer, tmp_path)
+    for _ in range(2):
+        report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
+        report.step_done()
+    logger.experiment.close()
+    events = EventAccumulator(logger.log_dir).Reload()
+    (written,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert charts.keys() == CHARTS.keys()
+    # Every value is in one chart, and every chart has its values.
+    shown = [tag for tags in charts.values() for tag in tags]
+    assert sorted(tag.strip("^$") for tag in shown) == sorted(events.Tags()["scalars"])
 
 
 def test_the_ledger_keeps_the_costs_that_led_to_the_interval(tmp_path: Path) -> None:
