@@ -70,6 +70,8 @@ class History:
 
     def add(self, event: Event) -> None:
         """Add the next event of the ledger."""
+        if event.event == "run_started":
+            self._forget_earlier_fit(event)
         self.newest[event.event] = event
         self.first.setdefault(event.event, event)
         self.counts[event.event] += 1
@@ -95,6 +97,15 @@ class History:
 
     def _enter_generation(self, event: Event) -> None:
         self.generation = max(self.generation or 0, event.generation or 0)
+
+    def _forget_earlier_fit(self, started: Event) -> None:
+        """Forget what was committed in another arena: every `fit` of a script has its own, and counts its own steps."""
+        before = self.newest.get("run_started")
+        if before is not None and before.fields["arena"] != started.fields["arena"]:
+            self.steps.clear()
+            self.plan = None
+            for name in ("committed", "placement"):
+                self.newest.pop(name, None)
 
     def _add_node(self, event: Event) -> None:
         fields = event.fields

@@ -78,10 +78,11 @@ def protected_now(reading: Reading) -> Protected:
     if placed is None:
         return Protected(None, "", None, None, "nothing is protected yet: no version has been mirrored")
     facts = placed.fields
-    if set(facts["nodes"]) - {arena.info.node for arena in reading.arenas}:
+    arenas = reading.current_arenas
+    if set(facts["nodes"]) - {arena.info.node for arena in arenas}:
         return _by_the_ledger(reading.history, placed, reading.at)
     # The copies of a node without an agent are kept for a restart. As long as others train, nobody can read them.
-    alive = {arena.info.node for arena in reading.arenas if arena.info.owner_alive}
+    alive = {arena.info.node for arena in arenas if arena.info.owner_alive}
     written_at = {r: at for r, at in reading.replicas.items() if r.node in alive or not alive}
     cover = cover_of(written_at, facts["domains"], facts["nodes"])
     if cover is None:

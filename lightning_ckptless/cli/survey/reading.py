@@ -68,5 +68,13 @@ class Reading:
 
     @property
     def replicas(self) -> dict[Replica, float]:
-        """The replicas in all arenas, with the time of the last write to each."""
-        return {replica: at for arena in self.arenas for replica, at in arena.written_at.items()}
+        """The replicas in the current arenas, with the time of the last write to each."""
+        return {replica: at for arena in self.current_arenas for replica, at in arena.written_at.items()}
+
+    @property
+    def current_arenas(self) -> tuple[ArenaReading, ...]:
+        """The arenas of the `fit` that has started last; all if that is unknown."""
+        started = self.history.newest.get("run_started")
+        path = None if started is None else started.fields["arena"]
+        run_ids = {arena.info.run_id for arena in self.arenas if str(arena.info.path) == path}
+        return tuple(arena for arena in self.arenas if not run_ids or arena.info.run_id in run_ids)

@@ -204,7 +204,7 @@ def survey_of(reading: Reading, *, last: int = 5) -> Survey:
     state, members, newest = _state(reading), members_of(reading), newest_complete(replicas)
     protected, faults, pace = protected_now(reading), faults_of(history, last), _pace(reading)
     facts = history.newest["run_started"].fields if "run_started" in history.newest else {}
-    nodes_here = {arena.info.node for arena in reading.arenas}
+    nodes_here = {arena.info.node for arena in reading.current_arenas}
     return Survey(
         format=FORMAT,
         at=reading.at,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_the_pace_and_the_end() -> None:
     steps = [event("committed", 10.0 - 2 * count, 0, step=100 + 10 * count, of=200) for count in range(5)]
     pace = survey_of(reading([placed(), *steps])).pace
     assert (pace.step, pace.of, pace.steps_per_s, pace.eta_s) == (140, 200, 5.0, 12.0)
+
+
+def test_a_later_fit_counts_its_own_steps() -> None:
+    again = event("run_started", 8.0, 0, arena="/shm/ckptless-run-a", world_size=2)
+    earlier = [placed(), event("committed", 20.0, 0, step=500, of=500), again]
+    found = survey_of(reading([*earlier, placed(before_s=6.0), event("committed", 5.0, 0, step=3, of=40)]))
+    assert (found.pace.step, found.pace.of, found.pace.steps_per_s) == (7, 40, None)
+    assert survey_of(reading(earlier)).protected.text == "nothing is protected yet: no version has been mirrored"
+
+
+def test_arenas_of_an_earlier_fit_protect_nothing() -> None:
+    run = reading([event("run_started", 8.0, 0, arena="/shm/ckptless-run-a"), placed(before_s=6.0)])
+    earlier, other = run.arenas
+    later = replace(run, arenas=(earlier, replace(other, info=replace(other.info, run_id="run.0"))))
+    assert later.current_arenas == (earlier,)
+    assert len(survey_of(later).arenas) == 2
 
 
 def test_tiers_and_their_lag() -> None:
