@@ -184,7 +184,9 @@ def live(tmp_path: Path) -> Iterator[Live]:
 
 @pytest.mark.long
 def test_faults_from_outside_are_shown(live: Live) -> None:
-    pids = {member["rank"]: member["pid"] for member in live.trains()["members"]}
+    found = live.trains()
+    assert found["pace"]["of"] == 6 * ENDLESS.epochs
+    pids = {member["rank"]: member["pid"] for member in found["members"]}
     os.kill(pids[0], signal.SIGSTOP)
     live.sees_alarm("stopped", 0, "a signal has stopped rank 0")
     os.kill(pids[0], signal.SIGCONT)

@@ -405,8 +405,8 @@ def _count(number: int, one: str, several: str = "") -> str:
 
 def _steps_in_all(trainer: Any) -> int | None:
     """The number of optimizer steps after which `fit` will end; None if it is unknown."""
-    if not trainer.lightning_module.automatic_optimization:
-        # With several optimizers, a batch makes several steps.
+    if trainer.train_dataloader is None or not trainer.lightning_module.automatic_optimization:
+        # Lightning would load the data now; and with several optimizers, a batch makes several steps.
         return None
     steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < float("inf") else None

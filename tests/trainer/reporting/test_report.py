@@ -13,6 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
+from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
@@ -51,6 +52,25 @@ def test_tensorboard_is_told_which_values_share_a_chart(tmp_path: Path) -> None:
     # Every value is in one chart, and every chart has its values.
     shown = [tag for tags in charts.values() for tag in tags]
     assert sorted(tag.strip("^$") for tag in shown) == sorted(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "of"),
+    [
+        ({}, 40),
+        ({"estimated_stepping_batches": float("inf")}, None),
+        ({"estimated_stepping_batches": -1}, None),
+        ({"train_dataloader": None}, None),
+        ({"lightning_module": SimpleNamespace(automatic_optimization=False)}, None),
+    ],
+)
+def test_the_ledger_says_how_many_steps_there_will_be(changes: dict[str, Any], of: int | None, tmp_path: Path) -> None:
+    module = SimpleNamespace(automatic_optimization=True)
+    known = {"lightning_module": module, "train_dataloader": object(), "estimated_stepping_batches": 40}
+    report = report_of(SimpleNamespace(global_rank=0, **(known | changes)), tmp_path)
+    report.committed(Version(7, True))
+    (event,) = read_ledger(tmp_path / "ledger.jsonl", only="committed")
+    assert (event.fields["step"], event.fields["of"]) == (7, of)
 
 
 def test_the_ledger_keeps_the_costs_that_led_to_the_interval(tmp_path: Path) -> None:
