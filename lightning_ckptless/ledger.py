@@ -147,6 +147,31 @@ def read_ledger(path: str | os.PathLike[str], *, only: str = "") -> Events:
     return Events(valid, len(events) - len(valid))
 
 
+class LedgerTail:
+    """Reads a ledger piece by piece, while it is written.
+
+    Args:
+        path: path of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._read_bytes = 0
+
+    def read(self) -> tuple[Event, ...]:
+        """Return the events that have been added since the last call. A line without its end is left for later."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                added = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        complete = added[: added.rfind(b"\n") + 1]
+        self._read_bytes += len(complete)
+        events = (_event(line) for line in complete.splitlines() if line)
+        return tuple(event for event in events if event is not None)
+
+
 def _event(line: bytes) -> Event | None:
     try:
         fields = read_line(line)

@@ -99,7 +99,7 @@ def test_lines_that_are_not_events_are_skipped_and_counted(tmp_path: Path, torn:
     [
         ("committed", {"step": -1}),
         ("run_started", {"world_size": 2}),
-        ("workers_spawned", {"pids": {"0": "12"}}),
+        ("workers_spawned", {"pids": {"0": 12}}),
         ("checkpoint", {"action": "save", "fit": 0, "path": 7}),
     ],
 )

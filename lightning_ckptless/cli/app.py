@@ -16,6 +16,7 @@ from lightning_ckptless.cli.rewind import rewind
 from lightning_ckptless.cli.run import run
 from lightning_ckptless.cli.status import status
 from lightning_ckptless.cli.timeline import timeline
+from lightning_ckptless.cli.watch import watch
 from lightning_ckptless.errors import CkptlessError
 
 USAGE_EXIT_CODE = 2
@@ -32,7 +33,7 @@ app = typer.Typer(
 # Everything after `run`, `--help` included, is parsed by torchrun's argument parser.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 app.command(context_settings=_PASS_THROUGH)(run)
-for command in (doctor, drain, drill, forecast, status, rewind, export, clean, timeline):
+for command in (doctor, drain, drill, forecast, status, watch, rewind, export, clean, timeline):
     app.command()(command)
 
 

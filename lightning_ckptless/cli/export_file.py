@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_ckptless.cli.export_source import Source
-from lightning_ckptless.cli.survey import arenas_of
+from lightning_ckptless.cli.survey.reader import arenas_of
 from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.checkpoint import (
     host_state_of,
@@ -147,7 +147,7 @@ def _arenas(source: Source) -> list[Arena]:
     if source.run is None:
         return []
     arenas = []
-    for info in arenas_of(source.run, source.arena_dir):
+    for info in arenas_of(source.run.run_id, source.arena_dir or source.run.arena_dir):
         try:
             arenas.append(Arena.attach(info.path))
         except ArenaError:

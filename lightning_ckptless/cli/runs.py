@@ -40,22 +40,49 @@ def run_root(root: Path | None) -> Path:
 
 
 def find_run(name: str | None, root: Path | None) -> Run:
-    """Find a run.
+    """Find a run and read its ledger; the arguments and errors are those of `find_folder`."""
+    folder = find_folder(name, root)
+    return Run(folder.name, folder, read_ledger(folder / LEDGER_NAME).events)
+
+
+def find_folder(name: str | None, root: Path | None) -> Path:
+    """Find the folder of a run.
 
     Args:
         name: run id or run folder; None for the newest run.
         root: folder of all runs; None for the default.
 
     Raises:
-        OptionsError: there is no such run; the message lists the newest ones.
+        OptionsError: there is no such run, and the message lists the newest ones; or it belongs to another user.
     """
-    folder_of_runs = run_root(root)
-    ledgers = sorted(folder_of_runs.glob(f"*/{LEDGER_NAME}"), key=lambda path: path.stat().st_mtime)
-    candidates = [Path(name), folder_of_runs / name] if name else [path.parent for path in ledgers[-1:]]
+    folder_of_runs, newest = run_root(root), newest_folders(root)
+    candidates = [Path(name), folder_of_runs / name] if name else newest[:1]
     for folder in candidates:
-        if (folder / LEDGER_NAME).is_file():
-            return Run(folder.absolute().name, folder.absolute(), read_ledger(folder / LEDGER_NAME).events)
-    known = ", ".join(path.parent.name for path in ledgers[-5:]) or "none"
+        if _has_ledger(folder):
+            return folder.absolute()
+    known = ", ".join(folder.name for folder in reversed(newest[:5])) or "none"
     raise OptionsError(
         f"{name or 'the newest run'}: no {LEDGER_NAME} found in {folder_of_runs.absolute()}; runs there: {known}"
     )
+
+
+def newest_folders(root: Path | None) -> list[Path]:
+    """Return the folders of all runs, the newest first.
+
+    Args:
+        root: folder of all runs; None for the default.
+    """
+    ledgers = sorted(run_root(root).glob(f"*/{LEDGER_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.absolute() for path in ledgers]
+
+
+def _has_ledger(folder: Path) -> bool:
+    """Whether a folder is that of a run.
+
+    Raises:
+        OptionsError: another user does not permit to look.
+    """
+    try:
+        return (folder / LEDGER_NAME).is_file()
+    except PermissionError as error:
+        raise OptionsError(f"{folder}: belongs to another user, who does not permit to read it ({error})") from error

@@ -5,9 +5,6 @@ Apart from `app`, because each sub-command has its own file.
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -26,15 +23,17 @@ def status(
     * `ckptless status`
     * `ckptless status 20250131-120000-3fa2 --json`
     """
-    from lightning_ckptless.cli.runs import find_run
+    from lightning_ckptless.cli.runs import find_folder
 
     # Report a wrong name before the slow import of torch.
-    named = find_run(run, run_root)
-    from lightning_ckptless.cli.survey import survey
+    folder = find_folder(run, run_root)
+    from lightning_ckptless.cli.survey.reader import RunReader
+    from lightning_ckptless.cli.survey.survey import as_json as to_json
+    from lightning_ckptless.cli.survey.survey import survey_of
     from lightning_ckptless.cli.view.status import show_status
 
-    found = survey(named, arena_dir, now=time.time())
+    found = survey_of(RunReader(folder, arena_dir).read())
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1, default=str))
+        typer.echo(to_json(found))
     else:
         show_status(found)

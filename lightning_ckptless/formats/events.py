@@ -55,19 +55,22 @@ _CHECKPOINT: dict[str, dict[str, Check]] = {
 }
 _EVENTS: dict[str, dict[str, Check]] = {
     "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
-    "committed": {"step": STEP},
+    "committed": {"step": STEP, "of": optional(STEP)},
     "drain": {"node": text(), "drained_rank": RANK, "action": text(), "reason": _WORDS},
     "drain_given_up": {"node": text(), "drained_rank": RANK},
     "drained": {"node": text(), "drained_rank": RANK, "step": STEP},
-    "durable_failed": {"step": STEP},
+    "durable_failed": {"step": STEP, "cause": optional(_WORDS)},
     "durable_written": {"step": STEP, "path": text()},
     "fault": {
         "restart": optional(_COUNT), "signal_name": optional(_WORDS), "exit_code": optional(integer(-LARGEST)),
         "died_at": optional(number()), "detected_at": optional(number()), "stopped_at": optional(number()),
+        "node": optional(text()), "pid": optional(PID), "kind": optional(text()), "hung": optional(_WORDS),
+        "out_of_memory": optional(_WORDS),
     },
     "in_place": {"new": table(_BY_RANK, _worker)},
     "node_drained": {"node": text()},
     "node_leaves": {"node": text(), "action": text(), "reason": _WORDS},
+    "node_lost": {"node": optional(text()), "reason": _WORDS},
     "placement": {
         "kind": text(), "copies": integer(0, MOST_RANKS), "holders": sequence(_RANKS), "nodes": sequence(text()),
         "domains": sequence(text()), "sizes_bytes": sequence(BYTES),
@@ -77,6 +80,7 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "steps_replayed": _COUNT, "phases": table(text(), number()), "total_s": number(),
         "sources": optional(table(text(), _COUNT)), "moved_bytes": optional(BYTES),
     },
+    "raised": {"cause": _WORDS, "final": boolean},
     "restored": {"version": text()},
     "run_ended": {"goodput": optional(number(0, 1)), "recoveries": optional(_COUNT)},
     "run_started": {
@@ -88,7 +92,9 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "began_at": number(), "until": number(), "seconds": table(text(r"\w+"), number()), "is_over": boolean,
         "failures": integer(0, _MOST_FAILURES), "steps_replayed": _COUNT, "step": STEP, "versions": _COUNT,
     },
-    "workers_spawned": {"pids": table(_BY_RANK, PID)},
+    "workers_spawned": {
+        "pids": table(_BY_RANK, PID), "node": text(), "host": text(), "agent": PID, "folder": text(r"[^\0]+"),
+    },
 }  # fmt: skip
 _HEAD: dict[str, Check] = {
     "event": text(r"\w+"), "at": number(), "generation": optional(integer(0, 1 << 40)), "rank": optional(RANK),

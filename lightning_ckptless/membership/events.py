@@ -103,12 +103,24 @@ class AgentEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkersSpawned(Event):
-    """All workers of a node have been started."""
+    """All workers of a node have been started.
+
+    Args:
+        node: name of the node.
+        world_size: number of ranks of all nodes.
+        pids: process ids by rank.
+        host: name of the host.
+        agent: process id of the agent.
+        folder: of the agent, in which the workers write their progress.
+    """
 
     name: ClassVar[str] = "workers_spawned"
     node: str
     world_size: int
     pids: Mapping[int, int]
+    host: str
+    agent: int
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)

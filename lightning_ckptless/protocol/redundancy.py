@@ -1,4 +1,4 @@
-"""The current redundancy of a run: which shards have all the copies that the placement requires."""
+"""The current redundancy of a run: which shards have all their copies, and which losses the copies survive."""
 
 from __future__ import annotations
 
@@ -63,3 +63,51 @@ def _older(inventory: Iterable[Replica], found: Complete, shards: int) -> list[C
     before = [r for r in inventory if r.snapshot < found.snapshot and r.world_size == shards and r.state in READABLE]
     older = newest_complete(before)
     return [older] if isinstance(older, Complete) else []
+
+
+@dataclass(frozen=True, slots=True)
+class Cover:
+    """The losses that a version survives, by the copies that exist of it.
+
+    Args:
+        snapshot: the version.
+        losses: number of failure domains of which any may be lost at once.
+        fatal: sets of domains, one more than that, whose loss destroys every copy of some shard.
+    """
+
+    snapshot: Snapshot
+    losses: int
+    fatal: tuple[tuple[str, ...], ...]
+
+
+def cover_of(inventory: Collection[Replica], domains: Sequence[str], nodes: Sequence[str]) -> Cover | None:
+    """The losses that the newest complete version survives, or the version before it if that survives more of them.
+
+    Slots are overwritten while they are read, so a version with all its copies counts even if a newer one is in flight.
+
+    Args:
+        inventory: contents of all arenas.
+        domains: failure domain of each rank.
+        nodes: name of each rank's node.
+
+    Returns:
+        None if no version is complete.
+    """
+    found = newest_complete(inventory)
+    if not isinstance(found, Complete):
+        return None
+    covers = [_cover(complete, domains, nodes) for complete in (found, *_older(inventory, found, len(found.replicas)))]
+    return max(covers, key=lambda cover: (cover.losses, cover.snapshot))
+
+
+def _cover(complete: Complete, domains: Sequence[str], nodes: Sequence[str]) -> Cover:
+    kept = [tuple(sorted({_domain_of(r, domains, nodes) for r in replicas})) for replicas in complete.replicas]
+    fewest = min(map(len, kept))
+    return Cover(complete.snapshot, fewest - 1, tuple(dict.fromkeys(names for names in kept if len(names) == fewest)))
+
+
+def _domain_of(replica: Replica, domains: Sequence[str], nodes: Sequence[str]) -> str:
+    """The domain with which a replica is lost: that of its holder, or of a rank of its node after a renumbering."""
+    if replica.holder < len(nodes) and nodes[replica.holder] == replica.node:
+        return domains[replica.holder]
+    return next((domain for domain, node in zip(domains, nodes, strict=True) if node == replica.node), replica.node)

@@ -273,6 +273,14 @@ class Arena:
         self.torn_headers = 0
         return tuple(self._replica(header, name.index) for _, name, header in self._headers() if header is not None)
 
+    def written_at(self) -> dict[Replica, float]:
+        """The inventory, with the time of the last write to each slot in seconds since the epoch."""
+        found = {}
+        for replica in self.inventory():
+            with suppress(FileNotFoundError):
+                found[replica] = stat_file(self._path(replica)).st_mtime
+        return found
+
     def _headers(self) -> Iterator[tuple[Path, SlotName, SlotHeader | None]]:
         for path, name in self._slot_files():
             try:

@@ -39,7 +39,8 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
     """
     folder = root / RUN_ID
     writer = Writer(folder)
-    writer.at(0.0, "workers_spawned", world_size=2, pids={"0": 70, "1": 71})
+    node: dict[str, Any] = {"node": "node-a", "host": "host-a", "agent": 60, "folder": "/tmp/agent"}
+    writer.at(0.0, "workers_spawned", world_size=2, pids={"0": 70, "1": 71}, **node)
     writer.at(4.0, "standbys", ready=1, wanted=2, pids=[80, 81])
     writer.at(8.2, "in_place", new={"1": [80, "standby"]})
     if ended:

@@ -60,7 +60,8 @@ def test_a_running_run(tmp_path: Path, arena: Arena) -> None:
         (1, 1, "step 6", "committed", 74),
         (1, 1, "step 5", "staged", 74),
     ]
-    assert (status["members"], status["standbys"]) == ([[0, 70], [1, 80]], "1 of 2 ready")
+    assert [(member["rank"], member["pid"]) for member in status["members"]] == [(0, 70), (1, 80)]
+    assert status["standbys"] == {"ready": 1, "wanted": 2}
     assert status["recovery_count"] == 2
     assert status["recoveries"][-1]["cause"] == "died by SIGKILL"
 

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ckptless.cli.runs import Run
-from lightning_ckptless.cli.survey import survey
+from lightning_ckptless.cli.survey.reader import RunReader
+from lightning_ckptless.cli.survey.survey import survey_of
 from lightning_ckptless.cli.view.story import story_of
 from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.checkpoint import recipe_in
@@ -299,7 +299,7 @@ def read_as_status_does(folder: Path, lines: list[bytes], arenas: Path) -> None:
     (folder / LEDGER_NAME).write_bytes(b"\n".join(lines))
     events = read_ledger(folder / LEDGER_NAME).events
     try:
-        asdict(survey(Run("run", folder, events), arenas, now=2000.0))
+        asdict(survey_of(RunReader(folder, arenas, clock=lambda: 2000.0).read()))
         if events:
             story_of("run", events)
     except CkptlessError:

@@ -26,6 +26,7 @@ GUIDES = {
     "forecast": "[Forecast](forecast.md)",
     "status": "[Watching a run](watching.md)",
     "rewind": "[Rewind](rewind.md)",
+    "watch": "[Watching a run](watching.md#in-the-terminal)",
     "export": "[Exporting the state as a file](watching.md#exporting-the-state-as-a-file)",
     "clean": "[Shared memory after a run](launching.md#shared-memory-after-a-run)",
     "timeline": "[Watching a run](watching.md)",

@@ -15,6 +15,8 @@ from typer.main import get_command
 
 from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
+from lightning_ckptless.cli.survey import alarms
+from lightning_ckptless.cli.view.metrics import METRICS
 from lightning_ckptless.configuration.option import options_of
 from lightning_ckptless.errors import OptionsError, WorldSizeError
 from lightning_ckptless.membership import drain_events  # noqa: F401 - its events are subclasses
@@ -47,6 +49,7 @@ from lightning_ckptless.protocol.virtual_ranks import require_world
 from lightning_ckptless.supported import SUPPORTED
 from lightning_ckptless.trainer.strategy.world_size import require_ranks
 from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
+from tests.house.status_fields import table_text
 from tests.versions.legs import USUAL, legs
 from tests.versions.table import rows_of
 
@@ -135,6 +138,14 @@ def test_messages() -> None:
     sent_by = {"worker": r"Sent by (a|the first) (worker|survivor|standby)", "agent": "Sent by an agent"}
     unsaid = [name for name, sender in classes if not re.match(sent_by[sender], vars(messages)[name].__doc__ or "")]
     assert unsaid == []
+
+
+def test_what_is_shown_of_a_run() -> None:
+    text = page("watching")
+    assert alarms.__doc__ is not None
+    assert table(text, "Kind") == table(alarms.__doc__, "Kind")
+    assert table_text() in text
+    assert table(text, "Metric") == [[f"`{metric.name}`", metric.kind, metric.about] for metric in METRICS]
 
 
 def test_what_silence_means() -> None:

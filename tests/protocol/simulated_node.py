@@ -424,6 +424,7 @@ def _parts(
     draining = Draining(settings.name, settings.least_nodes, seat, Requests(_NOWHERE), in_place, report, clock)
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(
+        folder=_NOWHERE,
         starter=SimulatedStarter(machine, clock),
         in_place=in_place,
         draining=draining,

@@ -1,9 +1,15 @@
-"""Which shards have all their copies, from an inventory of the arenas."""
+"""Which shards have all their copies, and which losses these survive, from an inventory of the arenas."""
 
 from __future__ import annotations
 
-from lightning_ckptless.protocol.redundancy import protection_of
-from lightning_ckptless.protocol.versions import Replica, SlotState, Version
+from collections.abc import Collection
+from itertools import combinations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckptless.protocol.redundancy import cover_of, protection_of
+from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Version, newest_complete
 
 KEEPERS, NODES = ((1,), (0,), (3,), (2,)), ("a", "b", "c", "d")
 PAIRS = [(shard, holder) for shard, (other,) in enumerate(KEEPERS) for holder in (shard, other)]
@@ -42,3 +48,47 @@ def test_a_shard_without_any_copy() -> None:
 def test_a_copy_on_another_node_than_its_holders_does_not_count() -> None:
     moved = ("b", "a", "c", "d")
     assert protection_of([replica(*pair) for pair in PAIRS], KEEPERS, moved).whole == 2
+
+
+@st.composite
+def inventories(draw: st.DrawFn) -> tuple[list[Replica], list[str]]:
+    """Copies of up to four shards on any holders, and the failure domain of each rank."""
+    count = draw(st.integers(1, 4))
+    held = draw(st.lists(st.sets(st.integers(0, count - 1), min_size=1), min_size=count, max_size=count))
+    domains = draw(st.lists(st.sampled_from(["x", "y", "z"]), min_size=count, max_size=count))
+    copies = [
+        Replica(shard, holder, NODES[holder], 0, Version(6, True), 1, count, "", SlotState.COMMITTED, 8, 8, "")
+        for shard, holders in enumerate(held)
+        for holder in holders
+    ]
+    return copies, domains
+
+
+@given(inventories())
+def test_the_losses_that_are_survived_are_those_of_which_any_may_happen(made: tuple[list[Replica], list[str]]) -> None:
+    copies, domains = made
+    cover = cover_of(copies, domains, NODES[: len(domains)])
+    assert cover is not None
+
+    def survives(lost: Collection[str]) -> bool:
+        kept = [one for one in copies if domains[one.holder] not in lost]
+        return isinstance(newest_complete(kept), Complete)
+
+    assert all(survives(lost) for lost in combinations(set(domains), cover.losses))
+    assert cover.fatal
+    assert not any(survives(lost) for lost in cover.fatal)
+    assert all(len(lost) == cover.losses + 1 for lost in cover.fatal)
+
+
+def test_a_version_with_copies_is_preferred_to_a_newer_one_without() -> None:
+    inventory = [replica(*pair) for pair in PAIRS] + [replica(shard, shard, 7, 1) for shard in range(4)]
+    cover = cover_of(inventory, NODES, NODES)
+    assert cover is not None
+    assert (cover.snapshot.version.optimizer_step, cover.losses) == (6, 1)
+    newest = cover_of([*inventory, *(replica(shard, holder, 7, 0) for shard, holder in PAIRS)], NODES, NODES)
+    assert newest is not None
+    assert (newest.snapshot.version.optimizer_step, newest.losses) == (7, 1)
+
+
+def test_nothing_covers_a_version_that_is_not_complete() -> None:
+    assert cover_of([replica(0, 0)], NODES, NODES) is None

@@ -8,11 +8,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ckptless.cli.survey import Survey
+from lightning_ckptless.cli.survey.survey import Survey
+from lightning_ckptless.cli.view.watch import STATE_COLOURS
 from lightning_ckptless.protocol.mtbf import observed_mtbf
 from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
 
-_COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
 _MOST_RANKS = 8
 _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
 
@@ -37,18 +37,19 @@ def show_status(found: Survey) -> None:
 
 def _head(found: Survey) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row("run", Text(found.run_id, style="bold"), Text(found.state, style=_COLOURS[found.state]))
+    table.add_row("run", Text(found.run_id, style="bold"), Text(found.state, style=STATE_COLOURS[found.state]))
     table.add_row("ledger", found.folder)
     if found.generation is not None:
         table.add_row("members", f"generation {found.generation}, {found.world_size} ranks")
-        table.add_row("", ", ".join(f"rank {rank}: pid {pid}" for rank, pid in found.members))
-        if found.standbys:
-            table.add_row("standbys", found.standbys)
+        table.add_row("", ", ".join(f"rank {member.rank}: pid {member.pid}" for member in found.members))
+        if found.standbys is not None:
+            table.add_row("standbys", str(found.standbys))
         for reason in found.draining:
             table.add_row("draining", reason.removeprefix("draining "))
         table.add_row("placement", found.placement)
+    table.add_row("protected", found.protected.text)
     if found.protection:
-        table.add_row("protected", found.protection)
+        table.add_row("copies", found.protection)
     if found.arenas:
         table.add_row("committed", found.committed or "none yet")
         if found.commit_lag_steps is not None:
@@ -60,6 +61,8 @@ def _head(found: Survey) -> Table:
         table.add_row("arenas", "none on this host")
     if found.durable:
         table.add_row("durable", found.durable)
+    for alarm in found.alarms:
+        table.add_row("alarm", Text(alarm.text, style="red"))
     table.add_row("recoveries", str(found.recovery_count))
     if found.goodput is not None:
         recent = "" if found.goodput_1h is None else f", {found.goodput_1h:.1%} in the last hour"

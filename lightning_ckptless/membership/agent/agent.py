@@ -21,10 +21,12 @@ its state; what two parts share is passed to both.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 
 from torch.distributed import DistError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -101,8 +103,13 @@ class _RoundParts:
 
 @dataclass(frozen=True, slots=True)
 class AgentParts:
-    """The parts of an agent that last for all rounds; see the table above."""
+    """The parts of an agent that last for all rounds; see the table above.
 
+    Args:
+        folder: of the agent, in which workers leave their reports.
+    """
+
+    folder: Path
     starter: Starter
     in_place: InPlaceRecovery
     draining: Draining
@@ -133,6 +140,7 @@ class NodeAgent:
     ) -> None:
         self._settings = settings
         self._run = run
+        self._folder = parts.folder
         self._starter = parts.starter
         self._in_place = parts.in_place
         self._draining = parts.draining
@@ -288,7 +296,8 @@ class NodeAgent:
             self._in_place.begin_round(current.regroupings, self._start_standby)
             pids = workers.pids()
             by_rank = {rank: pids[local_rank] for local_rank, rank in rendezvous.ranks.items()}
-            self._events.report(WorkersSpawned(self._settings.name, rendezvous.world_size, by_rank))
+            name, host = self._settings.name, self._settings.host
+            self._events.report(WorkersSpawned(name, rendezvous.world_size, by_rank, host, os.getpid(), self._folder))
             if self._run.relaunches:
                 self._report_relaunch(rendezvous.world_size)
         finally:

@@ -76,6 +76,7 @@ def assemble(
         lambda: starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh
     )
     return AgentParts(
+        folder=folder,
         starter=starter,
         in_place=in_place,
         draining=draining,

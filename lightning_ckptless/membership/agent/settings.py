@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class NodeSettings:
         time_limit_s: time in seconds from the agent's start after which the run is ended; None for no limit.
         newcomer_outputs: folder for the output of new processes until they have joined the other ranks; None for a
             temporary one.
+        host: name of the host.
     """
 
     name: str
@@ -60,6 +62,7 @@ class NodeSettings:
     log_line_prefix: str | None = None
     time_limit_s: float | None = None
     newcomer_outputs: Path | None = None
+    host: str = field(default_factory=socket.gethostname)
 
     def limits(self, asked: RecoveryLimits) -> RecoveryLimits:
         """Return how often the run may recover.

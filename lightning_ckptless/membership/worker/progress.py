@@ -13,6 +13,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,8 +24,70 @@ from lightning_ckptless.system.procfs import stat_fields
 STACKS_SIGNAL = signal.SIGRTMIN + 4
 """Makes a worker write the stack of each of its threads to a file."""
 
-_FORMAT = struct.Struct("=qqqdddqqq")
+_FORMAT = struct.Struct("=qqqdddqqqqq")
 _SMOOTHING = 0.1
+_PREFIX = "progress-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """The content of a progress file, in the order in which it is written; see `RankProgress`."""
+
+    step: int
+    point: int
+    count: int
+    at: float
+    longest_pause_s: float
+    own_s: float
+    epoch: int
+    out_of_data: int
+    begun: int
+    pid: int
+    rank: int
+
+    def encode(self) -> bytes:
+        return _FORMAT.pack(
+            self.step,
+            self.point,
+            self.count,
+            self.at,
+            self.longest_pause_s,
+            self.own_s,
+            self.epoch,
+            self.out_of_data,
+            self.begun,
+            self.pid,
+            self.rank,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> _Record | None:
+        """Read a file; None where nothing has been written yet."""
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        # A new file is all zero.
+        return cls(*_FORMAT.unpack(data)) if len(data) == _FORMAT.size and any(data) else None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProgress:
+    """The progress of a worker as it has written it itself.
+
+    Args:
+        rank: its rank.
+        local_rank: its rank on its node.
+        pid: its process id.
+        is_running: whether the process exists; a zombie counts as gone.
+        progress: where it is, or was at its end.
+    """
+
+    rank: int
+    local_rank: int
+    pid: int
+    is_running: bool
+    progress: RankProgress
 
 
 class ProgressWriter:
@@ -51,6 +114,8 @@ class ProgressWriter:
         self._first_step = -1
         self._epoch = -1
         self._out_of_data = False
+        self._pid = os.getpid()
+        self._rank = int(os.environ.get("RANK", "-1"))
 
     @classmethod
     def from_environment(cls) -> ProgressWriter | None:
@@ -63,9 +128,20 @@ class ProgressWriter:
         self._stacks = path.open("w")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
 
-    def beat(self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False) -> None:
-        """Record where this rank stands; the arguments are those of `RankProgress`."""
+    def beat(
+        self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False, rank: int | None = None
+    ) -> None:
+        """Record where this rank stands; the arguments are those of `RankProgress`.
+
+        Args:
+            step: see there.
+            point: see there.
+            epoch: see there.
+            out_of_data: see there.
+            rank: this rank, which a world change may change; None for the one of the last call.
+        """
         now = self._clock()
+        self._rank = self._rank if rank is None else rank
         self._begun, self._epoch, self._out_of_data = step, epoch, out_of_data
         if (step, point) == self._place:
             self._count += 1
@@ -107,7 +183,7 @@ class ProgressWriter:
     def _write(self, now: float) -> None:
         step, point = self._place
         # `pack_into` zeroes the memory first: for a moment the agent would read progress from the time of the boot.
-        self._memory[:] = _FORMAT.pack(
+        record = _Record(
             step,
             point,
             self._count,
@@ -117,7 +193,10 @@ class ProgressWriter:
             self._epoch,
             self._out_of_data,
             self._begun,
+            self._pid,
+            self._rank,
         )
+        self._memory[:] = record.encode()
 
     def close(self) -> None:
         """Release the memory and the signal."""
@@ -129,7 +208,7 @@ class ProgressWriter:
 
 def progress_path(folder: Path, local_rank: int) -> Path:
     """File of a worker's progress, in the folder of its agent."""
-    return folder / f"progress-{local_rank}"
+    return folder / f"{_PREFIX}{local_rank}"
 
 
 def stacks_path(folder: Path, local_rank: int) -> Path:
@@ -144,15 +223,9 @@ def step_begun(folder: Path, local_rank: int) -> int | None:
         folder: of its agent.
         local_rank: of the worker.
     """
-    try:
-        data = progress_path(folder, local_rank).read_bytes()
-    except FileNotFoundError:
-        return None
-    if len(data) != _FORMAT.size:
-        return None
-    begun = int(_FORMAT.unpack(data)[-1])
-    # A new file is all zero, and steps are counted from 1.
-    return begun if begun > 0 else None
+    record = _Record.read(progress_path(folder, local_rank))
+    # Steps are counted from 1.
+    return record.begun if record is not None and record.begun > 0 else None
 
 
 def read_progress(folder: Path, local_rank: int, pid: int) -> RankProgress | None:
@@ -163,24 +236,37 @@ def read_progress(folder: Path, local_rank: int, pid: int) -> RankProgress | Non
         local_rank: of the worker.
         pid: its process id.
     """
-    try:
-        data = progress_path(folder, local_rank).read_bytes()
-    except FileNotFoundError:
-        return None
-    fields = stat_fields(pid)
-    if fields is None or len(data) != _FORMAT.size:
-        return None
-    state = fields[0]
-    step, point, count, at, longest_pause_s, own_s, epoch, out_of_data, _ = _FORMAT.unpack(data)
+    record, fields = _Record.read(progress_path(folder, local_rank)), stat_fields(pid)
+    return None if record is None or fields is None else _progress(record, fields[0])
+
+
+def read_workers(folder: Path) -> tuple[WorkerProgress, ...]:
+    """Return the progress of all workers that have written any, whether or not they still run.
+
+    Args:
+        folder: of their agent.
+    """
+    found = []
+    for path in folder.glob(f"{_PREFIX}*"):
+        if (record := _Record.read(path)) is not None:
+            fields = stat_fields(record.pid)
+            state = "X" if fields is None else fields[0]
+            local_rank = int(path.name.removeprefix(_PREFIX))
+            progress = _progress(record, state)
+            found.append(WorkerProgress(record.rank, local_rank, record.pid, state not in "XZ", progress))
+    return tuple(sorted(found, key=lambda worker: worker.local_rank))
+
+
+def _progress(record: _Record, state: str) -> RankProgress:
     return RankProgress(
-        step,
-        Point(point),
-        count,
-        at,
-        longest_pause_s,
-        own_s,
+        record.step,
+        Point(record.point),
+        record.count,
+        record.at,
+        record.longest_pause_s,
+        record.own_s,
         stopped=state == "T",
         traced=state == "t",
-        epoch=epoch,
-        out_of_data=bool(out_of_data),
+        epoch=record.epoch,
+        out_of_data=bool(record.out_of_data),
     )

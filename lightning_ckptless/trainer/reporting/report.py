@@ -32,6 +32,7 @@ from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.run_clock import RunClock, agent_started_at
+from lightning_ckptless.trainer.reporting.tensorboard_layout import lay_out
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
@@ -101,6 +102,7 @@ class RunReport:
         self._stall_s = 0.0
         self._versions = 0
         self._values: dict[str, float] = {}
+        self._is_laid_out = False
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
         self._is_plan_shown = False
@@ -350,6 +352,9 @@ class RunReport:
             show_on_progress_bar(trainer, shown)
         stepped = trainer.fit_loop.epoch_loop.global_step
         if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
+            if not self._is_laid_out:
+                self._is_laid_out = True
+                lay_out(trainer.loggers, PREFIX)
             values = {f"{PREFIX}{name}": value for name, value in self._values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=max(0, stepped - 1))
@@ -360,7 +365,12 @@ class RunReport:
         now = self.clock()
         if self.is_reporter and now - self._last_noted_at >= NOTE_EVERY_S:
             self._last_noted_at = now
-            self.ledger.record("committed", step=version.optimizer_step, validation_done=version.validation_done)
+            self.ledger.record(
+                "committed",
+                step=version.optimizer_step,
+                validation_done=version.validation_done,
+                of=_steps_in_all(self.trainer),
+            )
         if self._restored is None:
             first, self._restored = True, version
             return first
@@ -533,6 +543,15 @@ class RunReport:
 
 def _count(number: int, one: str, several: str = "") -> str:
     return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
+def _steps_in_all(trainer: Any) -> int | None:
+    """The number of optimizer steps after which `fit` will end; None if it is unknown."""
+    if trainer.train_dataloader is None or not trainer.lightning_module.automatic_optimization:
+        # Lightning would load the data now; and with several optimizers, a batch makes several steps.
+        return None
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < float("inf") else None
 
 
 def _cause(fault: FaultReport | None) -> str:

@@ -47,7 +47,7 @@ class StepProgress:
         done = point in (Point.COMMIT, Point.VALIDATION)
         out_of_data = done and self._loops.is_out_of_data
         step = trainer.global_step + (not done)
-        self._writer.beat(step, point, trainer.current_epoch, out_of_data=out_of_data)
+        self._writer.beat(step, point, trainer.current_epoch, out_of_data=out_of_data, rank=trainer.global_rank)
 
     def interrupt(self) -> None:
         """Report that a fault has ended the step and a recovery begins."""

@@ -11,6 +11,9 @@ from typing import Any, cast
 
 import psutil
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_ckptless import environment
 from lightning_ckptless.ledger import Ledger, read_ledger
@@ -19,10 +22,13 @@ from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
 from lightning_ckptless.metrics import Goodput
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
+from lightning_ckptless.protocol.rewind import PastRewinds, RewindPlan
 from lightning_ckptless.protocol.time_account import Bucket, TimeAccount
+from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
+from lightning_ckptless.trainer.reporting.tensorboard_layout import CHARTS
 from lightning_ckptless.trainer.session.identity import Identity
 from tests.trainer.tiny import tiny_trainer
 
@@ -92,7 +98,7 @@ def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None
     report.begin_training()
     saved = report.state()
     now[0] += 3.0
-    report.rewinding()
+    report.rewinding(RewindPlan(Version(3, True), 5, 0, 0, PastRewinds(), "from step 5 to step 3"))
     now[0] += 2.0
     report.resume(saved)
     assert report.account.seconds[Bucket.REWIND] == pytest.approx(5.0)
@@ -103,6 +109,43 @@ def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None
     report.resume(saved)
     assert report.account.seconds[Bucket.ELASTIC_TRANSITION] == pytest.approx(4.0)
     assert report.failures == 0
+
+
+def test_tensorboard_is_told_which_values_share_a_chart(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    trainer = tiny_trainer(tmp_path, logger=logger, log_every_n_steps=1)
+    report = report_of(trainer, tmp_path)
+    for _ in range(2):
+        report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
+        report.step_done()
+    logger.experiment.close()
+    events = EventAccumulator(logger.log_dir).Reload()
+    (written,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert charts.keys() == CHARTS.keys()
+    # Every value is in one chart, and every chart has its values.
+    shown = [tag for tags in charts.values() for tag in tags]
+    assert sorted(tag.strip("^$") for tag in shown) == sorted(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "of"),
+    [
+        ({}, 40),
+        ({"estimated_stepping_batches": float("inf")}, None),
+        ({"estimated_stepping_batches": -1}, None),
+        ({"train_dataloader": None}, None),
+        ({"lightning_module": SimpleNamespace(automatic_optimization=False)}, None),
+    ],
+)
+def test_the_ledger_says_how_many_steps_there_will_be(changes: dict[str, Any], of: int | None, tmp_path: Path) -> None:
+    module = SimpleNamespace(automatic_optimization=True)
+    known = {"lightning_module": module, "train_dataloader": object(), "estimated_stepping_batches": 40}
+    report = report_of(SimpleNamespace(global_rank=0, **(known | changes)), tmp_path)
+    report.committed(Version(7, True))
+    (event,) = read_ledger(tmp_path / "ledger.jsonl", only="committed")
+    assert (event.fields["step"], event.fields["of"]) == (7, of)
 
 
 def test_the_ledger_keeps_the_costs_that_led_to_the_interval(tmp_path: Path) -> None:
