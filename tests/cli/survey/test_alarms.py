@@ -129,9 +129,9 @@ def test_short_steps_differ_by_chance() -> None:
 
 
 def test_a_run_that_has_ended_has_no_alarms() -> None:
-    ended: list[Event] = [placed(), event("fault", 9.0, 1, **KILLED), event("run_ended", 1.0, 0, goodput=0.5)]
+    ended: list[Event] = [placed(), event("fault", 9.0, 1, **KILLED), event("run_ended", 1.0, 0)]
     found = survey_of(reading(ended, copies=(), dead_agents=["a", "b"], states={0: "X", 1: "X"}, hosted=()))
-    assert (found.state, found.alarms, found.goodput) == ("ended", (), 0.5)
+    assert (found.state, found.alarms) == ("ended", ())
 
 
 def test_all_that_is_wrong_is_shown() -> None:
