@@ -126,9 +126,11 @@ def plan_rewind(
     reachable = [version for version in kept if version.optimizer_step <= wanted]
     if not reachable and count:
         # Twice as far is further than the history reaches: as far as possible, if that is further than before.
-        reachable = sorted(version for version in kept if version.optimizer_step < past.to_step)[:1]
+        most = min(deepest.step, past.to_step - 1)
+        reachable = sorted(version for version in kept if version.optimizer_step <= most)[:1]
     if not reachable:
-        reason = _too_many(count, at_step, deepest) if count else _beyond(deepest, kept)
+        is_known = any(version.optimizer_step <= deepest.step for version in kept)
+        reason = _too_many(count, at_step, deepest) if is_known else _beyond(deepest, kept)
         return NoRewind(reason, ends_run or bool(count))
     version, first = max(reachable), [each for each in asked if each.step == deepest.step]
     return RewindPlan(

@@ -116,7 +116,7 @@ REPLAYED = {
         "step 5",
     ),
 }
-QUICK = ("ddp", "fsdp-accumulate")
+QUICK = ("ddp",)
 
 
 @pytest.mark.parametrize(

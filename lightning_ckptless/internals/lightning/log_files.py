@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import struct
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -194,6 +195,8 @@ def _write_rows(path: Path, keys: list[str], rows: list[dict[str, str]]) -> None
 
 # ---------------------------------------------------------------------- TensorBoard
 
+_LENGTH = struct.Struct("<Q")
+
 
 def _event_files(folder: Path) -> dict[str, Path]:
     """Return event files by relative path; values that are logged together have their own sub-folders."""
@@ -201,7 +204,7 @@ def _event_files(folder: Path) -> dict[str, Path]:
 
 
 def _open_events(logger: Any) -> Path:
-    """Return the file that a logger currently writes to; in a new process it has only a header."""
+    """Return the file that a logger currently writes to; in a process that has just started it has only a header."""
     return Path(logger.experiment.file_writer.event_writer._file_name)
 
 
@@ -234,10 +237,19 @@ def drop_events_beyond(loggers: list[Any], before: set[Path]) -> None:
         path.unlink()
 
 
+def _header_bytes(path: Path) -> int:
+    """Return the length of the first record of an event file: length, its checksum, content, checksum."""
+    with path.open("rb") as file:
+        length = file.read(_LENGTH.size)
+    return _LENGTH.size + 4 + _LENGTH.unpack(length)[0] + 4 if len(length) == _LENGTH.size else 0
+
+
 def _cut_events(folder: Path, sizes: dict[str, int], spare: Path | None = None) -> None:
     for name, path in _event_files(folder).items():
-        if name not in sizes:
-            if path != spare:
-                path.unlink()
+        if name not in sizes and path != spare:
+            path.unlink()
+        elif name not in sizes:
+            # Rows are there if the version is older than this process: the run was rewound to it.
+            os.truncate(path, min(path.stat().st_size, _header_bytes(path)))
         elif path.stat().st_size > sizes[name]:
             os.truncate(path, sizes[name])
