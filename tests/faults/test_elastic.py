@@ -171,7 +171,7 @@ def test_two_ranks_resume_from_a_durable_state_of_three(
     assert [row["count"] for row in found.epochs] == [180.0, 180.0]
     assert largest_difference(expected, found) < BOUND
     (last,) = [e.fields for e in read_ledger(folder / "runs" / "run" / "ledger.jsonl", only="run_started").events][1:]
-    assert "durable state" in last["reason"] and "written by 3 ranks, 2 go on" in last["reason"]
+    assert "durable state" in last["reason"] and "written by 3 ranks, resumed on 2" in last["reason"]
 
 
 @pytest.mark.timeout(100)
