@@ -25,14 +25,14 @@ def event(name: str, before_s: float, rank: int | None = None, **fields: Any) ->
 
 def spawned(node: str, rank: int, before_s: float = 100.0) -> Event:
     """The start of a node's worker; its process id is 10 and the rank, that of its agent is 60 and the rank."""
-    facts = {"node": node, "host": "here", "agent": 60 + rank, "folder": f"/tmp/{node}"}
+    facts: dict[str, Any] = {"node": node, "host": "here", "agent": 60 + rank, "folder": f"/tmp/{node}"}
     return event("workers_spawned", before_s, pids={str(rank): 10 + rank}, **facts)
 
 
 def placed(copies: int = 1, before_s: float = 90.0, nodes: tuple[str, ...] = NODES) -> Event:
     """The placement of one shard per node, with a copy of each on the next node."""
     holders = [[(shard + 1) % len(nodes)] if copies else [] for shard in range(len(nodes))]
-    facts = {"kind": "node", "copies": copies, "holders": holders, "nodes": nodes, "domains": nodes}
+    facts: dict[str, Any] = {"kind": "node", "copies": copies, "holders": holders, "nodes": nodes, "domains": nodes}
     return event("placement", before_s, 0, sizes_bytes=[64] * len(nodes), **facts)
 
 
@@ -46,7 +46,7 @@ ALL_COPIES = tuple(replica(shard, holder) for shard in (0, 1) for holder in (0, 
 
 def worker(rank: int, step: int = 8, point: Point = Point.BACKWARD, *, silent_s: float = 0.0, **more: Any) -> Any:
     """The progress of a worker that has been silent for some seconds."""
-    facts = {"longest_pause_s": 0.1, "own_s": 0.05} | more
+    facts: dict[str, Any] = {"longest_pause_s": 0.1, "own_s": 0.05} | more
     progress = RankProgress(step, point, 0, NOW - silent_s, **facts)
     return WorkerProgress(rank, 0, 10 + rank, is_running=True, progress=progress)
 

@@ -135,8 +135,8 @@ def test_a_run_that_has_ended_has_no_alarms() -> None:
 
 
 def test_all_that_is_wrong_is_shown() -> None:
-    facts = {"states": {0: "T"}, "free_bytes": 0, "copies": ALL_COPIES[:2]}
-    assert {kind for kind, _ in shown(reading([placed()], **facts))} >= {"stopped", "disk_full"}
+    run = reading([placed()], states={0: "T"}, free_bytes=0, copies=ALL_COPIES[:2])
+    assert {kind for kind, _ in shown(run)} >= {"stopped", "disk_full"}
 
 
 def test_the_table_of_alarms_is_complete() -> None:

@@ -11,7 +11,7 @@ from lightning_ckptless.cli.survey.reader import RunReader
 from lightning_ckptless.cli.survey.survey import Tier, survey_of
 from lightning_ckptless.cli.view.buckets import as_duration, buckets
 from lightning_ckptless.cli.view.watch import screen, slowest_first
-from lightning_ckptless.ledger import LEDGER_NAME, Ledger, LedgerTail, read_ledger
+from lightning_ckptless.ledger import LEDGER_NAME, Event, Ledger, LedgerTail, read_ledger
 from lightning_ckptless.protocol.hang_detection import Point
 from tests.cli.ledgers import write_ledger
 from tests.cli.survey.readings import NOW, event, placed, reading, spawned, worker
@@ -65,10 +65,10 @@ def test_arenas_of_an_earlier_fit_protect_nothing() -> None:
 def test_tiers_and_their_lag() -> None:
     durable = event("durable_written", 30.0, step=4, path="/durable/step-4")
     found = survey_of(reading([placed(), durable], workers=[worker(0, step=9), worker(1, step=9)]))
-    assert found.tiers == (
-        Tier("memory", 7, 1, pytest.approx(0.2), "/shm"),
-        Tier("storage", 4, 4, 30.0, "/durable"),
-    )
+    memory, storage = found.tiers
+    assert (memory.name, memory.step, memory.lag_steps, memory.place) == ("memory", 7, 1, "/shm")
+    assert memory.age_s == pytest.approx(0.2)
+    assert storage == Tier("storage", 4, 4, 30.0, "/durable")
 
 
 def test_a_run_on_other_hosts_is_silent_after_a_minute() -> None:
@@ -92,7 +92,7 @@ def test_time_is_shown_by_bucket() -> None:
 def test_a_ledger_is_read_from_where_the_last_reading_ended(tmp_path: Path) -> None:
     path = write_ledger(tmp_path) / LEDGER_NAME
     whole, data = read_ledger(path).events, path.read_bytes()
-    tail, found = LedgerTail(path), []
+    tail, found = LedgerTail(path), list[Event]()
     for cut in range(0, len(data), 97):
         path.write_bytes(data[:cut])
         found += tail.read()
