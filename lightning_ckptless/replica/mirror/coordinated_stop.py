@@ -32,15 +32,13 @@ class StopPurpose(Enum):
     """The run ends."""
     HAND_OVER = auto()
     """At least one rank is handed over to another process, and the run continues."""
-    REWIND = auto()
-    """All ranks decide whether they go back to an earlier step."""
 
 
 class CoordinatedStop:
     """One rank's part in a coordinated stop. It exists as long as the rank's mirror.
 
     Attributes:
-        purpose: why the ranks stop; None until they have agreed to.
+        purpose: why the ranks stop; None until they have agreed to, and for a stop that has only one purpose.
     """
 
     def __init__(self) -> None:
@@ -72,12 +70,12 @@ class CoordinatedStop:
         self._passed += 1
         return self._passed >= number
 
-    def agree(self, gather: Callable[[bytes], list[bytes]], purpose: StopPurpose) -> None:
+    def agree(self, gather: Callable[[bytes], list[bytes]], purpose: StopPurpose | None = None) -> None:
         """Agree on the stopping point, in the mirror thread.
 
         Args:
             gather: `gather` of the mirror's transport.
-            purpose: why the ranks stop, the same on all of them.
+            purpose: why the ranks stop, the same on all of them; None for a stop that has only one purpose.
 
         Raises:
             TransportError: a peer is lost.

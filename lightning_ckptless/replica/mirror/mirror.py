@@ -34,7 +34,7 @@ from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
 from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined
 from lightning_ckptless.replica.layout.layout import Layout
-from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop, StopPurpose
+from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.exchange import KnownPrefix, OutgoingShard, ShardExchange
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.staging import PendingCopy, Stager
@@ -439,7 +439,7 @@ class Mirror:
         if outcome.stop is not None and not self.stop.is_agreed:
             self.stop.agree(self._transport.gather, outcome.stop)
         if not outcome.no_rewind and not self.rewind.is_agreed:
-            self.rewind.agree(self._transport.gather, StopPurpose.REWIND)
+            self.rewind.agree(self._transport.gather)
         self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
 

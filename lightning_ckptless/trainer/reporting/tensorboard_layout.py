@@ -10,10 +10,13 @@ from typing import Any
 
 from lightning_ckptless.internals.lightning.distribution import is_a
 from lightning_ckptless.protocol.goodput import PHASE_FIELDS
+from lightning_ckptless.protocol.time_account import Bucket
 
 CHARTS = {
-    "goodput": ("goodput",),
-    "recoveries and replayed steps": ("recoveries", "steps_replayed"),
+    "goodput": ("goodput", "goodput_1h"),
+    "time by bucket, seconds": tuple(f"time_{bucket}_s" for bucket in Bucket),
+    "recoveries, rewinds and replayed steps": ("recoveries", "rewinds", "steps_replayed"),
+    "time between failures, seconds": ("mtbf_s", "mtbf_low_s", "mtbf_high_s"),
     "last recovery by phase, seconds": tuple(f"recovery_{name}" for name in PHASE_FIELDS),
     "last recovery, seconds": ("recovery_s",),
     "mirroring, milliseconds": ("mirror_ms", "mirror_stall_ms", "mirror_submit_ms"),

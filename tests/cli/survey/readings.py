@@ -41,6 +41,13 @@ def replica(shard: int, holder: int, step: int = 7, state: SlotState = SlotState
     return Replica(shard, holder, NODES[holder], 0, Version(step, True), 1, 2, "layout", state, 64, 8, "")
 
 
+def time_spent(before_s: float, **seconds: float) -> Event:
+    """A report of the time of a run, by bucket, which began so many seconds before the report."""
+    until = NOW - before_s
+    facts = {"began_at": until - sum(seconds.values()), "until": until, "seconds": seconds, "is_over": False}
+    return event("time_spent", before_s, 0, **facts, failures=1, steps_replayed=1, step=6, versions=6)
+
+
 ALL_COPIES = tuple(replica(shard, holder) for shard in (0, 1) for holder in (0, 1))
 
 

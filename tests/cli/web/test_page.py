@@ -31,7 +31,7 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 from lightning_ckptless.replica.arena import Arena, Owner
 from tests.cli.ledgers import RUN_ID, write_ledger
-from tests.cli.survey.readings import event, placed, reading, worker
+from tests.cli.survey.readings import event, placed, reading, time_spent, worker
 from tests.cli.test_status import fill
 from tests.cli.test_watch import WATCHES
 from tests.house.code import REPOSITORY
@@ -73,10 +73,12 @@ class Elements(HTMLParser):
 def a_run() -> Any:
     """What is read of a run with a rank that lags, a recovery, and a name that must be escaped."""
     phases = {"detect_s": 0.1, "regroup_s": 0.3}
+    spent = {"detect": 0.1, "regroup": 0.3, "training": 99.6}
     events = [
         placed(),
         *(event("committed", 60.0 - count, 0, step=count, of=100) for count in range(50)),
         event("recovery", 30.0, 0, rung="in place", cause="<b>died</b>", version="step 3", phases=phases, total_s=0.4),
+        time_spent(0.0, **spent),
     ]
     return reading(events, workers=[worker(0), worker(1, own_s=0.2)])
 
@@ -92,7 +94,7 @@ def test_the_elements_of_the_page() -> None:
     assert page.text["alarms"].startswith("rank 1 takes 200.0 ms per step")
     assert len(page.of("tr", **{"class": "bad"})) == 1
     assert {cell["data-rank"] for cell in page.of("rect", **{"data-step": "8"})} == {"0", "1"}
-    assert [found["data-bucket"] for found in page.of("li")] == ["detect", "regroup"]
+    assert [found["data-bucket"] for found in page.of("li")] == ["training", "regroup", "detect"]
     assert len(page.of("polyline")) == len(page.of("rect", **{"class": "recovery"})) == 1
     assert "<b>died</b>" in page.text["recoveries"]
     assert not page.of("b")
