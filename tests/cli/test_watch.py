@@ -22,7 +22,7 @@ from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 from lightning_ckptless.replica.arena import Arena, Owner
-from tests.cli.ledgers import RUN_ID, write_ledger
+from tests.cli.ledgers import BEGAN_AT, RUN_ID, time_spent, write_ledger
 from tests.cli.test_status import DEAD, fill
 from tests.house.code import REPOSITORY
 from tests.outsider import UID, needs_another_user
@@ -190,7 +190,9 @@ def test_a_live_view_that_is_left_with_ctrl_c(terminal: Terminal, root: Path) ->
 @pytest.mark.long
 def test_a_live_view_ends_with_the_run(terminal: Terminal, root: Path, arena: Arena) -> None:
     assert terminal.shows("step 6"), terminal.text
-    Ledger(root / RUN_ID / LEDGER_NAME).record("run_ended", goodput=0.875, recoveries=2)
+    ledger = Ledger(root / RUN_ID / LEDGER_NAME, clock=lambda: BEGAN_AT + 16.0)
+    ledger.record("time_spent", rank=0, **time_spent(16.0, is_over=True, start=2.0, training=14.0))
+    ledger.record("run_ended", goodput=0.875, recoveries=2)
     arena.remove()
     assert terminal.process.wait(60) == 0
     assert terminal.shows("87.5%"), terminal.text

@@ -94,7 +94,7 @@ def test_the_elements_of_the_page() -> None:
     assert page.text["alarms"].startswith("rank 1 takes 200.0 ms per step")
     assert len(page.of("tr", **{"class": "bad"})) == 1
     assert {cell["data-rank"] for cell in page.of("rect", **{"data-step": "8"})} == {"0", "1"}
-    assert [found["data-bucket"] for found in page.of("li")] == ["training", "regroup", "detect"]
+    assert [found["data-bucket"] for found in page.of("li")] == ["training", "detect", "regroup"]
     assert len(page.of("polyline")) == len(page.of("rect", **{"class": "recovery"})) == 1
     assert "<b>died</b>" in page.text["recoveries"]
     assert not page.of("b")
