@@ -82,7 +82,8 @@ class History:
         self.first.setdefault(event.event, event)
         self.counts[event.event] += 1
         self.last_at = event.at if self.last_at is None else max(self.last_at, event.at)
-        if event.event in _FAULTS:
+        # A rank that is drained is lost on purpose.
+        if event.event in _FAULTS and event.fields.get("kind") != "drained":
             self.faults.append(event)
         self._add_time(event)
         self._add_drain(event)
