@@ -168,7 +168,8 @@ class DurableFolder:
             if not self.path.is_dir():
                 raise OptionsError(f"durable_dir={str(self.path)!r} is not a folder: use an empty or a new folder")
             require_private(target_of_own_link(self.path))
-            if (marker := self.path / FOLDER_MARKER).exists():
+            if self._is_marked():
+                marker = self.path / FOLDER_MARKER
                 number = json.loads(marker.read_bytes()).get("format")
                 if number != FORMAT:
                     raise OptionsError(
@@ -176,7 +177,8 @@ class DurableFolder:
                         "use another folder"
                     )
                 return
-            others = sorted(path.name for path in self.path.iterdir())
+            ours = (FOLDER_MARKER, self._new_marker.name)
+            others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
         except OptionsError:
             raise
         except PermissionError as error:
@@ -198,9 +200,19 @@ class DurableFolder:
         """
         self.require_ours()
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self._is_marked():
+            # Renamed when it is complete: on a full disk, only a part of it may be written.
+            write_synced(self._new_marker, json.dumps({"format": FORMAT}).encode())
+            self._new_marker.rename(self.path / FOLDER_MARKER)
+
+    @property
+    def _new_marker(self) -> Path:
+        return self.path / f"{FOLDER_MARKER}{_PART}"
+
+    def _is_marked(self) -> bool:
+        """Whether the folder has a marker. An empty one is the rest of a write to a full disk."""
         marker = self.path / FOLDER_MARKER
-        if not marker.exists():
-            write_synced(marker, json.dumps({"format": FORMAT}).encode())
+        return marker.exists() and marker.stat().st_size > 0
 
     @contextmanager
     def locked(self) -> Iterator[bool]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +46,28 @@ def test_a_missing_folder_is_created_and_marked(tmp_path: Path) -> None:
     assert [path.name for path in folder.path.iterdir()] == [FOLDER_MARKER]
     assert folder.path.stat().st_mode & 0o777 == 0o700
     assert folder.states() == []
+
+
+def test_a_folder_can_be_prepared_after_the_disk_was_full(tmp_path: Path) -> None:
+    """A small file system takes the entry of the marker but not its bytes."""
+    folder = DurableFolder(tmp_path / "durable")
+    folder.path.mkdir(mode=0o700)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            folder.prepare()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    folder.prepare()
+    folder.require_ours()
+    assert [path.name for path in folder.path.iterdir()] == [FOLDER_MARKER]
+    (folder.path / FOLDER_MARKER).write_bytes(b"")
+    folder.prepare()
+    with folder.locked() as is_locked:
+        assert is_locked
 
 
 @pytest.mark.parametrize(
