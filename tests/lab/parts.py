@@ -345,10 +345,12 @@ def data_class(distribution: Any, options: Options) -> Any:
             }  # fmt: skip
             numbers = Numbers(options.samples, self.shift())
             if options.data in ("own_sampler", "sampler"):
-                own: Any = DistributedSampler(numbers, shuffle=True)
-                if options.data == "sampler":
-                    own = DistributedSampler(numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5)
-                return DataLoader(numbers, sampler=own, **common)
+                # Without a number of ranks, it asks the process group.
+                ranks = (
+                    (None, None, 0) if options.data == "own_sampler" else (trainer.world_size, trainer.global_rank, 5)
+                )
+                sampler: Any = DistributedSampler(numbers, *ranks[:2], shuffle=True, seed=ranks[2])
+                return DataLoader(numbers, sampler=sampler, **common)
             if options.data == "dropping":
                 return DataLoader(
                     numbers, batch_sampler=Dropping(numbers, trainer, options.drop), num_workers=options.workers

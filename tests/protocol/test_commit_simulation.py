@@ -328,7 +328,7 @@ def test_a_committed_version_survives_every_interleaving(game: Game) -> None:
         ),
         (
             Game(size=2, steps=3, parts=1, crashes=1, rule=Rule.RESTORED_IS_COMMITTED),
-            "step 1 was committed; without the arena of rank 0: no version is complete",
+            "step 1 was committed; without the arena of rank 0: the arenas are empty",
         ),
         (
             Game(size=2, steps=2, parts=1, crashes=2, rule=Rule.UNMARKED),
