@@ -51,7 +51,10 @@ class _Shard:
 
     def stage_and_digest(self, tensors: Tensors) -> None:
         """Copy what has changed, and compute its digest, as the mirror does."""
-        self.is_static_part_there = self.stage(tensors).static.settle()
+        static = self.stage(tensors).static
+        before = static.digest
+        static.settle()
+        self.is_static_part_there = bool(before) and static.digest == before
         digest("xxh3", [bytes_of(self.slot.bulk[self.static_bytes :])])
 
     def close(self) -> None:

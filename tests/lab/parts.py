@@ -345,11 +345,10 @@ def data_class(distribution: Any, options: Options) -> Any:
             }  # fmt: skip
             numbers = Numbers(options.samples, self.shift())
             if options.data in ("own_sampler", "sampler"):
+                is_own = options.data == "own_sampler"
                 # Without a number of ranks, it asks the process group.
-                ranks = (
-                    (None, None, 0) if options.data == "own_sampler" else (trainer.world_size, trainer.global_rank, 5)
-                )
-                sampler: Any = DistributedSampler(numbers, *ranks[:2], shuffle=True, seed=ranks[2])
+                world_size, rank = (None, None) if is_own else (trainer.world_size, trainer.global_rank)
+                sampler: Any = DistributedSampler(numbers, world_size, rank, shuffle=True, seed=0 if is_own else 5)
                 return DataLoader(numbers, sampler=sampler, **common)
             if options.data == "dropping":
                 return DataLoader(

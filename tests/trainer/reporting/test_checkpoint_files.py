@@ -81,8 +81,12 @@ class Program:
         for step in range(first, len(self.script) + 1):
             for _ in self.operations(step):
                 pass
-            self.files.settle(after_validation(step - 1))
+            self.settle(after_validation(step - 1))
         self.files.close()
+
+    def settle(self, committed: Version) -> None:
+        """Note a committed version, in a run that keeps no history."""
+        self.files.settle(committed, committed)
 
     def visible(self) -> set[str]:
         """Names of the files that are not hidden."""
@@ -109,7 +113,7 @@ def test_an_interrupted_run_leaves_the_files_of_an_uninterrupted_one(script: lis
             for step in range(at, fault):
                 for _ in disturbed.operations(step):
                     pass
-                disturbed.files.settle(after_validation(step - 1))
+                disturbed.settle(after_validation(step - 1))
             pauses = disturbed.operations(fault)
             for _ in range(data.draw(st.integers(0, 6), "operations")):
                 next(pauses, None)
@@ -176,9 +180,9 @@ def test_a_removed_file_is_held_until_its_removal_is_committed(tmp_path: Path) -
     for step in (1, 2):
         list(program.operations(step))
     assert list(program.listing()) == [".a.ckpt.ckptless-removed-0-1-1"]
-    program.files.settle(after_validation(1))
+    program.settle(after_validation(1))
     assert list(program.listing()) == [".a.ckpt.ckptless-removed-0-1-1"]
-    program.files.settle(after_validation(2))
+    program.settle(after_validation(2))
     assert program.listing() == {}
 
 
