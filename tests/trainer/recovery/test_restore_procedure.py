@@ -17,7 +17,7 @@ from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedu
 VERSION = Version(3, True)
 BEFORE = ["tensors"]
 HOOKS = ["host state without settings", "start hooks"]
-MAKE = ["make dataloaders", "host state", "loggers"]
+MAKE = ["make dataloaders", "host state", "rewinds", "loggers"]
 MOVE = ["open virtual ranks", "sampler epochs", "move data", "forget batches", "move virtual ranks"]
 REPLAY = ["open virtual ranks", "replay batches", "move virtual ranks"]
 
@@ -50,6 +50,7 @@ class Rank:
             rank_state=SimpleNamespace(host_state=SimpleNamespace(apply=self.apply)),
             batches=SimpleNamespace(go_back_to=self.go_back_to, reset=self.note("forget batches")),
             boundaries=self.boundaries,
+            rewinding=SimpleNamespace(restore=self.note("rewinds")),
         )
         session = SimpleNamespace(trainer=None, loggers=SimpleNamespace(restore=self.note("loggers")))
         self.restoration = SimpleNamespace(
@@ -57,7 +58,7 @@ class Rank:
             layout=None,
             state={"data": None},
             logs=None,
-            host_state={"data_hooks": {}, "virtual_ranks": {}},
+            host_state={"data_hooks": {}, "virtual_ranks": {}, "rewinds": {}},
             fill=self.fill,
             resume=self.note("resume"),
         )
