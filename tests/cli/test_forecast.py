@@ -201,12 +201,6 @@ def test_a_value_that_is_given_is_no_assumption() -> None:
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fonts_are_open(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Draw once, so that the font files that matplotlib keeps open do not count as a leak of a test."""
-    ask(*JOB, *QUICK, *MANY, "--plot", str(tmp_path_factory.mktemp("plot") / "a.png"))
-
-
 def test_the_plot_has_a_curve_per_scheme(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "ettr.png"
     ask(*JOB, *QUICK, *MANY, "--process-share", "0.75", "--plot", str(target))

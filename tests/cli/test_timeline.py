@@ -68,13 +68,6 @@ def test_the_html_page_is_self_contained(tmp_path: Path) -> None:
     assert all(name in parsed.text for name in ("Where the time went", "training", "detect"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fonts_are_open(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Draw once, so that the font files that matplotlib keeps open do not count as a leak of a test."""
-    run = find_run(str(write_ledger(tmp_path_factory.mktemp("run"))), None)
-    page(story_of(run.run_id, run.events, STEPS))
-
-
 @pytest.mark.parametrize("traced", [True, False])
 def test_the_png_shows_curve_faults_and_phases(traced: bool, tmp_path: Path) -> None:
     write_ledger(tmp_path / "runs")
