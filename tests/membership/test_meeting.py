@@ -45,6 +45,7 @@ MEETINGS = """
             tell(*struct.unpack("=i", said))
 
     def meet(number):
+        assert not world.foreign_groups(), "groups of an aborted meeting are taken for groups of the script"
         world.leave()
         watcher.release()
         world.open(

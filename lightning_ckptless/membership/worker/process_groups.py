@@ -134,16 +134,19 @@ class World:
         when_joined()
         restart_group_names()
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        with (
-            self._connections.opening(world_size, self._meeting_store.sockets),
-            unchanged_excepthook(enabled=bool(regrouping)),
-        ):
-            dist.init_process_group(
-                backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
-            )
+        try:
+            with (
+                self._connections.opening(world_size, self._meeting_store.sockets),
+                unchanged_excepthook(enabled=bool(regrouping)),
+            ):
+                dist.init_process_group(
+                    backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
+                )
+        finally:
+            # Another fault may end this when the group exists already: it is ours, and not the script's.
+            self._own = {id(group) for group in process_groups()}
         if is_over():
             raise TransportError(f"rank {rank}: another fault was reported while the process groups were created")
-        self._own = {id(group) for group in process_groups()}
         atexit.register(close_world)
         self.renumber(generation.number)
         return generation.number
