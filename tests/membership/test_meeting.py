@@ -10,9 +10,16 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.membership.conftest import run_forked, script, worker_env
 
+STUCK = 77
+_TRIES = 3
+"""Under load one try in about ten ends with a collective that gloo has no way to abort."""
+
 # Two ranks meet many times. Each meeting is interrupted on rank 0 by another fault, at a line where none has struck
-# before, and on its peer shortly after. Both leave, meet under the next number, and use the groups.
-MEETINGS = """
+# before, and on its peer shortly after. Both leave, meet under the next number, and use the groups. An agent would
+# replace a rank that reports a stuck collective; here the program ends with the exit code STUCK.
+MEETINGS = (
+    f"    STUCK = {STUCK}"
+    + """
     import os, socket, struct, sys, threading, time
     from dataclasses import asdict
     import torch
@@ -21,7 +28,7 @@ MEETINGS = """
     from lightning_ckptless.membership.worker import process_groups
     from lightning_ckptless.membership.worker.process_groups import World
     from lightning_ckptless.membership.channel.agent_channel import AgentChannel
-    from lightning_ckptless.protocol.messages import Regroup
+    from lightning_ckptless.protocol.messages import Regroup, StuckCollective
     from lightning_ckptless.membership.channel.fault_report import FaultReport
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
     from lightning_ckptless.membership.worker.watcher import Watcher
@@ -43,6 +50,17 @@ MEETINGS = """
     def listen():
         while said := end.recv(4):
             tell(*struct.unpack("=i", said))
+        os._exit(STUCK)
+
+    def watch_reports():
+        while True:
+            if any(isinstance(message, StuckCollective) for message, _ in agent.poll()):
+                os._exit(STUCK)
+            time.sleep(0.05)
+
+    def watch_peer():
+        if os.waitstatus_to_exitcode(os.wait()[1]):
+            os._exit(STUCK)
 
     def meet(number):
         assert not world.foreign_groups(), "groups of an aborted meeting are taken for groups of the script"
@@ -79,8 +97,9 @@ MEETINGS = """
         return trace
 
     number, slowest_s, is_last = 0, 0.0, False
-    if rank == 1:
-        threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=watch_reports, daemon=True).start()
+    beside = threading.Thread(target=listen if rank == 1 else watch_peer, daemon=True)
+    beside.start()
     while not is_last:
         if rank == 0:
             number += 2
@@ -106,17 +125,17 @@ MEETINGS = """
         dist.broadcast(flag, 0)
         is_last = bool(flag.item())
         world.release()
-        agent.poll()
     world.leave()
     world.release()
     watcher.close()
     if rank == 0:
-        os.wait()
+        beside.join()
         print(len(seen), slowest_s)
     else:
         sys.stdout.flush()
         os._exit(0)
 """
+)
 
 
 def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -128,7 +147,10 @@ def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Calla
         "GLOO_SOCKET_IFNAME": "lo",
     }
     env |= {"RANK": "0", "WORLD_SIZE": "2"}
-    ran = run_forked(parent, script(write(MEETINGS)), tmp_path, worker_env(env))
+    for _ in range(_TRIES):
+        ran = run_forked(parent, script(write(MEETINGS)), tmp_path, worker_env(env))
+        if ran.exit_code != STUCK:
+            break
     assert ran.exit_code == 0, ran.err
     lines, slowest_s = ran.out.split()
     assert int(lines) > 80
