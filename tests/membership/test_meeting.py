@@ -17,9 +17,7 @@ _TRIES = 3
 # Two ranks meet many times. Each meeting is interrupted on rank 0 by another fault, at a line where none has struck
 # before, and on its peer shortly after. Both leave, meet under the next number, and use the groups. An agent would
 # replace a rank that reports a stuck collective; here the program ends with the exit code STUCK.
-MEETINGS = (
-    f"    STUCK = {STUCK}"
-    + """
+MEETINGS = """
     import os, socket, struct, sys, threading, time
     from dataclasses import asdict
     import torch
@@ -33,6 +31,7 @@ MEETINGS = (
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
     from lightning_ckptless.membership.worker.watcher import Watcher
 
+    STUCK = int(sys.argv[1])
     ends = socket.socketpair()
     rank = 0 if os.fork() else 1
     end = ends[rank]
@@ -135,7 +134,6 @@ MEETINGS = (
         sys.stdout.flush()
         os._exit(0)
 """
-)
 
 
 def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -148,7 +146,7 @@ def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Calla
     }
     env |= {"RANK": "0", "WORLD_SIZE": "2"}
     for _ in range(_TRIES):
-        ran = run_forked(parent, script(write(MEETINGS)), tmp_path, worker_env(env))
+        ran = run_forked(parent, script(write(MEETINGS), str(STUCK)), tmp_path, worker_env(env))
         if ran.exit_code != STUCK:
             break
     assert ran.exit_code == 0, ran.err
