@@ -63,7 +63,7 @@ class Recovery:
         settings: of the node.
         run: the run on this node.
         in_place: the recoveries in place.
-        draining: is told which ranks were handed over.
+        draining: receives which ranks were handed over.
         faults: the faults of this node.
         reports: what its workers have left.
         oom_kills: describes the kills for lack of memory since the last call; empty for none.
