@@ -50,7 +50,7 @@ PACE_S = 0.1
 RUN_ID = "job"
 START_S, END_S, POLL_S = 120.0, 600.0, 0.005
 DRAWS = 300
-"""Simulated jobs behind the expected goodput of a model."""
+"""Number of simulated jobs from which the expected goodput of a model is computed."""
 WITHIN_S = 1.0
 """Time between the two losses of a burst, at most."""
 MODELS = ("exponential", "Weibull, k = 0.6", "bursts of two")

@@ -32,16 +32,13 @@ def drain(
     What takes over is made ready first, while training continues: a new process for a rank; for a node one that waits
     for a place, or the other nodes. Returns once the drained processes have exited.
     """
-    from lightning_ckptless.cli.runs import find_run
+    from lightning_ckptless.cli.runs import find_live_run
     from lightning_ckptless.errors import LaunchError, OptionsError
     from lightning_ckptless.membership.requests import DrainRequest, submit
 
     if (rank is None) == (node is None):
         raise OptionsError("what is to be drained? Give either --rank R or --node N")
-    found = find_run(run, run_root)
-    started, ended = found.of("run_started"), found.of("run_ended")
-    if ended and ended[-1].at >= started[-1].at:
-        raise LaunchError(f"{found.run_id} has ended: there is nothing to drain")
+    found = find_live_run(run, run_root, to_do="drain")
     answer = submit(found.folder, DrainRequest(node, rank), timeout_s=timeout_s)
     if not answer.accepted:
         raise LaunchError(answer.reason)

@@ -30,13 +30,13 @@ def rewind(
 
     The exit code is 1 if the ranks refuse.
     """
-    from lightning_ckptless.cli.runs import find_run
+    from lightning_ckptless.cli.runs import find_live_run
     from lightning_ckptless.errors import OptionsError
     from lightning_ckptless.membership.requests import RewindRequest, submit
 
     if (to_step is None) == (steps is None):
         raise OptionsError("set one of --to-step and --steps")
-    found = find_run(run, run_root)
+    found = find_live_run(run, run_root, to_do="rewind")
     answer = submit(found.folder, RewindRequest(to_step, steps, skip_batches), timeout_s=ANSWER_TIMEOUT_S)
     typer.echo(f"rewinding {answer.reason}" if answer.accepted else f"not rewound: {answer.reason}")
     if not answer.accepted:

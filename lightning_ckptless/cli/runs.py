@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_ckptless import environment
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.ledger import LEDGER_NAME, Event, read_ledger
 
 
@@ -86,3 +86,22 @@ def _has_ledger(folder: Path) -> bool:
         return (folder / LEDGER_NAME).is_file()
     except PermissionError as error:
         raise OptionsError(f"{folder}: belongs to another user, who does not permit to read it ({error})") from error
+
+
+def find_live_run(name: str | None, root: Path | None, *, to_do: str) -> Run:
+    """Find a run that can still carry out a request.
+
+    Args:
+        name: see `find_run`.
+        root: see `find_run`.
+        to_do: what is requested, as a verb.
+
+    Raises:
+        LaunchError: the run has ended.
+        OptionsError: there is no such run.
+    """
+    found = find_run(name, root)
+    started, ended = found.of("run_started"), found.of("run_ended")
+    if ended and ended[-1].at >= started[-1].at:
+        raise LaunchError(f"{found.run_id} has ended: there is nothing to {to_do}")
+    return found

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.formats import schema
-from lightning_ckptless.formats.sealed import seal, unseal
+from lightning_ckptless.formats.sealed import parse, seal, unseal
 from lightning_ckptless.system.private_files import require_private
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def submit(
                 break
             pause(LOOK_EVERY_S)
     finally:
-        # If the rename in between succeeds, an agent has the request after all: it then answers nobody.
+        # If the rename in between succeeds, an agent has the request after all, and its answer is not read.
         asked.unlink(missing_ok=True)
         answered.unlink(missing_ok=True)
     if was_taken:
@@ -219,10 +219,9 @@ def _write(path: Path, data: bytes) -> None:
 
 def _read_request(path: Path) -> Request:
     data = _bytes_of(path)
-    for name, check in _BY_NAME.items():
-        if f'"kind": "{name}"'.encode() in data:
-            return unseal(data, name, FORMAT, check)  # type: ignore[no-any-return]
-    raise schema.SchemaError(f"expected a request ({', '.join(_BY_NAME)}), found another kind")
+    fields = parse(data)
+    kind = schema.one_of(*_BY_NAME)(fields.get("kind") if isinstance(fields, dict) else None, "kind")
+    return unseal(data, kind, FORMAT, _BY_NAME[kind])  # type: ignore[no-any-return]
 
 
 def _read_answer(path: Path) -> Answer:

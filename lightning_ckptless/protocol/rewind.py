@@ -93,7 +93,7 @@ class NoRewind:
 
     Args:
         reason: why not, one sentence.
-        ends_run: whether the run cannot go on without it.
+        ends_run: whether the run must end because of that.
     """
 
     reason: str

@@ -27,6 +27,12 @@ class Drained(Nodes):
         super().__init__(folder, stack, least=least, most=most, words=words)
         self.cluster.words += flags
 
+    def begin(self, count: int) -> None:
+        """Start a number of nodes, and wait until they train together."""
+        for number in range(count):
+            self.start(number)
+        self.wait_for_world(count)
+
     def drain(self, node: int | None = None, *, rank: int | None = None) -> Answer:
         """Request that a node or a rank is drained, and wait for the answer."""
         return submit(self.cluster.ledger.parent, DrainRequest(node, rank), timeout_s=END_S)
@@ -44,13 +50,19 @@ class Drained(Nodes):
         return fields
 
 
+def assert_same_training(found: Account, folder: Path, parent: ForkServer, *, ranks: int, exact: bool = False) -> None:
+    """Compare with an undisturbed run: the samples of every step, and the weights, which may differ by rounding."""
+    expected = run_undisturbed(folder / "undisturbed", parent, ranks, *SAMPLES)
+    assert found.steps == expected.steps
+    difference = largest_difference(expected, found)
+    assert difference == 0 if exact else difference < BOUND
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = Drained(tmp_path / "elastic", stack, least=2, most=3)
-    for number in range(3):
-        nodes.start(number)
-    nodes.wait_for_world(3)
+    nodes.begin(3)
     answer = nodes.drain(2)
     assert answer.accepted, answer.reason
     found = nodes.finish(2)
@@ -60,9 +72,7 @@ def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitS
     assert drained["exit_codes"] == {"0": 0}
     assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
     assert recovery["version"] == f"step {drained['step']}"
-    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
-    assert found.steps == expected.steps
-    assert largest_difference(expected, found) < BOUND
+    assert_same_training(found, tmp_path, parent, ranks=3)
 
 
 @pytest.mark.long
@@ -70,9 +80,7 @@ def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitS
 @pytest.mark.timeout(300)
 def test_a_waiting_node_takes_the_place_of_a_drained_one(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = Drained(tmp_path / "elastic", stack, least=2, most=2)
-    for number in range(2):
-        nodes.start(number)
-    nodes.wait_for_world(2)
+    nodes.begin(2)
     refused = nodes.drain(1)
     assert not refused.accepted
     assert "2 - 1 + 0 waiting = 1 node would be left, and the run needs 2" in refused.reason
@@ -84,9 +92,7 @@ def test_a_waiting_node_takes_the_place_of_a_drained_one(tmp_path: Path, stack: 
     assert drained["exit_codes"] == {"0": 0}
     assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
     assert recovery["version"] == f"step {drained['step']}"
-    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
-    assert found.steps == expected.steps
-    assert largest_difference(expected, found) == 0
+    assert_same_training(found, tmp_path, parent, ranks=2, exact=True)
 
 
 @pytest.mark.long
@@ -95,18 +101,14 @@ def test_a_waiting_node_takes_the_place_of_a_drained_one(tmp_path: Path, stack: 
 def test_the_node_of_rank_0_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     """Another node takes over rank 0 with a new worker."""
     nodes = Drained(tmp_path / "elastic", stack, least=2, most=3)
-    for number in range(3):
-        nodes.start(number)
-    nodes.wait_for_world(3)
+    nodes.begin(3)
     answer = nodes.drain(0)
     assert answer.accepted, answer.reason
     found = nodes.finish(2)
     assert (found.sizes, found.processes) == ([3, 2], 3 + 1)
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
-    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
-    assert found.steps == expected.steps
-    assert largest_difference(expected, found) < BOUND
+    assert_same_training(found, tmp_path, parent, ranks=3)
 
 
 @pytest.mark.long
@@ -114,18 +116,16 @@ def test_the_node_of_rank_0_is_drained(tmp_path: Path, stack: ExitStack, parent:
 @pytest.mark.timeout(300)
 def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = Drained(tmp_path / "elastic", stack, least=1, most=2, flags=("--on-sigterm", "drain"))
-    agents = [nodes.start(number) for number in range(2)]
-    nodes.wait_for_world(2)
-    agents[1].send_signal(signal.SIGTERM)
-    assert agents[1].wait(timeout=END_S) == 0, nodes.cluster.output()
+    nodes.begin(2)
+    agent = nodes.agents[1]
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(timeout=END_S) == 0, nodes.cluster.output()
     found = nodes.finish(1)
     assert (found.sizes, found.processes) == ([2, 1], 2)
     assert nodes.only("node_leaves")["cause"] == "the agent received SIGTERM"
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
-    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
-    assert found.steps == expected.steps
-    assert largest_difference(expected, found) < BOUND
+    assert_same_training(found, tmp_path, parent, ranks=2)
 
 
 @pytest.mark.long
@@ -133,9 +133,7 @@ def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, paren
 @pytest.mark.timeout(300)
 def test_a_rank_of_one_of_two_nodes_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = Drained(tmp_path / "elastic", stack, least=2, most=2)
-    for number in range(2):
-        nodes.start(number)
-    nodes.wait_for_world(2)
+    nodes.begin(2)
     answer = nodes.drain(rank=1)
     assert answer.accepted, answer.reason
     found = nodes.finish(2)
@@ -143,6 +141,4 @@ def test_a_rank_of_one_of_two_nodes_is_drained(tmp_path: Path, stack: ExitStack,
     drained, recovery = nodes.only("drained"), nodes.only("recovery")
     assert (drained["drained_rank"], drained["exit_code"]) == (1, 0)
     assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
-    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
-    assert found.steps == expected.steps
-    assert largest_difference(expected, found) == 0
+    assert_same_training(found, tmp_path, parent, ranks=2, exact=True)

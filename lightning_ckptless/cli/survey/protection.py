@@ -81,7 +81,7 @@ def protected_now(reading: Reading) -> Protected:
     arenas = reading.current_arenas
     if set(facts["nodes"]) - {arena.info.node for arena in arenas}:
         return _by_the_ledger(reading.history, placed, reading.at)
-    # The copies of a node without an agent are kept for a restart. As long as others train, nobody can read them.
+    # The copies of a node without an agent are kept for a restart. They cannot be read while the other nodes train.
     alive = {arena.info.node for arena in arenas if arena.info.owner_alive}
     written_at = {r: at for r, at in reading.replicas.items() if r.node in alive or not alive}
     cover = cover_of(written_at, facts["domains"], facts["nodes"])

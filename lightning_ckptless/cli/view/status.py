@@ -109,7 +109,7 @@ def _time(found: Survey) -> Table:
 
 
 def _ranks(found: Survey) -> Table:
-    table = _table("Ranks that others wait for", "rank", "waited for data", "own work per batch", "behind the median")
+    table = _table("Ranks that others wait for", "rank", "waited for data", "own work per batch", "over the median")
     for rank in found.ranks[:_MOST_RANKS]:
         table.add_row(str(rank.rank), f"{rank.data_wait_s:.2f} s", f"{rank.own_ms:.1f} ms", f"{rank.behind_s:.2f} s")
     return table

@@ -132,7 +132,7 @@ class Departure:
             return True
 
     def _set(self, key: str) -> None:
-        # If the store is lost, nobody can be told.
+        # If the store is lost, so is the rendezvous, and the other nodes detect that themselves.
         with suppress(DistError):
             self._store.set(key, "1")
 

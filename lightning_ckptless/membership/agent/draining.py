@@ -66,7 +66,7 @@ class _Drain:
         rank: the rank.
         pid: process that has it.
         reason: why it is drained.
-        taken: the request, to be answered; None if nobody waits for an answer.
+        taken: the request, to be answered; None if no answer is expected.
         asked_in: regrouping in which the process was asked to hand over; None if it was not.
     """
 
@@ -182,7 +182,7 @@ class Draining:
             reason: why.
             rendezvous: the round.
             workers: of this node.
-            taken: the request, which is answered once the rank is drained; None if nobody waits for an answer.
+            taken: the request, which is answered once the rank is drained; None if no answer is expected.
         """
         plan = plan_rank_drain(
             RankSituation(
@@ -239,7 +239,7 @@ class Draining:
             rendezvous: the round.
             departure: of a node from it.
             wait_s: longest wait for the other nodes, in seconds.
-            taken: the request, which is answered once the workers have exited; None if nobody waits for an answer.
+            taken: the request, which is answered once the workers have exited; None if no answer is expected.
         """
         plan = plan_node_drain(
             NodeSituation(

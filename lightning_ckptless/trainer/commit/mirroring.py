@@ -310,11 +310,12 @@ class Mirroring:
         return planned, mirror
 
     def _require_room_for_history(self, layout: Layout) -> None:
-        members, placement = self._session.members, self._session.members.placement
-        rings = [shard for rank in members.ranks_of_node for shard in (rank, *placement.sources(rank))]
+        if not self._options.history:
+            return
         weight_bytes = sum(layout.bulk_bytes(shard) for shard in range(layout.world_size))
         growth = expected_growth(self._trainer.optimizers, weight_bytes)
-        sizes = [layout.bulk_bytes(shard) for shard in rings]
+        members = self._session.members
+        sizes = [layout.bulk_bytes(shard) for shard, _ in members.rings_of_node]
         require_room_for_history(sizes, growth, self._options.history, members.arena.room_bytes)
 
     def _report_plan(self, planned: Planned, version: Version) -> None:
@@ -337,9 +338,7 @@ class Mirroring:
             members.arena.write_layout(layout)
         ranks, placement, options = members.ranks_of_node, members.placement, self._options
         slots = LEAST_SLOTS + options.history
-        members.arena.require_room_for(
-            ((shard, rank) for rank in ranks for shard in (rank, *placement.sources(rank))), layout, count=slots
-        )
+        members.arena.require_room_for(members.rings_of_node, layout, count=slots)
         mirror = Mirror(
             arena=members.arena,
             layout=layout,

@@ -57,6 +57,12 @@ class MemberSet:
         return tuple(rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank])
 
     @property
+    def rings_of_node(self) -> list[tuple[int, int]]:
+        """(shard, holder) of the slot rings of all ranks of this node."""
+        ranks = self.ranks_of_node
+        return [(shard, rank) for rank in ranks for shard in (rank, *self.placement.sources(rank))]
+
+    @property
     def speaks_for_node(self) -> bool:
         """Whether this rank writes the notes of its node."""
         return is_first_of_node(local_rank())
