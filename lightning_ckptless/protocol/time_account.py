@@ -258,8 +258,9 @@ def _absorb(account: TimeAccount, fit: FitTime, ended_at: float, *, is_lost: boo
     end, total_s = min(fit.until, ended_at), fsum(fit.seconds.values())
     if end <= account.until or total_s <= 0:
         return
-    scale = (end - account.until) / total_s
+    length_s = end - account.until
     for bucket, spent_s in fit.seconds.items():
         into = Bucket.REPLAY if is_lost and bucket is Bucket.TRAINING else bucket
-        account.advance(account.until + scale * spent_s, into)
+        # Dividing first: the quotient of two lengths is at most one, while `length_s / total_s` may overflow.
+        account.advance(min(end, account.until + spent_s / total_s * length_s), into)
     account.until = end

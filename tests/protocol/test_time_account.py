@@ -6,7 +6,7 @@ import json
 from math import fsum
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_ckptless.protocol.time_account import WINDOW_S, Bucket, FitTime, Outage, TimeAccount, whole_run
@@ -53,6 +53,7 @@ def test_an_outage_sums_to_the_time_since_the_restored_version(
     assert account.productive_s == before.productive_s
 
 
+@example([FitTime(0.0, 87.0, {Bucket.START: 4.8e-307})], [], 0.0, 87.0, False)
 @given(st.lists(fits, max_size=5), st.lists(outages, max_size=5), instants, instants, st.booleans())
 def test_any_ledger_sums_to_the_wall_time(
     reports: list[FitTime], faults: list[Outage], began_at: float, ended_at: float, is_over: bool
