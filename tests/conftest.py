@@ -26,7 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # The duration of an example is not meaningful on a busy machine.
 settings.register_profile("no_clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("no_clock")
+# A change is judged by the same examples as the one before it. `search` looks for new ones.
+settings.register_profile("same", settings.get_profile("no_clock"), derandomize=True)
+settings.register_profile("search", settings.get_profile("no_clock"), max_examples=2000)
+settings.load_profile("same")
 
 
 def pytest_configure() -> None:
