@@ -51,8 +51,8 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
         OptionsError: a file has another suffix, the ledger is empty, there is no trace, or matplotlib is missing.
     """
     from lightning_ckptless.cli.view.drawing import draw
-    from lightning_ckptless.cli.view.page import page
     from lightning_ckptless.cli.view.story import story_of
+    from lightning_ckptless.cli.view.timeline_page import timeline_page
     from lightning_ckptless.errors import OptionsError
 
     for target in targets:
@@ -64,7 +64,7 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".html":
-            target.write_text(page(story))
+            target.write_text(timeline_page(story))
         else:
             draw(story, target, target.suffix[1:])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_ckptless.cli.run_time import RunTime, run_time
 from lightning_ckptless.ledger import Event
@@ -50,14 +51,19 @@ class Span:
         ended_at: end of the first step after it, in seconds since the run began.
         generation: generation after the recovery.
         text: failed rank, cause, and the version that training resumed from.
-        phases: duration of each phase in seconds.
+        fields: fields of the event in the ledger.
     """
 
     began_at: float
     ended_at: float
     generation: int
     text: str
-    phases: Mapping[str, float]
+    fields: Mapping[str, Any]
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Duration of each phase in seconds."""
+        return {name: float(self.fields["phases"].get(f"{name}_s", 0.0)) for name in PHASES}
 
     @property
     def total_s(self) -> float:
@@ -146,7 +152,6 @@ def _span(event: Event, began_at: float) -> Span:
     fields = event.fields
     rank = fields.get("culprit_rank")
     who = "" if rank is None else f"rank {rank} "
-    phases = {name: float(fields["phases"].get(f"{name}_s", 0.0)) for name in PHASES}
     ended_at = event.at - began_at
     text = f"{who}{fields['cause']}, resumed from {fields['version']}"
-    return Span(ended_at - float(fields["total_s"]), ended_at, event.generation or 0, text, phases)
+    return Span(ended_at - float(fields["total_s"]), ended_at, event.generation or 0, text, fields)

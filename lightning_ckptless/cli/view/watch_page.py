@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from lightning_ckptless.cli.survey.history import History
 from lightning_ckptless.cli.survey.members import Member
 from lightning_ckptless.cli.survey.survey import Survey
 from lightning_ckptless.cli.view.buckets import as_duration
+from lightning_ckptless.cli.view.html import (
+    bucket_bar,
+    document,
+    facts_list,
+    recoveries_table,
+    row,
+    section,
+    table,
+    waits_table,
+)
 from lightning_ckptless.cli.view.watch import slowest_first
 from lightning_ckptless.cli.web.heatmap import Cell, Heatmap, Row
 
 REFRESH_MS = 500
 _MOST_MEMBERS = 64
-_COLOURS = ("#cc3311", "#ee7733", "#ddaa33", "#33bbee", "#0077bb", "#bbbbbb", "#009988", "#ee3377")
-"""Distinguishable with most kinds of colour blindness."""
 _WIDTH, _HEIGHT = 1000, 160
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #22272e; --soft: #667; --line: #e4e7eb; --paper: #fff; --bad: #c31; }
-@media (prefers-color-scheme: dark) { :root { --ink: #dde; --soft: #99a; --line: #333a44; --paper: #16191d; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
-       margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-.soft { color: var(--soft); } .state { border-radius: .3rem; padding: .05rem .5rem; border: 1px solid; }
-#protected { font-size: 1.15rem; font-weight: 600; margin: .6rem 0; }
-.alarm { color: var(--bad); font-weight: 600; margin: .2rem 0; }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 2.2rem; margin: .8rem 0; }
-dt { font-size: .8rem; color: var(--soft); } dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: left; font-weight: normal; }
-th { color: var(--soft); font-size: .85rem; } tr.bad td { color: var(--bad); font-weight: 600; }
-svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-#stale { display: none; color: var(--bad); } body.stale #stale { display: block; } body.stale main { opacity: .45; }
-i { display: inline-block; width: .7em; height: .7em; margin-right: .35em; }
-.bar { display: flex; height: 1.1rem; border-radius: .2rem; overflow: hidden; } .bar span { min-width: 2px; }
-ul.legend { list-style: none; padding: 0; margin: .4rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; }
-"""
 _SCRIPT = """
 async function refresh() {
   try {
@@ -56,12 +44,10 @@ setTimeout(refresh, EVERY);
 def watch_page(found: Survey, history: History, heat: Heatmap) -> str:
     """Return the whole page; the arguments are those of `content`."""
     script = _SCRIPT.replace("EVERY", str(REFRESH_MS))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(found.run_id)}</title>\n'
-        '<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n"
+    return document(
+        found.run_id,
         '<p id="stale">No answer from <code>ckptless watch</code>: the state below is the last one that was read.</p>\n'
-        f"<main>{content(found, history, heat)}</main>\n<script>{script}</script>\n</body>\n</html>\n"
+        f"<main>{content(found, history, heat)}</main>\n<script>{script}</script>",
     )
 
 
@@ -76,18 +62,15 @@ def content(found: Survey, history: History, heat: Heatmap) -> str:
     return "\n".join(
         (
             _head(found),
-            _section("Ranks, slowest first", _members(found)),
-            _section("Own time per step, by rank and step", _heatmap(heat)),
-            _section("Steps over time", _timeline(history)),
-            _section("Time of the run, by what it was spent on", bucket_bar(found.time_s)),
-            _section("Tiers", _tiers(found)),
-            _section("Last recoveries", _recoveries(found)),
+            section("Ranks, slowest first", _members(found)),
+            section("Own time per step, by rank and step", _heatmap(heat)),
+            section("Steps over time", _timeline(history)),
+            section("Time of the run, by what it was spent on", bucket_bar(found.time_s)),
+            section("What ranks have kept the others waiting for", waits_table(found.ranks)),
+            section("Tiers", _tiers(found)),
+            section("Last recoveries", _recoveries(found)),
         )
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2>\n{body}" if body else ""
 
 
 def _head(found: Survey) -> str:
@@ -103,7 +86,6 @@ def _head(found: Survey) -> str:
         "recoveries": str(found.recovery_count),
         "goodput": "" if found.goodput is None else f"{found.goodput:.1%}",
     }
-    listed = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items() if value)
     alarms = "".join(
         f'<p class="alarm" data-kind="{alarm.kind}" data-rank="{"" if alarm.rank is None else alarm.rank}">'
         f"{escape(alarm.text)}</p>"
@@ -112,7 +94,7 @@ def _head(found: Survey) -> str:
     return (
         f'<h1>{escape(found.run_id)} <span class="state" id="state">{found.state}</span> '
         f'<span class="soft">{at}</span></h1>\n'
-        f'<p id="protected">{escape(found.protected.text)}</p>\n<div id="alarms">{alarms}</div>\n<dl>{listed}</dl>'
+        f'<p id="protected">{escape(found.protected.text)}</p>\n<div id="alarms">{alarms}</div>\n{facts_list(facts)}'
     )
 
 
@@ -121,10 +103,10 @@ def _members(found: Survey) -> str:
         return ""
     faulty = {alarm.rank for alarm in found.alarms}
     shown = slowest_first(found.members)[:_MOST_MEMBERS]
-    rows = (_row("td", _cells(member), "bad" if member.rank in faulty else "") for member in shown)
+    rows = (row("td", _cells(member), "bad" if member.rank in faulty else "") for member in shown)
     left = len(found.members) - len(shown)
     more = f'<p class="soft">and {left} more ranks, all faster</p>' if left else ""
-    head = _row("th", ("rank", "node", "pid", "state", "step", "at", "last progress", "own time per step"))
+    head = row("th", ("rank", "node", "pid", "state", "step", "at", "last progress", "own time per step"))
     return f'<table id="members">{head}{"".join(rows)}</table>{more}'
 
 
@@ -152,53 +134,15 @@ def _tiers(found: Survey) -> str:
         )
         for tier in found.tiers
     ]
-    return _table("tiers", ("tier", "newest step", "steps behind", "age", "place"), rows)
+    return table("tiers", ("tier", "newest step", "steps behind", "age", "place"), rows)
 
 
 def _recoveries(found: Survey) -> str:
-    rows = [
-        (
-            "" if facts.get("culprit_rank") is None else str(facts["culprit_rank"]),
-            str(facts["cause"]),
-            str(facts["rung"]),
-            str(facts["version"]),
-            f"{facts['total_s']:.2f} s",
-            f"{as_duration(max(0.0, found.at - facts['at']))} ago",
-        )
-        for facts in reversed(found.recoveries)
-    ]
-    return _table("recoveries", ("rank", "cause", "how", "resumed from", "took", "when"), rows)
-
-
-def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f'<table id="{name}">{_row("th", head)}{"".join(_row("td", row) for row in rows)}</table>' if rows else ""
-
-
-def _row(tag: str, cells: Iterable[str], kind: str = "") -> str:
-    of_kind = f' class="{kind}"' if kind else ""
-    return f"<tr{of_kind}>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>\n"
+    shown = [(f"{as_duration(max(0.0, found.at - facts['at']))} ago", facts) for facts in reversed(found.recoveries)]
+    return recoveries_table(shown)
 
 
 # ---------------------------------------------------------------------- pictures
-
-
-def bucket_bar(seconds: Mapping[str, float]) -> str:
-    """Return a bar divided by where time went, with a legend; empty without any.
-
-    Args:
-        seconds: seconds by name.
-    """
-    spent, total_s = {name: s for name, s in seconds.items() if s > 0}, sum(seconds.values())
-    colours = dict(zip(spent, (_COLOURS[number % len(_COLOURS)] for number in range(len(spent))), strict=True))
-    parts = "".join(
-        f'<span style="flex:{s / total_s:.6f};background:{colours[name]}"></span>' for name, s in spent.items()
-    )
-    legend = "".join(
-        f'<li data-bucket="{escape(name)}"><i style="background:{colours[name]}"></i>{escape(name)} {as_duration(s)} '
-        f"({s / total_s:.1%})</li>"
-        for name, s in spent.items()
-    )
-    return f'<div class="bar" id="buckets">{parts}</div><ul class="legend">{legend}</ul>' if spent else ""
 
 
 def _heatmap(heat: Heatmap) -> str:
@@ -210,14 +154,14 @@ def _heatmap(heat: Heatmap) -> str:
     tall = max(6, min(18, 400 // len(rows)))
     fastest = [_fastest(rows, column) for column in range(len(steps))]
     drawn = []
-    for place, row in enumerate(rows):
-        drawn.append(f'<text x="{left - 6}" y="{(place + 0.75) * tall:.0f}" text-anchor="end">{row.rank}</text>')
-        for column, found in enumerate(row.cells):
+    for place, of_rank in enumerate(rows):
+        drawn.append(f'<text x="{left - 6}" y="{(place + 0.75) * tall:.0f}" text-anchor="end">{of_rank.rank}</text>')
+        for column, found in enumerate(of_rank.cells):
             if found is not None:
                 where = (
                     f'x="{left + column * cell:.1f}" y="{place * tall}" width="{cell - 0.5:.1f}" height="{tall - 1}"'
                 )
-                drawn.append(_heat_cell(where, row.rank, steps[column], found, fastest[column]))
+                drawn.append(_heat_cell(where, of_rank.rank, steps[column], found, fastest[column]))
     below = len(rows) * tall
     ends = f'<text x="{left}" y="{below + 14}">step {steps[0]:,}</text>'
     if len(steps) > 1:

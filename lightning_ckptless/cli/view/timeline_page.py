@@ -1,0 +1,54 @@
+"""The report of a run as one self-contained HTML page: no scripts, no further files, no network access.
+
+Its tables and bars are those of the live page of `ckptless watch --web`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+
+from lightning_ckptless.cli.view.drawing import draw
+from lightning_ckptless.cli.view.html import bucket_bar, document, facts_list, recoveries_table, section, waits_table
+from lightning_ckptless.cli.view.story import Story
+
+
+def timeline_page(story: Story) -> str:
+    """Return the HTML page.
+
+    Args:
+        story: story of the run.
+
+    Raises:
+        OptionsError: matplotlib is not installed.
+    """
+    account, mtbf = story.time.account, story.time.mtbf
+    facts = {
+        "steps": f"{story.last_step:,}",
+        "wall clock": f"{story.wall_s:.1f} s",
+        "faults": str(len(story.faults)),
+        "recoveries": str(len(story.recoveries)),
+        "goodput": f"{account.goodput:.1%}" if story.time.is_known else "unknown",
+        "steps replayed": str(story.time.steps_replayed),
+        "time between failures": f"{mtbf.mean_s:.3g} s" if mtbf.failures else "no failure",
+    }
+    spent = {str(bucket): spent_s for bucket, spent_s in story.time.by_size} if story.time.is_known else {}
+    recoveries = [(f"{span.began_at:.1f} s", span.fields) for span in story.recoveries]
+    parts = (
+        f"<h1>Run {escape(story.run_id)}</h1>",
+        facts_list(facts),
+        f'<div class="drawing">{_drawing(story)}</div>',
+        section("Time of the run, by what it was spent on", bucket_bar(spent)),
+        section("Recoveries", recoveries_table(recoveries)),
+        section("What ranks have kept the others waiting for", waits_table(story.time.ranks)),
+    )
+    return document(f"Run {story.run_id}", "\n".join(parts))
+
+
+def _drawing(story: Story) -> str:
+    drawn = io.BytesIO()
+    draw(story, drawn, "svg")
+    text = drawn.getvalue().decode()
+    # Inline SVG must not have an XML prologue. The metadata refers to vocabularies on the web.
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
