@@ -1,6 +1,7 @@
 """The report of a run as one self-contained HTML page: no scripts, no further files, no network access.
 
-Its tables and bars are those of the live page of `ckptless watch --web`.
+Its tables and bars are those of the live page of `ckptless watch --web`. Apart from `timeline`, because a command does
+not render anything itself.
 """
 
 from __future__ import annotations
