@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import ProtocolError
@@ -81,15 +81,15 @@ def test_the_history_holds_versions_at_its_interval_and_the_two_newest() -> None
     assert steps_kept(list(range(1, 31)), slots=2, every=8) == [29, 30]
 
 
+@example([1] * 7, 1, 4)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=60), st.integers(0, 5), st.integers(1, 7))
 def test_the_history_reaches_back_as_far_as_promised(gaps: list[int], history: int, every: int) -> None:
     steps = [sum(gaps[: index + 1]) for index in range(len(gaps))]
     kept = steps_kept(steps, 2 + history, every)
     assert kept[-1] == steps[-1]
-    # Wherever the first version was, the history covers its length once enough versions have been written.
-    reach = history * every
-    oldest_due = next((step for step in steps if step > steps[-1] - reach), steps[-1]) if history else steps[-1]
-    assert kept[0] <= oldest_due
+    # The newest version of the history is at least two steps old, and the others are `every` steps apart.
+    reach = (history - 1) * every + 2 if history else 1
+    assert kept[0] <= max(steps[0], steps[-1] - reach)
     due = [step for step in steps if step >= kept[0]]
     assert all(any(0 <= step - older < every + max(gaps) for older in kept) for step in due)
 
