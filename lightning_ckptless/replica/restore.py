@@ -22,7 +22,7 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_metadata import NODE
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
-from lightning_ckptless.replica.layout.layout import Layout, live_views, local_name, pieces_for, slot_views
+from lightning_ckptless.replica.layout.layout import Layout, local_name, part_of, pieces_for, slot_view
 from lightning_ckptless.replica.slot_stamp import (
     CHECKSUM,
     GENERATION,
@@ -209,15 +209,15 @@ def fill(
     Returns:
         Number of bytes copied.
     """
+    held = layout.held_by(rank)
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
     for shard, bulk in bulks.items():
-        pieces = pieces_for(layout, shard, rank)
-        views = live_views(layout, shard, rank, tensors), slot_views(layout, shard, bulk, rank=rank)
-        for piece, target, source in zip(pieces, *views, strict=True):
-            if local_name(piece, rank) not in leave:
-                targets.append(target)
-                sources.append(source)
+        for piece in pieces_for(layout, shard, rank):
+            name = local_name(piece, rank)
+            if name not in leave:
+                targets.append(part_of(tensors[name], piece, held[name].box.offsets))
+                sources.append(slot_view(piece, bulk))
     with torch.no_grad():
         foreach_copy(targets, sources)
     return sum(source.nbytes for source in sources)

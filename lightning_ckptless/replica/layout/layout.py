@@ -212,7 +212,12 @@ def slot_views(layout: Layout, shard: int, bulk: torch.Tensor, *, rank: int | No
         rank: include only pieces that this rank's tensors contain; None for all pieces.
     """
     chunks = layout.of(shard) if rank is None else pieces_for(layout, shard, rank)
-    return [bulk[c.at : c.at + c.nbytes].view(dtype_of(c.dtype)).view(c.sizes) for c in chunks]
+    return [slot_view(chunk, bulk) for chunk in chunks]
+
+
+def slot_view(chunk: Chunk, bulk: torch.Tensor) -> torch.Tensor:
+    """A piece of a shard in a slot's bulk, typed and shaped."""
+    return bulk[chunk.at : chunk.at + chunk.nbytes].view(dtype_of(chunk.dtype)).view(chunk.sizes)
 
 
 def live_views(layout: Layout, shard: int, rank: int, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
