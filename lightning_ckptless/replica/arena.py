@@ -356,9 +356,15 @@ class Arena:
 
     # ------------------------------------------------------------------ layouts and notes
 
-    def write_layout(self, layout: Layout) -> None:
-        """Store a layout, which is kept as long as replicas written with it."""
-        arena_metadata.replace_file(self._layout_path(layout.digest), layout.to_bytes())
+    def write_layout(self, layout: Layout, *, writes: bool = True) -> None:
+        """Store a layout, which is kept as long as replicas written with it.
+
+        Args:
+            layout: the layout.
+            writes: whether this rank writes the file. One rank of a node does; the others need not parse it later.
+        """
+        if writes:
+            arena_metadata.replace_file(self._layout_path(layout.digest), layout.to_bytes())
         self._last_layout = layout
 
     def read_layout(self, digest: str) -> Layout | None:

@@ -334,8 +334,7 @@ class Mirroring:
         members, layout = self._session.members, planned.layout
         if self._mirror is not None:
             self._mirror.close()
-        if members.speaks_for_node:
-            members.arena.write_layout(layout)
+        members.arena.write_layout(layout, writes=members.speaks_for_node)
         ranks, placement, options = members.ranks_of_node, members.placement, self._options
         slots = LEAST_SLOTS + options.history
         members.arena.require_room_for(members.rings_of_node, layout, count=slots)
