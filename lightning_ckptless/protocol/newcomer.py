@@ -46,7 +46,7 @@ class Arrival:
 
     Args:
         startup_s: seconds from the request for it until it reached the training loop.
-        modules: number of installed modules that it imported during startup.
+        modules: number of modules that it imported during startup.
         imports: its node's progress in preloading modules when it was started.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
-from lightning_ckptless.membership.forkserver.imported import take_imported
+from lightning_ckptless.membership.forkserver.imported import count_imported, take_imported
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.messages import EnteredLoop, ProgramImported
@@ -49,10 +49,8 @@ def announce_imports(watcher: Watcher, options: CkptlessOptions) -> None:
 
 def arrival() -> Arrival:
     """The startup figures of this process, which has reached the training loop now."""
-    imported = take_imported()
     spawned_at = float(os.environ.get(environment.SPAWNED_AT) or time.time())
-    modules = 0 if imported is None else len(imported.modules)
-    return Arrival(time.time() - spawned_at, modules, Imports(os.environ.get(environment.IMPORTS, Imports.OFF)))
+    return Arrival(time.time() - spawned_at, count_imported(), Imports(os.environ.get(environment.IMPORTS, Imports.OFF)))
 
 
 def _obstacle(strategy: Any) -> str | None:
