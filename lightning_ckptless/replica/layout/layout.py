@@ -247,7 +247,8 @@ def part_of(tensor: torch.Tensor, chunk: Chunk, corner: tuple[int, ...]) -> torc
     """
     view = tensor.detach()
     for dim, (offset, at, size) in enumerate(zip(chunk.offsets, corner, chunk.sizes, strict=True)):
-        view = view.narrow(dim, offset - at, size)
+        if size != view.shape[dim]:
+            view = view.narrow(dim, offset - at, size)
     return view
 
 
