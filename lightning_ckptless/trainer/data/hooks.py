@@ -1,9 +1,10 @@
 """Calls the user's `train_dataloader()` and `val_dataloader()` in a new process with their original inputs.
 
 With `reload_dataloaders_every_n_epochs`, or when a run starts from a checkpoint file, these hooks are called in the
-middle of a run. Their result may depend on `current_epoch` and `global_step`, on attributes of module, datamodule and
-callbacks, and on random numbers. All of these are recorded with each call. To recreate the dataloaders of a restored
-version, a process calls the hooks with the record of that version instead of its own state.
+middle of a run. Their result may depend on `current_epoch` and `global_step`, on attributes and generators of the
+module, its parts, the datamodule and callbacks, and on the global generators. All of these are recorded with each call.
+To recreate the dataloaders of a restored version, a process calls the hooks with the record of that version instead of
+its own state.
 
 A call at the very start of a run needs no record: every process reaches it in the same state. Weights are not part of
 a record: a hook that evaluates the model sees those of the restored version.
@@ -134,20 +135,23 @@ class DataHooks:
         saved = self._at_beginning if record is None else record
         if saved is None or (record is None and self._loops.is_at_beginning):
             return own()
-        counters, generators = self._loops.counters(), capture_rng()
-        state = unpack(saved)
-        self._loops.set_counters(state["counters"])
-        self._host_state().show(state["shown"])
-        apply_rng(state["rng"])
+        before = self._record()
+        self._become(saved)
         try:
             return own()
         finally:
-            self._loops.set_counters(counters)
-            apply_rng(generators)
+            self._become(before)
 
     def _record(self) -> Packed:
         assert self._host_state is not None
         return pack({"counters": self._loops.counters(), "shown": self._host_state().shown(), "rng": capture_rng()})
+
+    def _become(self, record: Packed) -> None:
+        assert self._host_state is not None
+        state = unpack(record)
+        self._loops.set_counters(state["counters"])
+        self._host_state().show(state["shown"])
+        apply_rng(state["rng"])
 
 
 def to_note(records: Records) -> dict[str, str | None]:

@@ -50,7 +50,9 @@ def announce_imports(watcher: Watcher, options: CkptlessOptions) -> None:
 def arrival() -> Arrival:
     """The startup figures of this process, which has reached the training loop now."""
     spawned_at = float(os.environ.get(environment.SPAWNED_AT) or time.time())
-    return Arrival(time.time() - spawned_at, count_imported(), Imports(os.environ.get(environment.IMPORTS, Imports.OFF)))
+    return Arrival(
+        time.time() - spawned_at, count_imported(), Imports(os.environ.get(environment.IMPORTS, Imports.OFF))
+    )
 
 
 def _obstacle(strategy: Any) -> str | None:

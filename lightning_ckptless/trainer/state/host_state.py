@@ -183,16 +183,21 @@ class HostState:
         """Return what the user's dataloader hooks may read besides the counters. It refers to live objects."""
         return {
             "module": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
+            "submodules": self._submodules.capture(),
             "datamodule": self._datamodule(),
             "callbacks": [self._callback(callback)["plain"] for callback in self._callbacks],
+            "generators": [owned_generators(owner) for owner in (self.module, *self._callbacks)],
         }
 
     def show(self, saved: dict[str, Any]) -> None:
         """Restore what `shown` returned, for the duration of a hook."""
         set_plain_attributes(self.module, saved["module"])
+        self._submodules.apply(saved["submodules"])
         self._apply_datamodule(saved["datamodule"])
         for callback, plain in zip(self._callbacks, saved["callbacks"], strict=True):
             set_plain_attributes(callback, plain)
+        for owner, generators in zip((self.module, *self._callbacks), saved["generators"], strict=True):
+            set_owned_generators(owner, generators)
 
     # ------------------------------------------------------------------ apply
 

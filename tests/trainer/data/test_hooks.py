@@ -18,7 +18,7 @@ from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 EPOCHS = 4
 
 
-class Notes(list[tuple[str, int, int, int, float]]):
+class Notes(list[tuple[str, int, int, int, float, float]]):
     """Has its own class so that it is not part of the state."""
 
 
@@ -34,8 +34,9 @@ class Data(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         self.calls += 1
-        draw = float(torch.rand(()))
-        self.seen.append((hook, trainer.current_epoch, trainer.global_step, self.calls, draw))
+        module: Any = trainer.lightning_module
+        draw, own = float(torch.rand(())), float(torch.rand((), generator=module.generator))
+        self.seen.append((hook, trainer.current_epoch, trainer.global_step, self.calls, draw, own))
         return tiny_loader()
 
     def train_dataloader(self) -> Any:
@@ -59,7 +60,9 @@ def run(root: Path, every: int, expected: Records | None = None) -> tuple[DataHo
 
     trainer.callbacks.append(callback(on_fit_start=begin))
     torch.manual_seed(0)
-    trainer.fit(tiny_module(), datamodule=data)
+    module: Any = tiny_module()
+    module.generator = torch.Generator().manual_seed(5)
+    trainer.fit(module, datamodule=data)
     return hooks, data, notes
 
 
