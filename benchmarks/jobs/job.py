@@ -34,6 +34,7 @@ class JobOptions:
         accelerator: `cpu` or `gpu`.
         mirror_scheduling: key of `training.MIRROR_SCHEDULING`; empty for the default.
         sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
+        census: count what the protocol of each rank sends, and time its rounds.
     """
 
     size: str = "tiny"
@@ -49,6 +50,7 @@ class JobOptions:
     accelerator: str = "cpu"
     sharded: bool = False
     mirror_scheduling: str = ""
+    census: bool = False
 
     def but(self, **changed: Any) -> JobOptions:
         """Return the options with some of them changed."""

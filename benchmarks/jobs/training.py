@@ -163,10 +163,18 @@ def prepare(options: JobOptions) -> Callable[[Wire], None]:
     return partial(train, options, make_strategy(options))
 
 
+def _reporter(options: JobOptions, wire: Wire) -> pl.Callback:
+    if options.census:
+        from benchmarks.jobs.census import Census  # noqa: PLC0415 - one variant only
+
+        return Census(wire)
+    return Turns(wire) if options.turns else StepReporter(wire)
+
+
 def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     """Train with the given options and the result of `make_strategy`."""
     pl.seed_everything(11, verbose=False)
-    callbacks: list[pl.Callback] = [Turns(wire) if options.turns else StepReporter(wire)]
+    callbacks: list[pl.Callback] = [_reporter(options, wire)]
     if options.checkpoint_every:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
