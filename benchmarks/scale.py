@@ -108,8 +108,8 @@ def measure_world(ranks: int, args: Namespace, place: Scratch, chance: random.Ra
         # A rank's own round lasts until it has learned of the commit; all ranks of a round are included.
         rounds = [of_rank[-1]["rounds_s"] for of_rank in reports]
         row |= {f"{part}_s": [s for of_rank in rounds for s in of_rank[part]] for part in rounds[0]}
-        row |= {"traffic": [traffic_of(of_rank) for of_rank in reports], "step_s": max(x.step_s for x in watch.now())}
-        row |= {"use": [use_of(pid) for pid in watch.pids.values()], "free_mib": psutil.virtual_memory().available / _MIB}
+        row |= {"traffic": [*map(traffic_of, reports)], "step_s": max(life.step_s for life in watch.now())}
+        row |= {"use": [*map(use_of, watch.pids.values())], "free_mib": psutil.virtual_memory().available / _MIB}
         gathers = _gathers(watch)
         row["kills"] = kills_of(watch, scenario, args, chance, folder)
         with suppress(NoRecoveryError):
@@ -120,9 +120,7 @@ def measure_world(ranks: int, args: Namespace, place: Scratch, chance: random.Ra
     return row
 
 
-def kills_of(
-    watch: Watch, scenario: Scenario, args: Namespace, chance: random.Random, folder: Path
-) -> list[Kill]:
+def kills_of(watch: Watch, scenario: Scenario, args: Namespace, chance: random.Random, folder: Path) -> list[Kill]:
     """Kill ranks of a job, and return what each recovery took, with its phases according to the ledger."""
     found = []
     for _ in range(args.repeats):
@@ -247,7 +245,7 @@ NEARLY_CONSTANT = 1.15
 
 def exponent(worlds: Sequence[Row], values: Any) -> float | None:
     """Return the power of the number of ranks with which a quantity grows, between the first and the last world."""
-    if len(worlds) < 2 or not (values(worlds[0]) and values(worlds[-1])):  # noqa: PLR2004 - a slope has two ends
+    if len(worlds) < 2 or not (values(worlds[0]) and values(worlds[-1])):
         return None
     first, last = median(values(worlds[0])), median(values(worlds[-1]))
     if first <= 0 or last <= 0:

@@ -1,16 +1,20 @@
 """Which rank reads which shard from its own node's arena, and which rank sends it to which.
 
-A shard in the arena of the rank's own node is read there. Any other shard is sent once by a rank whose node has it: the
-one with the fewest bytes to send so far, assigned in order of decreasing size. All ranks compute the same plan from the
-same inventory, so it also defines the order of sends and receives.
+A shard in the arena of the rank's own node is read there. Any other shard is sent once by a rank whose node has it. All
+ranks decide from the same inventory.
+
+Every rank may need every shard, so the transfers of a restore grow with the square of the number of ranks. A rank
+computes only those that it takes part in: who sends follows from the shard and the receiver alone, in turn over the
+ranks that have the shard. The few copies that are filled in after a restore are planned as a whole: each is sent by the
+rank with the fewest bytes to send so far, assigned in order of decreasing size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from functools import cached_property
 
 from lightning_ckptless.protocol.versions import Complete, Replica
 
@@ -65,21 +69,8 @@ class Send:
 Transfer = Read | Send
 
 
-class _Needed(NamedTuple):
-    """The part of a shard that a rank needs."""
-
-    rank: int
-    shard: int
-    part: Part
-
-
-def plan_transfers(
-    complete: Complete,
-    nodes: Sequence[str],
-    need: Mapping[int, Collection[int]],
-    blobs: Mapping[int, Collection[int]] | None = None,
-) -> tuple[Transfer, ...]:
-    """Plan how the ranks get the shards they need.
+class TransferPlan:
+    """How the ranks get the shards they need: one transfer for each rank and shard of which it needs a part.
 
     Args:
         complete: the version, with the intact replicas of each shard.
@@ -87,13 +78,88 @@ def plan_transfers(
             ranks.
         need: for each rank, the shards whose tensor state it needs.
         blobs: for each rank, the shards whose host state it needs; None for its own shard only.
-
-    Returns:
-        One transfer for each rank and shard of which it needs a part.
     """
-    return _routed(
-        complete, nodes, _needed(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs)
-    )
+
+    def __init__(
+        self,
+        complete: Complete,
+        nodes: Sequence[str],
+        need: Mapping[int, Collection[int]],
+        blobs: Mapping[int, Collection[int]] | None = None,
+    ) -> None:
+        self._complete = complete
+        self._nodes = nodes
+        self._ranks_of = _ranks_by_node(nodes)
+        self._need = _quick_to_search(need)
+        self._blobs = None if blobs is None else _quick_to_search(blobs)
+
+    def reads(self, rank: int) -> list[Read]:
+        """The transfers of a rank from its own node's arena."""
+        return [
+            Read(rank, _nearest(local, rank), part)
+            for shard, part in self._needed(rank)
+            if (local := self._local(shard, rank))
+        ]
+
+    def receives(self, rank: int) -> list[Send]:
+        """The transfers that a rank receives."""
+        return [self._send(rank, shard, part) for shard, part in self._needed(rank) if not self._local(shard, rank)]
+
+    def sends(self, rank: int) -> list[Send]:
+        """The transfers that a rank sends."""
+        found: list[Send] = []
+        for shard in self._shards_of_node.get(self._nodes[rank], ()):
+            offers = self._offers(shard)
+            first = (list(offers).index(rank) - shard // 2) % len(offers)
+            for target in range(first, len(self._nodes), len(offers)):
+                part = self._part(target, shard)
+                if part is not None and not self._local(shard, target):
+                    found.append(Send(rank, target, shard, offers[rank], part))
+        return found
+
+    def used_on(self, node: str) -> set[Replica]:
+        """The replicas in a node's arena that ranks read or send."""
+        ranks = self._ranks_of[node]
+        return {step.replica for rank in ranks for step in (*self.reads(rank), *self.sends(rank))}
+
+    @cached_property
+    def _shards_of_node(self) -> dict[str, list[int]]:
+        shards: dict[str, list[int]] = {}
+        for shard, replicas in enumerate(self._complete.replicas):
+            for node in {replica.node for replica in replicas}:
+                shards.setdefault(node, []).append(shard)
+        return shards
+
+    def _local(self, shard: int, rank: int) -> list[Replica]:
+        return _on(self._nodes[rank], self._complete.replicas[shard])
+
+    def _offers(self, shard: int) -> dict[int, Replica]:
+        return _offers(shard, self._complete.replicas[shard], self._ranks_of)
+
+    def _send(self, target: int, shard: int, part: Part) -> Send:
+        offers = self._offers(shard)
+        # In turn by receiver and by shard: for many receivers of a shard, for many shards of a receiver, and if each
+        # rank receives its own shard only.
+        source = [*offers][(target + shard // 2) % len(offers)]
+        return Send(source, target, shard, offers[source], part)
+
+    def _needed(self, rank: int) -> Iterator[tuple[int, Part]]:
+        """The shards of which a rank needs a part, and that part."""
+        if rank in self._need or (self._blobs is not None and rank in self._blobs):
+            bulks = self._need.get(rank, ())
+            blobs = (rank,) if self._blobs is None else self._blobs.get(rank, ())
+            for shard in sorted({*bulks, *blobs}):
+                part = self._part(rank, shard)
+                assert part is not None
+                yield shard, part
+
+    def _part(self, rank: int, shard: int) -> Part | None:
+        """The part that a rank needs of a shard."""
+        needs_bulk = shard in self._need.get(rank, ())
+        needs_blob = rank == shard and rank in self._need if self._blobs is None else shard in self._blobs.get(rank, ())
+        if needs_bulk:
+            return Part.WHOLE if needs_blob else Part.BULK
+        return Part.BLOB if needs_blob else None
 
 
 def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tuple[int, int]]) -> tuple[Transfer, ...]:
@@ -101,51 +167,60 @@ def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tup
 
     Args:
         complete: the version, with the intact replicas of each shard.
-        nodes: name of each rank's node, as for `plan_transfers`.
+        nodes: name of each rank's node, as for `TransferPlan`.
         absent: pairs of shard and the rank that should have a copy of it.
 
     Returns:
         One transfer for each pair.
     """
-    return _routed(
-        complete, nodes, _largest_first(complete, [_Needed(rank, shard, Part.WHOLE) for shard, rank in absent])
-    )
-
-
-def _routed(complete: Complete, nodes: Sequence[str], needed: Sequence[_Needed]) -> tuple[Transfer, ...]:
-    ranks_of: dict[str, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        ranks_of.setdefault(node, []).append(rank)
+    ranks_of = _ranks_by_node(nodes)
     sent_bytes = [0] * len(nodes)
     plan: list[Transfer] = []
-    for rank, shard, part in needed:
+    for shard, rank in sorted(absent, key=lambda pair: (-_whole_bytes(complete.replicas[pair[0]][0]), *pair)):
         replicas = complete.replicas[shard]
-        local = [replica for replica in replicas if replica.node == nodes[rank]]
-        if local:
-            plan.append(Read(rank, min(local, key=lambda replica: replica.holder != rank), part))
+        if local := _on(nodes[rank], replicas):
+            plan.append(Read(rank, _nearest(local, rank), Part.WHOLE))
             continue
-        offers = [(source, replica) for replica in replicas for source in ranks_of.get(replica.node, ())]
-        assert offers, f"shard {shard} is on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"
-        source, replica = min(offers, key=lambda offer: (sent_bytes[offer[0]], offer[0]))
-        send = Send(source, rank, shard, replica, part)
-        sent_bytes[source] += send.sent_bytes
-        plan.append(send)
+        offers = _offers(shard, replicas, ranks_of)
+        source = min(offers, key=lambda offer: (sent_bytes[offer], offer))
+        sent_bytes[source] += _whole_bytes(offers[source])
+        plan.append(Send(source, rank, shard, offers[source], Part.WHOLE))
     return tuple(plan)
 
 
-def _needed(
-    complete: Complete, need: Mapping[int, Collection[int]], blobs: Mapping[int, Collection[int]]
-) -> list[_Needed]:
-    """The part that each rank needs of each shard."""
-    parts: dict[tuple[int, int], Part] = {(rank, shard): Part.BULK for rank, shards in need.items() for shard in shards}
-    for rank, shards in blobs.items():
-        for shard in shards:
-            parts[rank, shard] = Part.WHOLE if (rank, shard) in parts else Part.BLOB
-    return _largest_first(complete, [_Needed(rank, shard, part) for (rank, shard), part in parts.items()])
+def _ranks_by_node(nodes: Sequence[str]) -> dict[str, list[int]]:
+    ranks: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    return ranks
 
 
-def _largest_first(complete: Complete, needed: Sequence[_Needed]) -> list[_Needed]:
-    return sorted(needed, key=lambda n: (-_part_bytes(complete.replicas[n.shard][0], n.part), n.shard, n.rank))
+def _on(node: str, replicas: Sequence[Replica]) -> list[Replica]:
+    return [replica for replica in replicas if replica.node == node]
+
+
+def _nearest(local: Sequence[Replica], rank: int) -> Replica:
+    """Of the replicas on a rank's node, the one that it keeps itself, if there is one."""
+    return min(local, key=lambda replica: replica.holder != rank)
+
+
+def _offers(shard: int, replicas: Sequence[Replica], ranks_of: Mapping[str, Sequence[int]]) -> dict[int, Replica]:
+    """The ranks that can send a shard, ascending, and what each would send."""
+    offers = {source: replica for replica in reversed(replicas) for source in ranks_of.get(replica.node, ())}
+    assert offers, f"shard {shard} is on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"
+    return dict(sorted(offers.items()))
+
+
+def _quick_to_search(need: Mapping[int, Collection[int]]) -> dict[int, Collection[int]]:
+    """The same needs as sets; ranks that share one collection share its set."""
+    sets = {
+        id(shards): shards if isinstance(shards, range | frozenset) else frozenset(shards) for shards in need.values()
+    }
+    return {rank: sets[id(shards)] for rank, shards in need.items()}
+
+
+def _whole_bytes(replica: Replica) -> int:
+    return _part_bytes(replica, Part.WHOLE)
 
 
 def _part_bytes(replica: Replica, part: Part) -> int:

@@ -16,7 +16,7 @@ from lightning_ckptless.errors import StateMissingError, TransportError
 from lightning_ckptless.formats.schema import BYTES, RANK, SchemaError, integer, record, refused, sequence
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.internals.torch_internals import foreach_copy
-from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, plan_transfers
+from lightning_ckptless.protocol.transfers import Part, Transfer, TransferPlan
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_metadata import NODE
@@ -123,17 +123,17 @@ def choose(
         if isinstance(found, Missing):
             return found
         if has_other_world_size := found.snapshot.world_size != len(nodes):
-            needed: Need = {rank: range(found.snapshot.world_size) for rank in range(len(nodes))}
+            needed: Need = dict.fromkeys(range(len(nodes)), range(found.snapshot.world_size))
         else:
             needed = shared_layout(arena, transport, found.snapshot.layout).need if need is None else need
-        plan = plan_transfers(found, nodes, needed, needed if has_other_world_size else None)
-        used = {step.replica for step in plan} - good
-        if not used:
-            return found
-        local = sorted((replica for replica in used if replica.node == arena.node), key=_place_of)
+        plan = TransferPlan(found, nodes, needed, needed if has_other_world_size else None)
+        local = sorted(plan.used_on(nodes[rank]) - good, key=_place_of)
         mine = local[neighbours.index(rank) :: len(neighbours)]
-        bad.update(gather_replicas((replica for replica in mine if not arena.verify(replica, threads)), transport))
-        good |= used - bad
+        damaged = gather_replicas((replica for replica in mine if not arena.verify(replica, threads)), transport)
+        if not damaged:
+            return found
+        bad.update(damaged)
+        good.update(set(local) - bad)
 
 
 def fetch(
@@ -159,22 +159,20 @@ def fetch(
         TransportError: a peer is lost.
     """
     rank = transport.rank
-    plan = plan_transfers(complete, nodes, need, blobs)
-    got = {(step.replica.shard, part): _read(arena, step, part) for step in _reads(plan, rank) for part in _parts(step)}
+    plan = TransferPlan(complete, nodes, need, blobs)
+    got = {(step.replica.shard, part): _read(arena, step, part) for step in plan.reads(rank) for part in _parts(step)}
     local = frozenset(got)
     sends = [
         (step.target_rank, _tag(step.shard, part), _read(arena, step, part))
-        for step in _sends(plan)
-        if step.source_rank == rank
+        for step in plan.sends(rank)
         for part in _parts(step)
     ]
     receives: list[Message] = []
-    for step in _sends(plan):
-        if step.target_rank == rank:
-            for part in _parts(step):
-                length = step.replica.bulk_bytes if part is Part.BULK else step.replica.blob_bytes
-                got[step.shard, part] = receive_buffer(length)
-                receives.append((step.source_rank, _tag(step.shard, part), got[step.shard, part]))
+    for step in plan.receives(rank):
+        for part in _parts(step):
+            length = step.replica.bulk_bytes if part is Part.BULK else step.replica.blob_bytes
+            got[step.shard, part] = receive_buffer(length)
+            receives.append((step.source_rank, _tag(step.shard, part), got[step.shard, part]))
     transport.exchange(sends, receives)
     bulks = {shard: data for (shard, part), data in got.items() if part is Part.BULK}
     return Fetched(
@@ -257,14 +255,6 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
             ) from error
         arena.write_layout(mine)
     return mine
-
-
-def _reads(plan: Sequence[Transfer], rank: int) -> list[Read]:
-    return [step for step in plan if isinstance(step, Read) and step.rank == rank]
-
-
-def _sends(plan: Sequence[Transfer]) -> list[Send]:
-    return [step for step in plan if isinstance(step, Send)]
 
 
 def _parts(step: Transfer) -> tuple[Part, ...]:

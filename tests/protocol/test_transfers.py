@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.transfers import Part, Read, Send, plan_copies, plan_transfers
+from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, TransferPlan, plan_copies
 from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot, Version
 
 VERSION = Version(7, True)
@@ -39,10 +41,15 @@ def worlds(draw: st.DrawFn) -> World:
     return complete(kept), nodes, need
 
 
+def transfers(plan: TransferPlan, world_size: int) -> list[Transfer]:
+    """Everything that the ranks read and receive."""
+    return [step for rank in range(world_size) for step in (*plan.reads(rank), *plan.receives(rank))]
+
+
 @given(worlds())
 def test_every_rank_gets_every_needed_part_exactly_once(world: World) -> None:
     found, nodes, need = world
-    plan = plan_transfers(found, nodes, need)
+    plan = transfers(TransferPlan(found, nodes, need), len(nodes))
     got = Counter((_receiver(t), t.replica.shard, part) for t in plan for part in _parts(t.part))
     bulks = {(rank, shard, Part.BULK) for rank, shards in need.items() for shard in shards}
     blobs = {(rank, rank, Part.BLOB) for rank in need}
@@ -52,7 +59,7 @@ def test_every_rank_gets_every_needed_part_exactly_once(world: World) -> None:
 @given(worlds())
 def test_local_replicas_are_read_and_senders_have_what_they_send(world: World) -> None:
     found, nodes, need = world
-    for transfer in plan_transfers(found, nodes, need):
+    for transfer in transfers(TransferPlan(found, nodes, need), len(nodes)):
         assert transfer.replica in found.replicas[transfer.replica.shard]
         if isinstance(transfer, Read):
             assert transfer.replica.node == nodes[transfer.rank]
@@ -63,40 +70,69 @@ def test_local_replicas_are_read_and_senders_have_what_they_send(world: World) -
 
 
 @given(worlds())
+def test_ranks_that_plan_on_their_own_agree(world: World) -> None:
+    """What the ranks send is what the ranks receive, and each node knows what is used of its arena."""
+    found, nodes, need = world
+    plan, ranks = TransferPlan(found, nodes, need), range(len(nodes))
+    sent = [step for rank in ranks for step in plan.sends(rank)]
+    assert all(step.source_rank == rank for rank in ranks for step in plan.sends(rank))
+    assert Counter(sent) == Counter(step for rank in ranks for step in plan.receives(rank))
+    used = set().union(*(plan.used_on(node) for node in set(nodes)))
+    assert used == {step.replica for step in transfers(plan, len(nodes))}
+
+
+@given(worlds())
 def test_the_plan_does_not_depend_on_the_order_of_the_need(world: World) -> None:
     found, nodes, need = world
-    backwards = dict(reversed(need.items()))
-    assert plan_transfers(found, nodes, need) == plan_transfers(found, nodes, backwards)
+    backwards = TransferPlan(found, nodes, dict(reversed(need.items())))
+    assert transfers(TransferPlan(found, nodes, need), len(nodes)) == transfers(backwards, len(nodes))
 
 
 def test_senders_share_the_work() -> None:
     """The ranks of a node that has all shards share the work of sending to a node that lost all."""
     kept = [[replica(shard, shard % 4, "a", 8)] for shard in range(8)]
     nodes = ["a"] * 4 + ["b"] * 4
-    plan = plan_transfers(complete(kept), nodes, {rank: set(range(8)) for rank in range(8)})
-    sent = Counter(dict.fromkeys(range(8), 0))
-    for transfer in plan:
-        if isinstance(transfer, Send):
-            sent[transfer.source_rank] += transfer.sent_bytes
-    assert sum(sent.values()) == 4 * 8 * 100 + sum(10 + shard for shard in range(4, 8))
+    plan = TransferPlan(complete(kept), nodes, {rank: set(range(8)) for rank in range(8)})
+    sent = [sum(step.sent_bytes for step in plan.sends(rank)) for rank in range(8)]
+    assert sum(sent) == 4 * 8 * 100 + sum(10 + shard for shard in range(4, 8))
     assert all(sent[rank] == 0 for rank in range(4, 8))
-    assert max(sent.values()) - min(sent[rank] for rank in range(4)) <= 117
+    assert max(sent) - min(sent[:4]) <= 117
+
+
+@pytest.mark.parametrize("need", [{9: range(16)}, {rank: [rank] for rank in range(8, 16)}])
+def test_one_receiver_and_one_shard_each_are_shared_too(need: dict[int, Sequence[int]]) -> None:
+    """No sender sends more than twice its part, if one rank of a node needs every shard or every rank its own."""
+    kept = [[replica(shard, shard % 8, "a", 16)] for shard in range(16)]
+    plan = TransferPlan(complete(kept), ["a"] * 8 + ["b"] * 8, need, {})
+    sent = [len(plan.sends(rank)) for rank in range(8)]
+    wanted = sum(map(len, need.values()))
+    assert sum(sent) == wanted
+    assert max(sent) <= 2 * wanted / 8
+
+
+def test_a_large_world_is_planned_by_each_rank_alone() -> None:
+    """A plan of all ranks would have sixteen million transfers."""
+    ranks, nodes = range(4096), [f"node{rank // 8}" for rank in range(4096)]
+    kept = [[replica(s, h, nodes[h], 4096) for h in (s, (s + 8) % 4096)] for s in ranks]
+    plan = TransferPlan(complete(kept), nodes, dict.fromkeys(ranks, ranks))
+    assert len(plan.reads(17)) + len(plan.receives(17)) == 4096
+    assert len(plan.used_on("node2")) == 16
 
 
 def test_a_rank_prefers_the_copy_that_it_keeps_itself() -> None:
     found = complete([[replica(0, 0, "a", 2), replica(0, 1, "a", 2)], [replica(1, 1, "a", 2)]])
-    plan = plan_transfers(found, ["a", "a"], {1: {0, 1}})
-    assert plan == (Read(1, found.replicas[1][0], Part.WHOLE), Read(1, found.replicas[0][1], Part.BULK))
+    plan = TransferPlan(found, ["a", "a"], {1: {0, 1}})
+    assert plan.reads(1) == [Read(1, found.replicas[0][1], Part.BULK), Read(1, found.replicas[1][0], Part.WHOLE)]
 
 
 def test_the_host_state_is_transferred_even_if_the_tensors_are_not_needed() -> None:
     found = complete([[replica(0, 0, "a", 2)], [replica(1, 0, "a", 2)]])
-    plan = plan_transfers(found, ["a", "b"], {1: {0}})
-    assert plan == (
+    plan = TransferPlan(found, ["a", "b"], {1: {0}})
+    assert plan.receives(1) == [
         Send(0, 1, 0, found.replicas[0][0], Part.BULK),
         Send(0, 1, 1, found.replicas[1][0], Part.BLOB),
-    )
-    assert [t.sent_bytes for t in plan if isinstance(t, Send)] == [100, 11]
+    ]
+    assert [step.sent_bytes for step in plan.receives(1)] == [100, 11]
 
 
 @given(worlds())

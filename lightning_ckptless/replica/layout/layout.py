@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,7 @@ from lightning_ckptless.replica.slot_stamp import WORLD_SIZE
 
 FORMAT = 2
 ALIGNMENT_BYTES = 64
+_PRIVATE = "rank"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def private_name(rank: int, name: str) -> str:
     """The name in the plan of a private tensor of one rank."""
-    return f"rank{rank}/{name}"
+    return f"{_PRIVATE}{rank}/{name}"
 
 
 class Layout:
@@ -104,7 +105,7 @@ class Layout:
     def __init__(self, chunks: Sequence[Chunk], world_size: int) -> None:
         self.chunks = tuple(chunks)
         self.world_size = world_size
-        self._by_shard = tuple(tuple(c for c in self.chunks if c.shard == s) for s in range(world_size))
+        self._by_shard = _by_shard(self.chunks, world_size)
         self._held: dict[int, dict[str, Held]] = {}
         # `vars` instead of `dataclasses.asdict`, which took a tenth of a second of a relaunch.
         fields = {
@@ -135,21 +136,24 @@ class Layout:
 
     def known_to(self, rank: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and whole shape of every tensor, by its name on a rank, without private tensors of other ranks."""
-        others = tuple(private_name(other, "") for other in range(self.world_size) if other != rank)
         return {
             local_name(chunk, rank): (dtype_of(chunk.dtype), chunk.shape)
             for chunk in self.chunks
-            if not chunk.name.startswith(others)
+            if _owner_of(chunk.name) in (None, rank)
         }
 
     @cached_property
     def need(self) -> dict[int, tuple[int, ...]]:
         """For each rank, the shards that together contain all of its tensors."""
-        need: dict[int, set[int]] = {rank: set() for rank in range(self.world_size)}
+        common = tuple(sorted({chunk.shard for chunk in self.chunks if not chunk.holders}))
+        held: dict[int, set[int]] = {}
         for chunk in self.chunks:
-            for rank in chunk.holders or need:
-                need[rank].add(chunk.shard)
-        return {rank: tuple(sorted(shards)) for rank, shards in need.items()}
+            for rank in chunk.holders:
+                held.setdefault(rank, set()).add(chunk.shard)
+        # Ranks that need the common shards only share one tuple: every rank may need every shard.
+        every, ranks = frozenset(common), range(self.world_size)
+        extra = {rank: shards for rank, shards in held.items() if not shards <= every}
+        return {rank: tuple(sorted(every | extra[rank])) if rank in extra else common for rank in ranks}
 
     @cached_property
     def metadata(self) -> Metadata:
@@ -195,6 +199,20 @@ class Layout:
                 f"{'; '.join(different)}. Start the script unchanged, or start from scratch with another run id (and "
                 "durable_dir)"
             )
+
+
+def _by_shard(chunks: Iterable[Chunk], world_size: int) -> tuple[tuple[Chunk, ...], ...]:
+    found: list[list[Chunk]] = [[] for _ in range(world_size)]
+    for chunk in chunks:
+        found[chunk.shard].append(chunk)
+    return tuple(map(tuple, found))
+
+
+def _owner_of(name: str) -> int | None:
+    """The rank of a private tensor; None for any other tensor."""
+    prefix, _, _ = name.partition("/")
+    number = prefix.removeprefix(_PRIVATE)
+    return int(number) if number != prefix and number.isdecimal() else None
 
 
 def pieces_for(layout: Layout, shard: int, rank: int) -> tuple[Chunk, ...]:
