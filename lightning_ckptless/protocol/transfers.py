@@ -213,9 +213,10 @@ def _offers(shard: int, replicas: Sequence[Replica], ranks_of: Mapping[str, Sequ
 
 def _quick_to_search(need: Mapping[int, Collection[int]]) -> dict[int, Collection[int]]:
     """The same needs as sets; ranks that share one collection share its set."""
-    sets = {
-        id(shards): shards if isinstance(shards, range | frozenset) else frozenset(shards) for shards in need.values()
-    }
+    sets: dict[int, Collection[int]] = {}
+    for shards in need.values():
+        if id(shards) not in sets:
+            sets[id(shards)] = shards if isinstance(shards, range) else frozenset(shards)
     return {rank: sets[id(shards)] for rank, shards in need.items()}
 
 

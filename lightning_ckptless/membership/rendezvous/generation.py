@@ -2,23 +2,22 @@
 
 A store may outlive the processes that use it: torchrun shares one over all its restarts. Nothing that a dead process
 has written there, its number included, may be mistaken for the word of a living one. So a number counts only for ranks
-that
-find themselves in it:
+that find themselves in it:
 
     rank 0                                   every other rank
     open     a number never used before      read     the number that rank 0 published last
     publish  the number                      hello    own random nonce, under the number
-    collect  all nonces under the number     accept   the number whose `go` holds the own nonce
-    go       the list of nonces              else     read again; hello again under every new number
+    collect  all nonces under the number     accept   the number whose `go` for this rank holds the own nonce
+    go       to each rank, its nonce         else     read again; hello again under every new number
 
-A `go` that holds a process's nonce was written after that process had started, by a rank 0 that was alive then. A rank
-0 that finds another number published than its own opens a new one. So a number that a dying process publishes late
-delays the living ranks and has no other effect.
+All of `go` is written in one request, and each rank reads only its own part: as one list it would make the bytes that
+the store sends grow with the square of the number of ranks. A `go` that holds a process's nonce was written after that
+process had started, by a rank 0 that was alive then. A rank 0 that finds another number published than its own opens a
+new one. So a number that a dying process publishes late delays the living ranks and has no other effect.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable
@@ -100,8 +99,8 @@ class _Meeting:
             hellos = [_hello_key(number, rank) for rank in range(self.world_size)]
             while self._published() == number:
                 if self.store.check(hellos):
-                    nonces = [self.store.get(key).decode() for key in hellos]
-                    self.store.set(_go_key(number), json.dumps(nonces))
+                    nonces = self.store.multi_get(hellos)
+                    self.store.multi_set([_go_key(number, rank) for rank in range(self.world_size)], nonces)
                     return number
                 self._pause(number)
 
@@ -114,7 +113,8 @@ class _Meeting:
                 nonces[number] = self._say_hello(number)
                 self._pauses = 0
             for said, nonce in nonces.items():
-                if self.store.check([_go_key(said)]) and nonce in json.loads(self.store.get(_go_key(said))):
+                go = _go_key(said, self.rank)
+                if self.store.check([go]) and self.store.get(go).decode() == nonce:
                     return said
             self._pause(number)
 
@@ -157,5 +157,5 @@ def _hello_key(number: int, rank: int) -> str:
     return f"ckptless/{number}/hello/{rank}"
 
 
-def _go_key(number: int) -> str:
-    return f"ckptless/{number}/go"
+def _go_key(number: int, rank: int) -> str:
+    return f"ckptless/{number}/go/{rank}"
