@@ -7,7 +7,6 @@ all times contain the wait for a core; the counts do not depend on it.
 
 from __future__ import annotations
 
-import math
 import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
@@ -241,29 +240,23 @@ GROWTH: tuple[tuple[str, Any], ...] = (
 )
 NEARLY_CONSTANT = 1.15
 """Growth over all worlds below which a quantity counts as constant."""
-
-
-def exponent(worlds: Sequence[Row], values: Any) -> float | None:
-    """Return the power of the number of ranks with which a quantity grows, between the first and the last world."""
-    if len(worlds) < 2 or not (values(worlds[0]) and values(worlds[-1])):
-        return None
-    first, last = median(values(worlds[0])), median(values(worlds[-1]))
-    if first <= 0 or last <= 0:
-        return None
-    return math.log(last / first) / math.log(worlds[-1]["ranks"] / worlds[0]["ranks"])
+LAWS = ((1.4, "log N"), (2.8, "linear"), (5.6, "quadratic"))
+"""The growth of the last doubling, as a multiple of that of the doubling before, up to which each law is named."""
 
 
 def law_of(worlds: Sequence[Row], values: Any) -> str:
-    """Name the growth of a quantity per rank: constant, at most log N, or faster with its power."""
-    power = exponent(worlds, values)
-    if power is None:
+    """Name the growth of a quantity per rank, from the last three worlds, each of twice as many ranks."""
+    last = [(row["ranks"], median(found)) for row in worlds[-3:] if (found := values(row))]
+    if len(last) < 3:
         return "not measured"
-    first, last = worlds[0]["ranks"], worlds[-1]["ranks"]
-    ratio = (last / first) ** power
-    if ratio <= NEARLY_CONSTANT:
+    (few, low), (_, middle), (many, high) = last
+    if high < low / NEARLY_CONSTANT:
+        return "falls"
+    if high <= low * NEARLY_CONSTANT:
         return "constant"
-    logarithmic = math.log(last) / math.log(first)
-    return "at most log N" if ratio <= logarithmic else f"N^{power:.2f}"
+    doubling = (high - middle) / max(middle - low, 1e-9)
+    name = next((law for most, law in LAWS if doubling <= most), "faster than quadratic")
+    return f"linear, {(high - low) / (many - few):.3g} per rank" if name == "linear" else name
 
 
 def growth_rows(worlds: Sequence[Row]) -> Iterable[tuple[str, str, str, str]]:

@@ -18,7 +18,7 @@ EVERY_ROUNDS = 10
 
 
 class Records:
-    """What a process has counted and timed; in a separate class, because a version would contain plain values."""
+    """What a process has counted and timed."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -36,6 +36,10 @@ class Records:
             self.rounds_s.setdefault(part, []).append(at[end] - at[begin])
 
 
+RECORDS = Records()
+"""Of this process; not an attribute of the callback, which a recovery would take back to an earlier version."""
+
+
 class Census(StepReporter):
     """Report steps and versions, and every `EVERY_ROUNDS` versions the times of the rounds and the protocol's traffic.
 
@@ -45,8 +49,7 @@ class Census(StepReporter):
 
     def __init__(self, wire: Wire) -> None:
         super().__init__(wire)
-        self.records = Records()
-        _count_calls(self.records.counts)
+        _count_calls(RECORDS.counts)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -55,11 +58,10 @@ class Census(StepReporter):
 
     def timed(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
         """Record the times of a round; runs in the mirror thread."""
-        records = self.records
-        records.take(moment)
-        if len(records.rounds_s.get("round", ())) >= EVERY_ROUNDS:
-            self.wire.send("rounds", rounds_s=records.rounds_s, counts=dict(records.counts))
-            records.rounds_s = {}
+        RECORDS.take(moment)
+        if len(RECORDS.rounds_s.get("round", ())) >= EVERY_ROUNDS:
+            self.wire.send("rounds", rounds_s=RECORDS.rounds_s, counts=dict(RECORDS.counts))
+            RECORDS.rounds_s = {}
 
 
 def _count_calls(counts: Counter[str]) -> None:

@@ -1,0 +1,131 @@
+"""Ranks without a trainer: processes of this machine that only have the transport, to time what it does between them.
+
+They are forked, so that 64 of them start within seconds. All figures are those of the quickest of several calls: this
+is what the machine can do, and what a model of it predicts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_ckptless.replica.transport import GlooTransport, receive_buffer
+
+LARGE_BYTES = 1 << 20
+SMALL_BYTES = 64
+CALLS = 20
+_TIMEOUT_S = 300.0
+_BYTES_SENT = 200
+"""Offset of `tcpi_bytes_sent` in the kernel's `struct tcp_info`."""
+
+Figures = dict[str, dict[str, float]]
+"""By name of the call: wall and CPU seconds, and the bytes that a rank sends."""
+
+
+def measure_bare_world(ranks: int) -> Figures:
+    """Start ranks, and time a vote, a gather, exchanges and the creation of a group.
+
+    Returns:
+        The median over the ranks of the wall time, and means of CPU time and sent bytes.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe() for _ in range(ranks)]
+    workers = [context.Process(target=_work, args=(rank, ranks, port, pipes[rank][1])) for rank in range(ranks)]
+    for worker in workers:
+        worker.start()
+    try:
+        found = [_answer(ours, rank) for rank, (ours, _) in enumerate(pipes)]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    kinds = {"wall_s": median, "cpu_s": mean, "bytes": mean}
+    return {
+        name: {kind: of([each[name][kind] for each in found]) for kind, of in kinds.items()} for name in found[0]
+    }
+
+
+def _answer(pipe: Connection, rank: int) -> Figures:
+    if not pipe.poll(_TIMEOUT_S):
+        raise TimeoutError(f"rank {rank} of a bare world has not answered within {_TIMEOUT_S:g} s")
+    figures: Figures = pipe.recv()
+    return figures
+
+
+def _work(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    GlooTransport(None).vote(1)
+    sockets = _sockets()
+    began = time.perf_counter(), time.process_time(), _sent_bytes(sockets)
+    group = dist.new_group(backend="gloo")
+    spent = time.perf_counter() - began[0], time.process_time() - began[1], _sent_bytes(sockets) - began[2]
+    assert isinstance(group, dist.ProcessGroup)
+    pipe.send({"group": dict(zip(("wall_s", "cpu_s", "bytes"), spent, strict=True)), **_calls(GlooTransport(group))})
+    time.sleep(_TIMEOUT_S)  # ended by the parent: rank 0 has the store of all
+
+
+def _calls(transport: GlooTransport) -> Figures:
+    rank, ranks = transport.rank, transport.world_size
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+
+    def exchange(count: int) -> Callable[[], Any]:
+        sent, received = torch.zeros(count, dtype=torch.uint8), receive_buffer(count)
+        return lambda: transport.exchange([(after, 0, sent)], [(before, 0, received)])
+
+    return {
+        "vote": _timed(transport, lambda: transport.vote(1)),
+        "gather": _timed(transport, lambda: transport.gather(b"{}")),
+        "small exchange": _timed(transport, exchange(SMALL_BYTES)),
+        "large exchange": _timed(transport, exchange(LARGE_BYTES)),
+    }
+
+
+def _timed(transport: GlooTransport, call: Callable[[], Any]) -> dict[str, float]:
+    sockets, walls = _sockets(), list[float]()
+    cpu, sent = time.process_time(), _sent_bytes(sockets)
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        call()
+        walls.append(time.perf_counter() - began)
+    figures = {"cpu_s": (time.process_time() - cpu) / CALLS, "bytes": (_sent_bytes(sockets) - sent) / CALLS}
+    transport.vote(1)
+    return {"wall_s": min(walls), **figures}
+
+
+def _sockets() -> list[int]:
+    names = os.listdir("/proc/self/fd")
+    return [int(name) for name in names if _target(name).startswith("socket:")]
+
+
+def _target(name: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        return ""
+
+
+def _sent_bytes(numbers: list[int]) -> int:
+    """Return the bytes that the kernel has sent over connections so far."""
+    total = 0
+    for number in numbers:
+        with socket.socket(fileno=os.dup(number)) as sock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("=Q", info, _BYTES_SENT)[0]
+    return total
