@@ -32,7 +32,8 @@ from lightning_ckptless.replica.slot_stamp import (
     WORLD_SIZE,
     slot_state,
 )
-from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
+from lightning_ckptless.replica.spread import spread
+from lightning_ckptless.replica.transport import Message, Transport, gather_json, receive_buffer, tensor_of
 
 OWN_ARENA = "own arena"
 PEER = "peer"
@@ -222,7 +223,7 @@ def fill(
 
 
 def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
-    """The layout with a digest, from the first rank whose arena contains it. Arenas without it store it.
+    """The layout with a digest, from a rank whose arena contains it. Arenas without it store it.
 
     Args:
         arena: arena of this node.
@@ -234,25 +235,19 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
         TransportError: a peer sent invalid data.
     """
     mine = arena.read_layout(digest)
-    having = [rank for rank, answer in enumerate(transport.gather(b"1" if mine is not None else b"")) if answer]
-    if not having:
+    data = b"" if mine is None else mine.to_bytes()
+    lengths = gather_json(transport, len(data))
+    if not any(lengths):
         raise StateMissingError(
             f"rank {transport.rank}: no arena contains layout {digest}, which is needed to read its replicas: remove "
             f"them with `ckptless clean`"
         )
-    if len(having) == transport.world_size:
-        assert mine is not None
-        return mine
-    sender = having[0]
-    sent = mine.to_bytes() if mine is not None and transport.rank == sender else b""
-    received = transport.gather(sent)[sender]
+    received = spread(transport, lengths, data)
     if mine is None:
         try:
             mine = Layout.from_bytes(received, digest)
         except SchemaError as error:
-            raise TransportError(
-                f"rank {transport.rank}: rank {sender} sent an invalid layout {digest}: {error}"
-            ) from error
+            raise TransportError(f"rank {transport.rank}: a peer sent an invalid layout {digest}: {error}") from error
         arena.write_layout(mine)
     return mine
 

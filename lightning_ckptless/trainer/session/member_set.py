@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from lightning_ckptless.protocol.failure_domains import place_in
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
+from lightning_ckptless.replica.spread import spread
 from lightning_ckptless.replica.transport import Transport, gather_json
 from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_rank
 from lightning_ckptless.trainer.session.failure_domains import find_domains
@@ -120,13 +122,22 @@ def form_member_set(
         # If the note was lost, the replicas still tell which numbers have been used.
         used = max((replica.generation for replica in arena.inventory()), default=0)
     mine = replace(mine, generation=max(used, last_generation(record)))
-    notes = tuple(ArenaNotes.from_values(values) for values in gather_json(transport, mine.to_values()))
+    notes = _gather_notes(mine, transport)
     number = max([generation, after + 1, *(n.generation + 1 for n in notes if n.generation is not None)])
     members = MemberSet(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
     if members.speaks_for_node:
         arena.write_notes(ArenaNotes(generation=number))
         _record_generation(record, number)
     return members
+
+
+def _gather_notes(mine: ArenaNotes, transport: Transport) -> tuple[ArenaNotes, ...]:
+    """The notes of all ranks' arenas; the folders of all ranks are sent to those whose arena lacks them only."""
+    data = b"" if mine.folders is None else json.dumps(ArenaNotes(folders=mine.folders).to_values()).encode()
+    facts = gather_json(transport, [replace(mine, folders=None).to_values(), len(data)])
+    common = spread(transport, [length for _, length in facts], data)
+    folders = ArenaNotes.from_values(json.loads(common)).folders if common else None
+    return tuple(replace(ArenaNotes.from_values(values), folders=folders) for values, _ in facts)
 
 
 def last_generation(record: Path) -> int:
