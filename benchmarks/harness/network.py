@@ -7,11 +7,13 @@ in the network, are not modelled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 
-FRAME_BYTES = 74
-"""What gloo adds to the bytes of a message."""
+FRAME_BYTES = 144
+"""What gloo adds to the bytes of a message: its header, and the receiver's announcement that it is ready."""
+GATHER_SEGMENTS = 2
+"""Messages of a hop of gloo's allgather."""
 VOTE_BYTES = 4
 
 
@@ -20,8 +22,8 @@ class Cost:
     """What a call takes.
 
     Args:
-        messages: that one rank sends, at most.
-        sent_bytes: that one rank sends, at most.
+        messages: that one rank sends, on average.
+        sent_bytes: that one rank sends, on average.
         seconds: until all ranks are done.
     """
 
@@ -30,9 +32,7 @@ class Cost:
     seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.messages + other.messages, self.sent_bytes + other.sent_bytes, self.seconds + other.seconds
-        )
+        return Cost(self.messages + other.messages, self.sent_bytes + other.sent_bytes, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Network:
     # ------------------------------------------------------------------ collectives
 
     def ring_vote(self, ranks: int) -> Cost:
-        """gloo's allreduce of a few bytes: a ring, twice around, in which only one segment is not empty."""
+        """The allreduce of gloo for a few bytes: a ring, twice around, in which only one segment is not empty."""
         hops = 2 * (ranks - 1)
-        sent = min(2, hops)
+        sent = hops / ranks
         path_s = self.call_s + hops * (self.hop_s + VOTE_BYTES * self.byte_s)
         return self._cost(ranks, sent, sent * (VOTE_BYTES + FRAME_BYTES), path_s)
 
@@ -87,12 +87,19 @@ class Network:
         within_s = self.call_s + self.on_cores(ranks, 2 * self.shared_s)
         return leaders + Cost(seconds=within_s)
 
+    def doubling_vote(self, ranks: int) -> Cost:
+        """Like `node_vote`, but the ranks that vote for their nodes double the number of known votes with each hop."""
+        hops = ceil(log2(self.nodes(ranks)))
+        leaders_s = self.call_s + hops * (self.hop_s + VOTE_BYTES * self.byte_s) if hops else 0.0
+        within_s = self.call_s + self.on_cores(ranks, 2 * self.shared_s)
+        return Cost(hops, hops * (VOTE_BYTES + FRAME_BYTES), leaders_s + within_s)
+
     def gather(self, ranks: int, page_bytes: int) -> Cost:
-        """gloo's allgather: a ring, in which every rank passes on the pages of all others."""
-        hops = ranks - 1
-        length = page_bytes + FRAME_BYTES
+        """The allgather of gloo: a ring, in which every rank passes on the pages of all others."""
+        hops, sent = ranks - 1, GATHER_SEGMENTS * (ranks - 1)
+        length = page_bytes + GATHER_SEGMENTS * FRAME_BYTES
         path_s = self.call_s + hops * (self.hop_s + self._shared_link(length) * self.byte_s)
-        return self._cost(ranks, hops, hops * length, path_s)
+        return self._cost(ranks, sent, hops * length, path_s)
 
     def exchange(self, ranks: int, messages: int, sent_bytes: int) -> Cost:
         """Messages between pairs of ranks, all at once."""
@@ -101,6 +108,10 @@ class Network:
         return self._cost(ranks, messages, length, path_s)
 
     # ------------------------------------------------------------------ a membership
+
+    def one_machine(self, ranks: int) -> Network:
+        """The same with all ranks on one node."""
+        return replace(self, ranks_per_node=ranks)
 
     def mesh(self, ranks: int) -> Cost:
         """A new gloo group: every rank connects to every other."""
@@ -117,6 +128,6 @@ class Network:
         """The bytes that pass a node's link while each of its ranks sends so many."""
         return length_bytes * self.ranks_per_node
 
-    def _cost(self, ranks: int, messages: int, sent_bytes: int, path_s: float) -> Cost:
+    def _cost(self, ranks: int, messages: float, sent_bytes: float, path_s: float) -> Cost:
         cpu_s = self.call_s + self.on_cores(ranks, messages * self.message_cpu_s)
         return Cost(messages, sent_bytes, max(path_s, cpu_s))
