@@ -11,6 +11,8 @@ PROGRAMS = (
     "steady_state",
     "recovery",
     "growth",
+    "scale",
+    "projection",
     "detection",
     "relaunch",
     "cold_start",

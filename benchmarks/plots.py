@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
+from math import ceil, floor, log2, log10
 
 from benchmarks.harness.machine import ROOT
 
@@ -73,12 +74,53 @@ class Plot:
         return "\n".join([*_head(self.title, y + 8), *legend, *parts, "</svg>"]) + "\n"
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Curves over the number of ranks, both axes logarithmic.
+
+    Args:
+        name: name of the image.
+        title: title, with the unit.
+        curves: the points of each series, by its name.
+    """
+
+    name: str
+    title: str
+    curves: dict[str, list[tuple[int, float]]]
+
+    def svg(self) -> str:
+        """Return the image."""
+        points = [point for curve in self.curves.values() for point in curve]
+        ranks = sorted({x for x, _ in points})
+        low, high = floor(log10(min(y for _, y in points))), ceil(log10(max(y for _, y in points)))
+        left, right, top, bottom = 90, WIDTH - 330, TOP, TOP + 60 * (high - low)
+
+        def place(x: float, y: float) -> tuple[float, float]:
+            across = log2(x / ranks[0]) / log2(ranks[-1] / ranks[0])
+            return left + across * (right - left), bottom - (log10(y) - low) / (high - low) * (bottom - top)
+
+        parts = []
+        for power in range(low, high + 1):
+            _, y = place(ranks[0], 10.0**power)
+            parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
+            parts.append(_text(left - 10, y + 4, f"{10.0**power:g}", "e"))
+        parts += [_text(place(x, 10.0**low)[0], bottom + 20, str(x), "m") for x in ranks]
+        parts.append(_text((left + right) / 2, bottom + 42, "ranks", "m"))
+        for number, (color, (name, curve)) in enumerate(zip(COLORS, self.curves.items(), strict=False)):
+            path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in curve)
+            parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+            y = top + 20 * number
+            parts.append(f'<rect x="{right + 24}" y="{y}" width="12" height="12" fill="{color}"/>')
+            parts.append(_text(right + 42, y + 10, name))
+        return "\n".join([*_head(self.title, bottom + 56), *parts, "</svg>"]) + "\n"
+
+
 def _head(title: str, height: float) -> list[str]:
     font = 'font-family="DejaVu Sans, Verdana, sans-serif" font-size="12" fill="#222"'
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" {font}>',
         f"  <title>{escape(title)}</title>",
-        "  <style>.e { text-anchor: end; } .b { font-weight: bold; }</style>",
+        "  <style>.e { text-anchor: end; } .m { text-anchor: middle; } .b { font-weight: bold; }</style>",
         f'  <rect width="{WIDTH}" height="{height:.0f}" rx="8" fill="#fff"/>',
         "  " + _text(24, 28, title, "b"),
     ]
@@ -98,6 +140,14 @@ def _text(x: float, y: float, text: str, kind: str = "") -> str:
 
 def column(rows: list[Row], label: str, *heads: str) -> Bars:
     return [(row[label], [float(row[head]) for head in heads]) for row in rows]
+
+
+def projection() -> Curves:
+    """Return the curves of the projection to thousands of ranks."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows_of("2026-11-29-scale", "One rank of a large world"):
+        curves.setdefault(row["part"], []).append((int(row["ranks"]), float(row["total s"])))
+    return Curves("bench-scale", "One rank of a large world, real decisions and modelled messages, s", curves)
 
 
 def plots() -> list[Plot]:
@@ -128,7 +178,7 @@ def plots() -> list[Plot]:
 
 
 def main() -> None:
-    for plot in plots():
+    for plot in (*plots(), projection()):
         (IMAGES / f"{plot.name}.svg").write_text(plot.svg())
         print(f"docs/images/{plot.name}.svg")
 

@@ -15,20 +15,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.harness.bare_world import LARGE_BYTES, SMALL_BYTES, Figures, measure_bare_world
+from benchmarks.harness.bare_world import LARGE_BYTES, REQUESTS, SMALL_BYTES, Figures, measure_bare_world
 from benchmarks.harness.modelled_rank import PAGE_BYTES, Phase, regroup, restore, vote, world_of
-from benchmarks.harness.network import GATHER_SEGMENTS, Cost, Network
+from benchmarks.harness.network import Cost, Network
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.table import Column, Table
 
-CALIBRATED = (4, 16)
+CALIBRATED = (8, 32)
+"""Numbers of ranks that the model is fitted to; the others are predicted."""
 COMPARED = (2, 4, 8, 16, 32, 64)
 QUICK_COMPARED = (2, 4, 16)
 PROJECTED = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TOLERANCE = 0.25
 SHARED_S = 2e-6
 """Not calibrated: a flag in shared memory is seen by another core within a microsecond or two."""
-REQUEST_S = 25e-6
 _US, _GB, _MIB = 1e-6, 1e9, 2**20
 Rows = list[dict[str, Any]]
 
@@ -38,24 +38,25 @@ Rows = list[dict[str, Any]]
 
 def calibrate(bare: dict[int, Figures], cores: int) -> Network:
     """Return the model of this machine, from a small and a larger world."""
-    few, many = min(bare, key=lambda n: abs(n - CALIBRATED[0])), min(bare, key=lambda n: abs(n - CALIBRATED[1]))
-    fewest, most = bare[min(bare)], bare[many]
+    few, many = (min(bare, key=lambda n, near=near: abs(n - near)) for near in CALIBRATED)
 
-    def slope(name: str, kind: str, steps: Callable[[int], int]) -> float:
-        rise = bare[many][name][kind] - bare[few][name][kind]
-        return max(0.0, rise / max(1, steps(many) - steps(few)))
+    def wall_s(name: str, ranks: int) -> float:
+        return bare[ranks][name]["wall_s"]
 
-    hop_s = slope("vote", "wall_s", lambda n: 2 * (n - 1))
-    lengths = LARGE_BYTES - SMALL_BYTES
-    large_s = fewest["large exchange"]["wall_s"] - fewest["small exchange"]["wall_s"]
+    # What all ranks of a machine do at once shares its cores.
+    share = {ranks: max(1.0, ranks / cores) for ranks in (few, many)}
+    connects = {ranks: (ranks - 1) * share[ranks] for ranks in (few, many)}
+    connect_s = max(0.0, wall_s("group", many) - wall_s("group", few)) / (connects[many] - connects[few])
     return Network(
-        hop_s=hop_s,
-        byte_s=max(1e-12, large_s / lengths / min(bare)),
-        message_cpu_s=slope("gather", "cpu_s", lambda n: GATHER_SEGMENTS * (n - 1)),
-        call_s=max(0.0, most["vote"]["wall_s"] - 2 * (many - 1) * hop_s),
+        hop_s=wall_s("vote", few) / (2 * (few - 1)),
+        crowded_hop_s=wall_s("vote", many) / (2 * (many - 1)),
+        byte_s=max(1e-12, (wall_s("large exchange", many) - wall_s("small exchange", many)) / many / LARGE_BYTES),
+        message_cpu_s=wall_s("small exchange", many) / share[many],
+        turn_cpu_s=wall_s("gather", many) / (many - 1) / share[many],
         shared_s=SHARED_S,
-        connect_cpu_s=slope("group", "cpu_s", lambda n: n - 1),
-        request_s=REQUEST_S,
+        group_s=max(0.0, wall_s("group", few) - connects[few] * connect_s),
+        connect_cpu_s=connect_s,
+        request_s=wall_s("requests", many) / REQUESTS / many,
         ranks_per_node=many,
         cores_per_node=cores,
     )
@@ -236,12 +237,13 @@ PROJECTION = (
 
 def described(network: dict[str, Any]) -> str:
     """Return the parameters of a model, in words."""
-    us = {name: network[name] / _US for name in ("hop_s", "message_cpu_s", "call_s", "connect_cpu_s", "request_s")}
+    names = ("hop_s", "crowded_hop_s", "message_cpu_s", "turn_cpu_s", "group_s", "connect_cpu_s", "request_s")
+    hop, crowded, message, turn, group, connection, request = (f"{network[name] / _US:.0f} us" for name in names)
     return (
-        f"alpha {us['hop_s']:.0f} us, beta {1 / network['byte_s'] / _GB:.1f} GB/s, CPU time of a message "
-        f"{us['message_cpu_s']:.0f} us, of a connection {us['connect_cpu_s']:.0f} us, of a request to the store "
-        f"{us['request_s']:.0f} us, a call {us['call_s']:.0f} us; {network['ranks_per_node']} ranks and "
-        f"{network['cores_per_node']} cores per node"
+        f"alpha {hop} (crowded {crowded}), beta {1 / network['byte_s'] / _GB:.1f} GB/s; CPU time of a message "
+        f"{message}, of a step of a gather {turn}, of a connection {connection}, of a request to the store {request}; "
+        f"fixed time of a group {group}; {network['ranks_per_node']} ranks and {network['cores_per_node']} cores per "
+        "node"
     )
 
 

@@ -1,7 +1,7 @@
 """Ranks without a trainer: processes of this machine that only have the transport, to time what it does between them.
 
-They are forked, so that 64 of them start within seconds. All figures are those of the quickest of several calls: this
-is what the machine can do, and what a model of it predicts.
+They are forked, so that 64 of them start within seconds. Wall and CPU times are those of the quickest of several
+calls: this is what the machine can do, and what a model of it predicts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from lightning_ckptless.replica.transport import GlooTransport, receive_buffer
 
 LARGE_BYTES = 1 << 20
 SMALL_BYTES = 64
-CALLS = 20
+CALLS = 40
+REQUESTS = 50
 GROUPS = 5
 _TIMEOUT_S = 300.0
 _BYTES_SENT = 200
@@ -34,7 +35,7 @@ Figures = dict[str, dict[str, float]]
 
 
 def measure_bare_world(ranks: int) -> Figures:
-    """Start ranks, and time a vote, a gather, exchanges and the creation of a group.
+    """Start ranks, and time a vote, a gather, exchanges, requests to the store, and the creation of a group.
 
     Returns:
         The median over the ranks of the wall time, and means of CPU time and sent bytes.
@@ -71,7 +72,10 @@ def _work(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     GlooTransport(None).vote(1)
     figures, group = _creation()
-    pipe.send({"group": figures, **_calls(GlooTransport(group))})
+    transport = GlooTransport(group)
+    store.set("key", "value")
+    requests = {"requests": _timed(transport, lambda: [store.get("key") for _ in range(REQUESTS)])}
+    pipe.send({"group": figures, **requests, **_calls(transport)})
     time.sleep(_TIMEOUT_S)  # ended by the parent: rank 0 has the store of all
 
 
@@ -107,16 +111,16 @@ def _calls(transport: GlooTransport) -> Figures:
 
 
 def _timed(transport: GlooTransport, call: Callable[[], Any]) -> dict[str, float]:
-    sockets, walls, cpus = _sockets(), list[float](), list[float]()
-    sent = _sent_bytes(sockets)
+    sockets, walls, cpus, sent = _sockets(), list[float](), list[float](), list[int]()
     for _ in range(CALLS):
-        began, cpu = time.perf_counter(), time.process_time()
+        transport.vote(1)  # so that all begin together
+        before, cpu, began = _sent_bytes(sockets), time.process_time(), time.perf_counter()
         call()
         walls.append(time.perf_counter() - began)
         cpus.append(time.process_time() - cpu)
-    sent = _sent_bytes(sockets) - sent
+        sent.append(_sent_bytes(sockets) - before)
     transport.vote(1)
-    return {"wall_s": min(walls), "cpu_s": median(cpus), "bytes": sent / CALLS}
+    return {"wall_s": min(walls), "cpu_s": min(cpus), "bytes": mean(sent)}
 
 
 def _sockets() -> list[int]:
