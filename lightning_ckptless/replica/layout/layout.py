@@ -312,12 +312,6 @@ def write_item(chunk: Chunk) -> WriteItem:
     return box_item(WriteItem, chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
-def item_bytes(item: WriteItem) -> int:
-    """Number of bytes that an item writes."""
-    assert item.tensor_data is not None
-    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-
-
 def _fields(chunk: Chunk) -> dict[str, Any]:
     """The serialized fields of a piece. `still` is omitted where it is False."""
     return {name: value for name, value in vars(chunk).items() if name != "static" or value}

@@ -300,7 +300,10 @@ class Mirroring:
         index = StateIndex(self._trainer)
         static = self._static.look(index)
         mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, static=static))
-        layout = plan_layout([from_message(line) for line in self._session.members.transport.gather(mine)])
+        lines = self._session.members.transport.gather(mine)
+        # Usually all are equal, and each takes a while to parse.
+        described = {line: from_message(line) for line in dict.fromkeys(lines)}
+        layout = plan_layout([described[line] for line in lines])
         planned = self._planned = Planned(layout, index)
         if self._seen is None:
             self._require_room_for_history(layout)
