@@ -1,0 +1,97 @@
+"""What is said of the growth with the number of ranks, measured and modelled."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks import projection, scale
+from benchmarks.harness.modelled_rank import regroup, restore, vote, world_of
+from benchmarks.harness.network import Network
+
+NETWORK = Network(
+    hop_s=1e-4, crowded_hop_s=2e-4, byte_s=1e-9, message_cpu_s=1e-5, turn_cpu_s=1e-4, shared_s=1e-6,
+    group_s=1e-3, connect_cpu_s=1e-4, request_s=1e-5, ranks_per_node=8, cores_per_node=8,
+)  # fmt: skip
+
+
+def row(ranks: int, fds: float, uss_mib: float = 50.0) -> dict[str, Any]:
+    use = {"fds": fds, "sockets": fds, "threads": 9, "uss_mib": uss_mib, "pss_mib": 80.0, "rss_mib": 300.0}
+    traffic = {"messages": 3.0, "message bytes": 64_000.0 / ranks, "votes": 1.0}
+    kill = {"seconds": 0.5, "phases": {"regroup_s": 0.01 * ranks, "restore_s": 0.02 * ranks, "replay_s": 0.1}}
+    parts = {"round_s": [0.02], "exchange_s": [0.01], "vote_s": [0.01]}
+    lists = {"use": [use], "traffic": [traffic], "kills": [kill, {"failed": "lost"}], "gathers": [7.0]}
+    return {"ranks": ranks, "start_s": 5.0, "step_s": 0.1, **parts, **lists}
+
+
+@pytest.mark.parametrize(
+    ("values", "law"),
+    [
+        ((9, 9, 9), "constant"),
+        ((100, 50, 25), "falls"),
+        ((30, 40, 50), "log N"),
+        ((41, 57, 89), "linear, 2 per rank"),
+        ((100, 400, 1600), "quadratic"),
+        ((10, 20, 200), "faster than quadratic"),
+    ],
+)
+def test_the_law_of_a_quantity(values: tuple[int, ...], law: str) -> None:
+    worlds = [row(ranks, value) for ranks, value in zip((8, 16, 32), values, strict=True)]
+    assert scale.law_of(worlds, scale.of_use("fds")) == law
+
+
+def test_the_tables_of_a_measurement() -> None:
+    worlds = [row(8, 41), row(16, 57), row(32, 89)]
+    times, use, growth = scale.tables(Namespace(), {"worlds": worlds, "left_out": ["64 ranks do not fit"]})
+    assert "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 |" in times.markdown()
+    assert "64 ranks do not fit" in times.markdown()
+    assert "| 16 | 57 | 57 | 9 |" in use.markdown()
+    assert "| file descriptors | 41 | 89 | linear, 2 per rank |" in growth.markdown()
+
+
+def test_a_world_that_does_not_fit_names_the_number_that_does() -> None:
+    total_mib = psutil.virtual_memory().total / 2**20
+    assert "ranks would" in str(scale.room_for(64, row(32, 89, uss_mib=total_mib / 32)))
+    assert scale.room_for(64, row(32, 89, uss_mib=0.001)) is None
+
+
+def test_a_model_that_is_calibrated_on_its_own_figures_agrees() -> None:
+    def figures(ranks: int) -> dict[str, dict[str, float]]:
+        one = replace(NETWORK, cores_per_node=2).one_machine(ranks)
+        costs = {
+            "vote": one.ring_vote(ranks), "gather": one.gather(ranks, projection.PAGE_BYTES), "group": one.mesh(ranks),
+            "small exchange": one.exchange(ranks, 1, projection.SMALL_BYTES),
+            "large exchange": one.exchange(ranks, 1, projection.LARGE_BYTES),
+        }  # fmt: skip
+        requests = {"wall_s": ranks * projection.REQUESTS * NETWORK.request_s, "cpu_s": 0.0, "bytes": 0.0}
+        return {"requests": requests} | {
+            name: {"wall_s": cost.seconds, "cpu_s": 0.0, "bytes": cost.sent_bytes} for name, cost in costs.items()
+        }
+
+    bare = {ranks: figures(ranks) for ranks in projection.COMPARED}
+    here = projection.calibrate(bare, cores=2)
+    assert here.hop_s == pytest.approx(NETWORK.hop_s, rel=0.01)
+    assert here.connect_cpu_s == pytest.approx(NETWORK.connect_cpu_s, rel=0.01)
+    votes = [each for each in projection.comparison(bare, here) if each["call"] in ("vote", "gather", "group")]
+    assert all(projection.agrees(each) for each in votes)
+
+
+def test_votes_of_one_rank_per_node_grow_with_the_nodes_and_by_doubling_with_their_logarithm() -> None:
+    few, many = ((NETWORK.nodes(n), n) for n in (512, 8192))
+    ring = [vote(NETWORK, n, NETWORK.node_vote).cost.seconds for _, n in (few, many)]
+    doubling = [vote(NETWORK, n, NETWORK.doubling_vote).cost.seconds for _, n in (few, many)]
+    assert ring[1] / ring[0] == pytest.approx(many[0] / few[0], rel=0.1)
+    assert doubling[1] / doubling[0] < 2
+
+
+def test_one_rank_of_a_large_world_runs_the_protocol() -> None:
+    """It receives every shard that its node does not have, once, and its messages grow no faster than the ranks."""
+    worlds = {ranks: world_of(ranks, 8, ranks * 4096) for ranks in (64, 512)}
+    found = {ranks: (regroup(NETWORK, world, 9), restore(NETWORK, world, 9)) for ranks, world in worlds.items()}
+    for before, after in zip(found[64], found[512], strict=True):
+        assert 1 < after.cost.messages / before.cost.messages < 9
+    assert all(restored.gathers == 4 for _, restored in found.values())
