@@ -230,13 +230,16 @@ USE = (
     Column("votes", of_traffic("votes"), "g", median),
     Column("gathers per recovery", lambda row: row.get("gathers"), "g", median),
 )
+USE_NOTE = (
+    "USS is the memory that a process shares with no other, PSS its part of all; the rest is shared with the fork server "
+    "and the arena. Two of the gathers are only needed if the restored version lacks copies."
+)
 GROWTH: tuple[tuple[str, Any], ...] = (
     ("file descriptors", of_use("fds")),
     ("threads", of_use("threads")),
     ("USS MiB", of_use("uss_mib")),
     ("messages per version", of_traffic("messages")),
     ("bytes per version", of_traffic("message bytes")),
-    ("gathers per recovery", lambda row: row.get("gathers", [])),
 )
 NEARLY_CONSTANT = 1.15
 """Growth over all worlds below which a quantity counts as constant."""
@@ -277,7 +280,7 @@ def tables(_: Namespace, results: Results) -> list[Table]:
     )
     return [
         Table.of("Times by number of ranks", worlds, *TIMES, notes=results["left_out"]),
-        Table.of("Use and traffic of one rank, medians over the ranks", worlds, *USE),
+        Table.of("Use and traffic of one rank, medians over the ranks", worlds, *USE, notes=[USE_NOTE]),
         growth,
     ]
 

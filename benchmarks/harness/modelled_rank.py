@@ -24,7 +24,7 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.layout.layout import Chunk, Layout, aligned
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
-from lightning_ckptless.replica.restore import choose, fetch
+from lightning_ckptless.replica.restore import choose, fetch, shared_layout
 from lightning_ckptless.replica.transport import Message, gather_json
 
 PAGE_BYTES = 8192
@@ -240,8 +240,10 @@ def restore(network: Network, world: World, rank: int) -> Phase:
     began = time.process_time()
     found = choose(arena, transport, world.nodes)
     assert isinstance(found, Complete), found
-    fetched = fetch(found, arena, transport, world.nodes, need=world.layout.need)
+    layout = shared_layout(arena, transport, found.snapshot.layout)
+    fetched = fetch(found, arena, transport, world.nodes, need=layout.need)
     gather_json(transport, [fetched.moved_bytes, fetched.sources])
+    transport.gather(b" ".join([b"123456"] * network.ranks_per_node))  # the steps that the ranks of a node had begun
     decide_s = network.on_cores(ranks, time.process_time() - began)
     return Phase(transport.spent, decide_s, transport.gathers)
 
