@@ -231,8 +231,8 @@ USE = (
     Column("gathers per recovery", lambda row: row.get("gathers"), "g", median),
 )
 USE_NOTE = (
-    "USS is the memory that a process shares with no other, PSS its part of all; the rest is shared with the fork server "
-    "and the arena. Two of the gathers are only needed if the restored version lacks copies."
+    "USS is the memory that a process shares with no other, PSS its part of all; the rest is shared with the fork "
+    "server and the arena. Two of the gathers are only needed if the restored version lacks copies."
 )
 GROWTH: tuple[tuple[str, Any], ...] = (
     ("file descriptors", of_use("fds")),
