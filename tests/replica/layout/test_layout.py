@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.layout.layout import ALIGNMENT_BYTES, Layout, live_views, slot_views
 from lightning_ckptless.replica.layout.planner import PIECE_BYTES_LEAST, PIECES_PER_RANK, plan_layout
-from lightning_ckptless.replica.layout.tensor_spec import Described, describe, differences, held_by_name
+from lightning_ckptless.replica.layout.tensor_spec import Box, Described, describe, differences, held_by_name
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int8, torch.int64, torch.complex64, torch.float64]
 Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -88,6 +88,22 @@ def test_shards_of_a_model_differ_by_a_few_percent(world_size: int) -> None:
     layout = plan_layout([described(common, replicated=True)] * world_size)
     shares = [layout.bulk_bytes(shard) for shard in range(world_size)]
     assert max(shares) <= 1.04 * sum(shares) / world_size
+
+
+def test_a_thousand_ranks_are_planned_at_once() -> None:
+    """Ranks that describe their state alike are read once, and each piece is placed once."""
+    common = described({f"w{i}": (torch.float32, (1024, 256)) for i in range(64)}, replicated=True)
+    layout = plan_layout([common] * 1024)
+    sizes = [layout.bulk_bytes(shard) for shard in range(1024)]
+    assert sum(chunk.nbytes for chunk in layout.chunks) == 64 * 1024 * 256 * 4
+    assert max(sizes) - min(sizes) <= PIECE_BYTES_LEAST
+    assert layout.need[0] is layout.need[1023]
+
+
+def test_parts_of_a_sharded_tensor_must_cover_it() -> None:
+    half = Described("w", "torch.float32", (4, 4), True, box=Box((0, 0), (2, 4)))
+    with pytest.raises(LayoutMismatchError, match="w: the ranks have 8 elements of 16"):
+        plan_layout([(half,), (half,)])
 
 
 def test_private_tensors_are_in_the_shard_of_their_rank() -> None:
