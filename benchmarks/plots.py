@@ -15,7 +15,7 @@ from benchmarks.harness.machine import ROOT
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 WIDTH, LABELS, VALUES, BAR, GAP, TOP = 1000, 440, 70, 17, 11, 66
-COLORS = ("#5b7ba6", "#c98b3b", "#6f9c68", "#a35d5d", "#8a7bb0")
+COLORS = ("#5b7ba6", "#c98b3b", "#6f9c68", "#a35d5d", "#8a7bb0", "#666666")
 PHASES = ("detect", "abort", "regroup", "restore", "replay")
 
 Row = dict[str, str]

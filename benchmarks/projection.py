@@ -160,6 +160,7 @@ def projected(ranks: int, cluster: Network, owns: dict[str, Own], state_bytes: i
     phases = {name: vote(cluster, ranks, form) for name, form in forms.items()}
     world = world_of(ranks, cluster.ranks_per_node, state_bytes)
     phases |= {name: run(cluster, world, ranks - 1) for name, run in PHASES.items()}
+    phases["regroup, of it two gloo groups"] = Phase(cluster.mesh(ranks) + cluster.mesh(ranks), 0.0)
     return [
         {
             "part": name, "ranks": ranks, "messages": phase.cost.messages, "bytes": phase.cost.sent_bytes,
