@@ -99,7 +99,7 @@ class Curves:
             across = log2(x / ranks[0]) / log2(ranks[-1] / ranks[0])
             return left + across * (right - left), bottom - (log10(y) - low) / (high - low) * (bottom - top)
 
-        parts = []
+        parts = ["<style>.m { text-anchor: middle; }</style>"]
         for power in range(low, high + 1):
             _, y = place(ranks[0], 10.0**power)
             parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
@@ -120,7 +120,7 @@ def _head(title: str, height: float) -> list[str]:
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" {font}>',
         f"  <title>{escape(title)}</title>",
-        "  <style>.e { text-anchor: end; } .m { text-anchor: middle; } .b { font-weight: bold; }</style>",
+        "  <style>.e { text-anchor: end; } .b { font-weight: bold; }</style>",
         f'  <rect width="{WIDTH}" height="{height:.0f}" rx="8" fill="#fff"/>',
         "  " + _text(24, 28, title, "b"),
     ]
