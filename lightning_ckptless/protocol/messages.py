@@ -23,6 +23,7 @@ it.
 | `CannotRecover` | worker | it cannot recover in place; carries the reason |
 | `StartSidecar` | worker | it needs a sidecar that runs this module with this argument |
 | `HoldMemory` | worker | it needs files of anonymous memory at these paths; carries a socket for the answer |
+| `NodeUnfit` | sidecar | the node has failed its health check; carries what is wrong with it |
 | `StandbyReady` | worker | a standby has reached `fit` and waits for a rank |
 | `RewindDecided` | worker | all ranks have decided on a `Rewind`; carries whether they go back, and why |
 | `HandedOver` | worker | all ranks have stopped at a committed step, and it exits to hand its rank over |
@@ -100,6 +101,8 @@ class EnteredLoop(Message):
         obstacle: why this worker cannot recover in place; None where it can.
         bar: the progress bar that it draws, as `console.Bar` names it.
         fixed_world: why the workers cannot train with another world size; empty where they can.
+        straggler_factor: multiple of the other ranks' time per step from which a rank is a straggler.
+        drain_stragglers_after_s: how long a rank must be one until its process is replaced; None for never.
     """
 
     in_place: bool
@@ -111,6 +114,8 @@ class EnteredLoop(Message):
     obstacle: str | None
     bar: str
     fixed_world: str
+    straggler_factor: float
+    drain_stragglers_after_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +261,17 @@ class HoldMemory(Message):
 
     paths: list[str]
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUnfit(Message):
+    """Sent by the sidecar that checks the health of a node, each time that the node fails.
+
+    Args:
+        finding: what is wrong with it.
+    """
+
+    finding: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,11 +439,12 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     CannotRecover,
     StartSidecar,
     HoldMemory,
+    NodeUnfit,
     StandbyReady,
     RewindDecided,
     HandedOver,
 )
-"""Messages that workers send to their agent."""
+"""Messages that workers and sidecars send to their agent."""
 AGENT_MESSAGES: tuple[type[Message], ...] = (
     Regroup,
     AwaitRegroup,

@@ -21,10 +21,12 @@ SAMPLES = ("--samples", "240")
 class Drained(Nodes):
     """Nodes whose steps take long until one of them is drained."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, stack: ExitStack, *, least: int, most: int, flags: tuple[str, ...] = (), **more: Any
+    ) -> None:
         self.is_over = folder / "drained"
-        words = (*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over))
-        super().__init__(folder, stack, least=least, most=most, words=words)
+        words = (*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over), *more.pop("words", ()))
+        super().__init__(folder, stack, least=least, most=most, words=words, **more)
         self.cluster.words += flags
 
     def begin(self, count: int) -> None:
@@ -122,7 +124,7 @@ def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, paren
     assert agent.wait(timeout=END_S) == 0, nodes.cluster.output()
     found = nodes.finish(1)
     assert (found.sizes, found.processes) == ([2, 1], 2)
-    assert nodes.only("node_leaves")["cause"] == "the agent received SIGTERM"
+    assert nodes.only("drain")["cause"] == "the agent received SIGTERM"
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
     assert_same_training(found, tmp_path, parent, ranks=2)
@@ -142,3 +144,20 @@ def test_a_rank_of_one_of_two_nodes_is_drained(tmp_path: Path, stack: ExitStack,
     assert (drained["drained_rank"], drained["exit_code"]) == (1, 0)
     assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
     assert_same_training(found, tmp_path, parent, ranks=2, exact=True)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_node_that_fails_its_health_check_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    asked = {"health_check": "tests.lab.kinds.disk_answers", "health_check_every_s": 1.0}
+    unfit = {"node1": {"LAB_UNFIT": str(tmp_path / "unfit")}}
+    nodes = Drained(tmp_path / "elastic", stack, least=1, most=2, words=("--strategy-options", repr(asked)), env=unfit)
+    nodes.begin(2)
+    assert nodes.agents[1].wait(timeout=END_S) == 0, nodes.cluster.output()
+    found = nodes.finish(1)
+    assert (found.sizes, found.processes) == ([2, 1], 2)
+    assert nodes.only("drain")["cause"].startswith("the node failed its health check: tests.lab.kinds.disk_answers")
+    assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
+    assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
+    assert_same_training(found, tmp_path, parent, ranks=2)
