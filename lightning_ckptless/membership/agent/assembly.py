@@ -72,7 +72,9 @@ def assemble(
     starter = WorkerStarter(settings, run, parent, folder, logs, lambda: in_place.learns_imports, report, clock)
     faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
     stragglers = StragglerWatch(folder, report, clock)
-    draining = Draining(settings.name, settings.least_nodes, seat, stragglers, in_place, report, clock)
+    draining = Draining(
+        settings.name, settings.least_nodes, settings.endpoints, seat, stragglers, in_place, report, clock
+    )
     rewinds = RewindRequests()
     reports, oom_kills = ReportsInFolder(folder), OomKills()
     launcher = SidecarLauncher(

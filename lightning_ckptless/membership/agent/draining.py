@@ -84,6 +84,7 @@ class Draining:
     Args:
         node: its name.
         least_nodes: how many nodes the run needs.
+        endpoints: how many rendezvous endpoints it has.
         seat: this node's place in the rendezvous.
         stragglers: finds stragglers among the workers.
         in_place: the recoveries in place of this node.
@@ -98,6 +99,7 @@ class Draining:
         self,
         node: str,
         least_nodes: int,
+        endpoints: int,
         seat: Seat,
         stragglers: StragglerWatch,
         in_place: InPlaceRecovery,
@@ -107,6 +109,7 @@ class Draining:
         self.leaving: Leaving | None = None
         self._node = node
         self._least_nodes = least_nodes
+        self._endpoints = endpoints
         self._seat = seat
         self._stragglers = stragglers
         self._in_place = in_place
@@ -279,6 +282,7 @@ class Draining:
                 spare_nodes=self._seat.spare_nodes(),
                 leaving=departure.why(),
                 hosts=self._seat.hosts,
+                endpoints=self._endpoints,
                 sole_shards=self._in_place.sole_shards,
                 obstacle=self._in_place.obstacle_to_world_change,
             )
