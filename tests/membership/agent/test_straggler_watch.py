@@ -40,11 +40,12 @@ class Node:
         self._pids[local_rank] = pid
 
     def takes(self, local_rank: int, own_s: float) -> None:
-        """Write one step of a worker."""
-        times = iter((1.0, 1.0 + own_s))
+        """Write two steps of a worker, of which the first takes long in every process."""
+        times = iter((1.0, 9.0, 10.0, 10.0 + own_s))
         writer = ProgressWriter(progress_path(self.folder, local_rank), lambda: next(times))
-        for point in (Point.BATCH, Point.BACKWARD):
-            writer.beat(1, point)
+        for step in (1, 2):
+            writer.beat(step, Point.BATCH)
+            writer.beat(step, Point.BACKWARD)
         writer.close()
 
     def after(self, seconds: float, options: StragglerOptions, *, is_draining: bool = False) -> StragglerPlan | None:
