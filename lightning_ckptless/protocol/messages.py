@@ -23,10 +23,10 @@ it.
 | `CannotRecover` | worker | it cannot recover in place; carries the reason |
 | `StartSidecar` | worker | it needs a sidecar that runs this module with this argument |
 | `HoldMemory` | worker | it needs files of anonymous memory at these paths; carries a socket for the answer |
-| `NodeUnfit` | sidecar | the node has failed its health check; carries what is wrong with it |
 | `StandbyReady` | worker | a standby has reached `fit` and waits for a rank |
 | `RewindDecided` | worker | all ranks have decided on a `Rewind`; carries whether they go back, and why |
 | `HandedOver` | worker | all ranks have stopped at a committed step, and it exits to hand its rank over |
+| `NodeUnfit` | sidecar | the node has failed its health check; carries what is wrong with it |
 | `Regroup` | agent | a fault, or a world change: meet the other ranks under this number |
 | `AwaitRegroup` | agent | the nodes are re-rendezvousing: wait for the next `Regroup`, however long it takes |
 | `AssignRank` | agent | a standby takes a rank: as `Regroup`, and carries the rank's stdout and stderr |
@@ -264,17 +264,6 @@ class HoldMemory(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class NodeUnfit(Message):
-    """Sent by the sidecar that checks the health of a node, each time that the node fails.
-
-    Args:
-        finding: what is wrong with it.
-    """
-
-    finding: str
-
-
-@dataclass(frozen=True, slots=True)
 class StandbyReady(Message):
     """Sent by a standby that has reached `fit` and waits for a rank."""
 
@@ -305,6 +294,20 @@ class HandedOver(Message):
 
     step: int
     reason: str
+
+
+# ---------------------------------------------------------------- from a sidecar
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUnfit(Message):
+    """Sent by the sidecar that checks the health of a node, each time that the node fails.
+
+    Args:
+        finding: what is wrong with it.
+    """
+
+    finding: str
 
 
 # ---------------------------------------------------------------- from the agent
@@ -439,12 +442,13 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     CannotRecover,
     StartSidecar,
     HoldMemory,
-    NodeUnfit,
     StandbyReady,
     RewindDecided,
     HandedOver,
 )
-"""Messages that workers and sidecars send to their agent."""
+"""Messages that workers send to their agent."""
+SIDECAR_MESSAGES: tuple[type[Message], ...] = (NodeUnfit,)
+"""Messages that sidecars send to their agent."""
 AGENT_MESSAGES: tuple[type[Message], ...] = (
     Regroup,
     AwaitRegroup,
@@ -459,7 +463,7 @@ AGENT_MESSAGES: tuple[type[Message], ...] = (
     MemoryHeld,
 )
 """Messages that agents send to their workers."""
-_BY_KIND = {message.__name__: message for message in (*WORKER_MESSAGES, *AGENT_MESSAGES)}
+_BY_KIND = {message.__name__: message for message in (*WORKER_MESSAGES, *SIDECAR_MESSAGES, *AGENT_MESSAGES)}
 _TYPES = {message: get_type_hints(message) for message in _BY_KIND.values()}
 
 

@@ -16,10 +16,9 @@ A process that has just taken a rank may be slow until it is warm. It is another
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from statistics import median
 
 from lightning_ckptless.options import DrainOptions
 
@@ -102,7 +101,7 @@ def find_straggler(own_s: Mapping[int, float], factor: float = FACTOR) -> Stragg
     if len(known) < 2:
         return None
     slowest = max(known, key=lambda rank: known[rank])
-    others_s = median(seconds for rank, seconds in known.items() if rank != slowest)
+    others_s = _median([seconds for rank, seconds in known.items() if rank != slowest])
     found = Straggler(slowest, known[slowest], others_s)
     return found if found.ratio >= factor and found.own_s - others_s >= LEAST_LAG_S else None
 
@@ -133,3 +132,9 @@ def plan_straggler(
         wait = f"the last straggler of its node was drained {drained_s:.0f} s ago, which is done once an hour at most"
         return StragglerPlan(rank, StragglerAction.WAIT, f"{found}; {wait}")
     return StragglerPlan(rank, StragglerAction.DRAIN, f"straggler: {found} for {since_s:.1f} s")
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
