@@ -284,9 +284,16 @@ def test_faults_that_are_shown_can_be_read() -> None:
         assert parse_faults(text)
 
 
+def subclasses(base: type[Event]) -> Iterator[type[Event]]:
+    """All kinds of an event."""
+    for each in base.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
 def recorded_events() -> set[str]:
     """Every event in the ledger: those of agents by their classes, the others by the calls that write them."""
-    of_agents = {event.name for event in Event.__subclasses__() if event.name}
+    of_agents = {event.name for event in subclasses(Event) if event.name}
     calls = (node for source in sources(PACKAGE) for node in source.nodes if isinstance(node, ast.Call))
     return of_agents | {
         call.args[0].value
