@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.requests import Answer, DrainRequest, submit
-from tests.faults.cluster import END_S
+from tests.faults.cluster import END_S, Cluster, free_port
 from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import BOUND, Nodes, run_undisturbed
+from tests.faults.matrix import BASE
 
 SAMPLES = ("--samples", "240")
 
@@ -161,3 +163,20 @@ def test_a_node_that_fails_its_health_check_is_drained(tmp_path: Path, stack: Ex
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
     assert_same_training(found, tmp_path, parent, ranks=2)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_host_of_the_rendezvous_is_not_drained(tmp_path: Path, stack: ExitStack) -> None:
+    asked = tmp_path / "asked"
+    options = replace(BASE, devices=1, num_nodes=2, slow_mirror_s=0.2, slow_until=str(asked))
+    cluster = Cluster(tmp_path, stack, options, next_port=free_port())
+    cluster.arenas.mkdir()
+    cluster.ledger.parent.mkdir(parents=True)
+    agents = [cluster.start_agent(address=address) for address in ("127.0.0.1", "127.0.0.2")]
+    refused = submit(cluster.ledger.parent, DrainRequest(node=0), timeout_s=END_S)
+    asked.touch()
+    assert not refused.accepted
+    assert "once it is gone, they meet at the next endpoint" in refused.reason
+    assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
