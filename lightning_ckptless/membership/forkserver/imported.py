@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,8 +49,6 @@ class _Start:
 
 _starts: list[_Start] = []
 """The state at the start of this process's script; taken once."""
-_listed: list[Imported] = []
-"""What it has imported, where that was listed ahead of time; taken once."""
 
 
 def note_start() -> None:
@@ -59,16 +56,8 @@ def note_start() -> None:
     _starts[:] = [_Start(frozenset(sys.modules), dict(os.environ))]
 
 
-def list_imported() -> None:
-    """List what the script has imported so far, which takes some milliseconds: `take_imported` returns it later."""
-    if (imported := take_imported()) is not None:
-        _listed.append(imported)
-
-
 def take_imported() -> Imported | None:
     """Return what the script has imported since its start; None where it was taken before, or is not known."""
-    if _listed:
-        return _listed.pop()
     if not _starts:
         return None
     start = _starts.pop()
@@ -116,13 +105,7 @@ def installed_modules(
 
 def is_installed(file: str) -> bool:
     """Whether a module's file is in a folder of installed modules."""
-    return _has_installed(os.path.dirname(file))
-
-
-@cache
-def _has_installed(folder: str) -> bool:
-    path = Path(folder)
-    return not _INSTALLED.isdisjoint(path.parts) or any(path.is_relative_to(each) for each in _LIBRARIES)
+    return not _INSTALLED.isdisjoint(Path(file).parts) or any(Path(file).is_relative_to(each) for each in _LIBRARIES)
 
 
 def changed_variables(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:

@@ -11,7 +11,6 @@ import torch
 from lightning_ckptless import environment
 from lightning_ckptless.internals.lightning.metrics import metrics_of
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
-from lightning_ckptless.membership.forkserver.imported import list_imported
 from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
@@ -24,7 +23,6 @@ def wait_for_rank(channel: AgentChannel, strategy: Any) -> None:
         strategy: strategy of the trainer, set up for a placeholder rank.
     """
     warm_up(strategy.root_device)
-    list_imported()
     channel.send(StandbyReady())
     received = channel.receive()
     if received is None:
