@@ -163,6 +163,31 @@ class RecoveryOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrainOptions(Options):
+    """When work is moved off a node or a rank by itself."""
+
+    health_check_every_s: float | None = option(
+        None,
+        "seconds between two health checks of a node while it trains; a node that fails one is drained",
+        positive(),
+        unit="seconds",
+        none="no check while it trains",
+    )
+    drain_stragglers_after_s: float | None = option(
+        None,
+        "seconds for which a rank must be a straggler until another process takes it",
+        number(0),
+        unit="seconds",
+        none="a report only",
+    )
+    straggler_factor: float = option(
+        1.5,
+        "own time per step from which a rank is a straggler, as a multiple of the median of its node's other ranks",
+        number(1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DurableOptions(Options):
     """Versions that are also written to storage."""
 
@@ -200,9 +225,19 @@ class ElasticOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CkptlessOptions(MirrorOptions, ReplicaOptions, StateOptions, RecoveryOptions, DurableOptions, ElasticOptions):
+class CkptlessOptions(
+    MirrorOptions, ReplicaOptions, StateOptions, RecoveryOptions, DrainOptions, DurableOptions, ElasticOptions
+):
     """All options of a strategy.
 
     Raises:
         OptionsError: a value is out of range.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.health_check_every_s is not None and self.health_check.startswith("__main__."):
+            raise OptionsError(
+                f"health_check={self.health_check!r} with health_check_every_s={self.health_check_every_s:g}: another "
+                "process calls the function while the script trains, so it has to be in a module of its own"
+            )

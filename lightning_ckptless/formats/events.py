@@ -56,7 +56,9 @@ _CHECKPOINT: dict[str, dict[str, Check]] = {
 _EVENTS: dict[str, dict[str, Check]] = {
     "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
     "committed": {"step": STEP, "of": optional(STEP)},
-    "drain": {"node": text(), "drained_rank": RANK, "action": text(), "reason": _WORDS},
+    "drain": {
+        "node": text(), "drained_rank": optional(RANK), "action": text(), "cause": _WORDS, "reason": _WORDS,
+    },
     "drain_given_up": {"node": text(), "drained_rank": RANK},
     "drained": {"node": text(), "drained_rank": RANK, "step": STEP},
     "durable_failed": {"step": STEP, "cause": optional(_WORDS)},
@@ -69,7 +71,6 @@ _EVENTS: dict[str, dict[str, Check]] = {
     },
     "in_place": {"new": table(_BY_RANK, _worker)},
     "node_drained": {"node": text()},
-    "node_leaves": {"node": text(), "action": text(), "reason": _WORDS},
     "node_lost": {"node": optional(text()), "reason": _WORDS},
     "placement": {
         "kind": text(), "copies": integer(0, MOST_RANKS), "holders": sequence(_RANKS), "nodes": sequence(text()),

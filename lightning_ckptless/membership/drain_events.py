@@ -10,21 +10,16 @@ from lightning_ckptless.membership.events import Event
 
 
 @dataclass(frozen=True, slots=True)
-class DrainAsked(Event):
-    """A rank is to be drained.
+class _WithCause(Event):
+    """Something that follows from a cause.
 
     Args:
         node: name of the node.
-        drained_rank: the rank.
-        action: what follows, as `draining.DrainAction` names it.
-        cause: why it is to be drained.
-        reason: what follows, in a sentence.
+        cause: why the node or a rank of it is drained.
+        reason: what follows, or has followed, in a sentence.
     """
 
-    name: ClassVar[str] = "drain"
     node: str
-    drained_rank: int
-    action: str
     cause: str
     reason: str
 
@@ -32,6 +27,23 @@ class DrainAsked(Event):
     def sentence(self) -> str:
         """What follows, and why."""
         return f"{self.reason} ({self.cause})"
+
+
+@dataclass(frozen=True, slots=True)
+class DrainPlanned(_WithCause):
+    """It was decided whether a rank or a node is drained.
+
+    Args:
+        node: see the base class.
+        cause: see there.
+        reason: see there.
+        action: what follows, as `draining.DrainAction` names it.
+        drained_rank: the rank; None for the whole node.
+    """
+
+    name: ClassVar[str] = "drain"
+    action: str
+    drained_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,48 +111,17 @@ class NoticeFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLeaves(Event):
-    """A node is drained: it has left the rendezvous, and its workers train until the others can meet without it.
-
-    Args:
-        node: name of the node.
-        action: what follows, as `draining.DrainAction` names it.
-        cause: why it is drained.
-        reason: what follows, in a sentence.
-    """
-
-    name: ClassVar[str] = "node_leaves"
-    node: str
-    action: str
-    cause: str
-    reason: str
-
-    @property
-    def sentence(self) -> str:
-        """What follows, and why."""
-        return f"{self.reason} ({self.cause})"
-
-
-@dataclass(frozen=True, slots=True)
-class NodeDrained(Event):
+class NodeDrained(_WithCause):
     """The workers of a drained node have exited.
 
     Args:
-        node: name of the node.
+        node: see the base class.
+        cause: see there.
+        reason: how its work was moved, in a sentence.
         step: at which all ranks have stopped; None where the workers were not handed over.
         exit_codes: of its workers, by local rank; None for one that has yet to exit.
-        reason: how its work was moved, in a sentence.
-        cause: why it was drained.
     """
 
     name: ClassVar[str] = "node_drained"
-    node: str
     step: int | None
     exit_codes: Mapping[int, int | None]
-    reason: str
-    cause: str
-
-    @property
-    def sentence(self) -> str:
-        """How its work was moved, and why."""
-        return f"{self.reason} ({self.cause})"

@@ -392,19 +392,25 @@ class StepTimes(Event):
 
 @dataclass(frozen=True, slots=True)
 class StragglerFound(Event):
-    """A worker takes much longer per step than the others."""
+    """A worker takes much longer per step than the others of its node.
 
-    local_rank: int
+    Args:
+        slow_rank: its rank.
+        own_ms: its own time per step, in milliseconds.
+        ratio: that time as a multiple of the others' median.
+        reason: how slow it is, and what follows.
+    """
+
+    name: ClassVar[str] = "straggler"
+    slow_rank: int
     own_ms: float
     ratio: float
+    reason: str
 
     @property
     def sentence(self) -> str:
-        """Which one, and how long."""
-        return (
-            f"straggler: local rank {self.local_rank} takes {self.own_ms:.1f} ms per step, {self.ratio:.1f}x the "
-            "median of the other ranks"
-        )
+        """How slow it is, and what follows."""
+        return f"straggler: {self.reason}"
 
 
 # ---------------------------------------------------------------- nodes

@@ -69,6 +69,7 @@ class NodeSituation:
         spare_nodes: how many nodes wait for a place.
         leaving: why another node is being drained; empty if none is.
         hosts: whether this node hosts the rendezvous.
+        endpoints: how many rendezvous endpoints the run has.
         sole_shards: shards that no other node has a copy of.
         obstacle: why the workers cannot continue in another world; empty if they can.
     """
@@ -79,6 +80,7 @@ class NodeSituation:
     spare_nodes: int
     leaving: str
     hosts: bool
+    endpoints: int
     sole_shards: Sequence[int]
     obstacle: str
 
@@ -141,7 +143,9 @@ def _why_not_node(now: NodeSituation) -> str:
     if now.leaving:
         return f"another node is being drained ({now.leaving}); ask again when it has left"
     if now.hosts:
-        return "it hosts the rendezvous, and the other nodes could not meet without it"
+        return (
+            f"it hosts the rendezvous, and the other nodes could not meet without it while they train; {_instead(now)}"
+        )
     if now.sole_shards:
         return f"no other node has a copy of shard {min(now.sole_shards)}; see `copies` and `failure_domain`"
     if now.obstacle:
@@ -153,6 +157,19 @@ def _why_not_node(now: NodeSituation) -> str:
             f"{now.least_nodes}; start an agent on another node first, or allow fewer with --nnodes MIN:MAX"
         )
     return ""
+
+
+def _instead(now: NodeSituation) -> str:
+    """What happens to a run whose host of the rendezvous is taken away, and what can be done about it."""
+    if now.endpoints > 1:
+        return (
+            "once it is gone, they meet at the next endpoint, and all workers start again from the newest version on "
+            "the other nodes"
+        )
+    return (
+        "its loss ends the run: start it again with several endpoints in --rdzv-endpoint, or with the rendezvous on a "
+        "machine that stays"
+    )
 
 
 def _nodes(count: int) -> str:

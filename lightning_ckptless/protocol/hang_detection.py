@@ -1,4 +1,4 @@
-"""Hang detection: which rank hangs, judged by the progress of all ranks, and which one is a straggler.
+"""Hang detection: which rank hangs, judged by the progress of all ranks.
 
 Ranks run in lockstep, so one hung rank stops all: the others reach the next collective and wait there. The culprit is
 therefore not a silent rank but the one that lags behind. No rank is blamed if all are at the same point (a long
@@ -23,7 +23,7 @@ hangs only if neither it nor a child of it has used the processor for minutes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -49,8 +49,6 @@ ANSWER_S = 5.0
 """Longest wait for the answers of ranks that are asked whether they wait for others."""
 FACTOR = 8.0
 """Limit for silence, as a multiple of the longest pause seen between two signs of progress."""
-STRAGGLER_FACTOR = 1.5
-"""Own time per step from which a rank is a straggler, as a multiple of the other ranks' median."""
 
 
 class Point(IntEnum):
@@ -446,23 +444,3 @@ def _without_group(meeting: Meeting, now: float, override_s: float | None) -> Ha
 
 def _meeting_s(override_s: float | None) -> float:
     return MEETING_S if override_s is None else override_s
-
-
-def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:
-    """Return the straggler and how many times the other ranks' median it takes per step; None where there is none.
-
-    Args:
-        own_s: each rank's own time per step in seconds, without waiting for others.
-    """
-    known = {rank: seconds for rank, seconds in own_s.items() if seconds > 0}
-    if len(known) < 2:
-        return None
-    slowest = max(known, key=lambda rank: known[rank])
-    ratio = known[slowest] / _median([seconds for rank, seconds in known.items() if rank != slowest])
-    return (slowest, ratio) if ratio >= STRAGGLER_FACTOR else None
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

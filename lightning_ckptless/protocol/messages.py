@@ -26,6 +26,7 @@ it.
 | `StandbyReady` | worker | a standby has reached `fit` and waits for a rank |
 | `RewindDecided` | worker | all ranks have decided on a `Rewind`; carries whether they go back, and why |
 | `HandedOver` | worker | all ranks have stopped at a committed step, and it exits to hand its rank over |
+| `NodeUnfit` | sidecar | the node has failed its health check; carries what is wrong with it |
 | `Regroup` | agent | a fault, or a world change: meet the other ranks under this number |
 | `AwaitRegroup` | agent | the nodes are re-rendezvousing: wait for the next `Regroup`, however long it takes |
 | `AssignRank` | agent | a standby takes a rank: as `Regroup`, and carries the rank's stdout and stderr |
@@ -100,6 +101,8 @@ class EnteredLoop(Message):
         obstacle: why this worker cannot recover in place; None where it can.
         bar: the progress bar that it draws, as `console.Bar` names it.
         fixed_world: why the workers cannot train with another world size; empty where they can.
+        straggler_factor: multiple of the other ranks' time per step from which a rank is a straggler.
+        drain_stragglers_after_s: how long a rank must be one until its process is replaced; None for never.
     """
 
     in_place: bool
@@ -111,6 +114,8 @@ class EnteredLoop(Message):
     obstacle: str | None
     bar: str
     fixed_world: str
+    straggler_factor: float
+    drain_stragglers_after_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +296,20 @@ class HandedOver(Message):
     reason: str
 
 
+# ---------------------------------------------------------------- from a sidecar
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUnfit(Message):
+    """Sent by the sidecar that checks the health of a node, each time that the node fails.
+
+    Args:
+        finding: what is wrong with it.
+    """
+
+    finding: str
+
+
 # ---------------------------------------------------------------- from the agent
 
 
@@ -428,6 +447,8 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     HandedOver,
 )
 """Messages that workers send to their agent."""
+SIDECAR_MESSAGES: tuple[type[Message], ...] = (NodeUnfit,)
+"""Messages that sidecars send to their agent."""
 AGENT_MESSAGES: tuple[type[Message], ...] = (
     Regroup,
     AwaitRegroup,
@@ -442,7 +463,7 @@ AGENT_MESSAGES: tuple[type[Message], ...] = (
     MemoryHeld,
 )
 """Messages that agents send to their workers."""
-_BY_KIND = {message.__name__: message for message in (*WORKER_MESSAGES, *AGENT_MESSAGES)}
+_BY_KIND = {message.__name__: message for message in (*WORKER_MESSAGES, *SIDECAR_MESSAGES, *AGENT_MESSAGES)}
 _TYPES = {message: get_type_hints(message) for message in _BY_KIND.values()}
 
 

@@ -130,10 +130,12 @@ def test_the_tables_are_printed(tmp_path: Path, arena: Arena) -> None:
 def test_what_is_being_drained_is_shown(tmp_path: Path, arena: Arena) -> None:
     ledger = Ledger(write_ledger(tmp_path / "runs", arena=arena.path, ended=False) / "ledger.jsonl")
     rank: dict[str, Any] = {"node": "node-a", "drained_rank": 1}
-    ledger.record("drain", **rank, action="replace", reason="draining rank 1: a standby is ready")
-    ledger.record("drain", node="node-a", drained_rank=7, action="refuse", reason="rank 7 is not drained")
-    ledger.record("node_leaves", node="node-b", action="shrink", reason="draining node 1: no node waits")
-    expected = ["draining rank 1: a standby is ready", "draining node 1: no node waits"]
+    ledger.record("drain", **rank, action="replace", cause="asked", reason="draining rank 1: a standby is ready")
+    ledger.record(
+        "drain", node="node-a", drained_rank=7, action="refuse", cause="asked", reason="rank 7 is not drained"
+    )
+    ledger.record("drain", node="node-b", action="shrink", cause="unfit", reason="draining node 1: no node waits")
+    expected = ["draining rank 1: a standby is ready (asked)", "draining node 1: no node waits (unfit)"]
     assert read_status(tmp_path / "runs")["draining"] == expected
     shown = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"}).output
     assert "rank 1: a standby is ready" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -89,8 +90,48 @@ def test_a_preemption_notice_ends_a_run_whose_work_nothing_can_take(job: Run) ->
     soon = "tests.lab.kinds.preempted"
     with pytest.raises(AskedToEnd):
         job.start(replace(LONG, slow_mirror_s=0.1), preemption_notice=soon)
-    (refused,) = (event.fields for event in job.events("node_leaves"))
+    (refused,) = (event.fields for event in job.events("drain"))
     assert refused["cause"] == f"{soon} gave notice: in two minutes"
     assert (refused["action"], "the only node of the run" in refused["reason"]) == ("refuse", True)
     # As on SIGTERM, all ranks have stopped after the same step.
     assert {event.rank for event in job.events("stopped")} == {0, 1}
+
+
+@pytest.mark.parametrize("factor", [1.5, pytest.param(1e6, marks=pytest.mark.long)])
+def test_a_straggler_hands_over_to_another_process(
+    factor: float, job: Run, undisturbed: Callable[[Options], Variant]
+) -> None:
+    asked = {"drain_stragglers_after_s": 1.0, "straggler_factor": factor}
+    options = replace(LONG, callback="dragging", strategy_options=repr(asked))
+    slow = replace(options, slow_mirror_s=0.1, slow_until=str(job.folder / "swift"))
+    assert job.start(slow if factor < 2 else options, "kill:rank=1:step=9999").exit_code == 0, job.output
+    drained = [event.fields for event in job.events("drained")]
+    if factor > 2:
+        assert not drained
+        return
+    assert [fields["drained_rank"] for fields in drained] == [1]
+    (planned,) = (event.fields for event in job.events("drain"))
+    assert planned["cause"] == drained[0]["cause"]
+    assert re.fullmatch(
+        r"straggler: rank 1 takes \d+\.\d ms per step, \d+\.\dx the median of the others for \d+\.\d s",
+        planned["cause"],
+    )
+    (recovery,) = (event.fields for event in job.events("recovery"))
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    assert_identical(job, undisturbed(options))
+
+
+def test_an_unfit_node_that_cannot_be_drained_is_reported_once(
+    job: Run, undisturbed: Callable[[Options], Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"health_check": "kinds.disk_answers", "health_check_every_s": 0.2}
+    options = replace(LONG, strategy_options=repr(asked))
+    expected = undisturbed(options)
+    monkeypatch.setenv("LAB_UNFIT", str(job.folder / DONE))
+    assert job.start(replace(options, slow_mirror_s=0.1, slow_until=str(job.folder / DONE))).exit_code == 0, job.output
+    (refused,) = (event.fields for event in job.events("drain"))
+    assert refused["cause"] == (
+        "the node failed its health check: kinds.disk_answers raised OSError: the disk does not answer"
+    )
+    assert (refused["action"], "the only node of the run" in refused["reason"]) == ("refuse", True)
+    assert_identical(job, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.requests import Answer, DrainRequest, submit
-from tests.faults.cluster import END_S
+from tests.faults.cluster import END_S, Cluster, free_port
 from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import BOUND, Nodes, run_undisturbed
+from tests.faults.matrix import BASE
 
 SAMPLES = ("--samples", "240")
 
@@ -21,10 +23,12 @@ SAMPLES = ("--samples", "240")
 class Drained(Nodes):
     """Nodes whose steps take long until one of them is drained."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, stack: ExitStack, *, least: int, most: int, flags: tuple[str, ...] = (), **more: Any
+    ) -> None:
         self.is_over = folder / "drained"
-        words = (*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over))
-        super().__init__(folder, stack, least=least, most=most, words=words)
+        words = (*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over), *more.pop("words", ()))
+        super().__init__(folder, stack, least=least, most=most, words=words, **more)
         self.cluster.words += flags
 
     def begin(self, count: int) -> None:
@@ -122,7 +126,7 @@ def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, paren
     assert agent.wait(timeout=END_S) == 0, nodes.cluster.output()
     found = nodes.finish(1)
     assert (found.sizes, found.processes) == ([2, 1], 2)
-    assert nodes.only("node_leaves")["cause"] == "the agent received SIGTERM"
+    assert nodes.only("drain")["cause"] == "the agent received SIGTERM"
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
     assert_same_training(found, tmp_path, parent, ranks=2)
@@ -142,3 +146,37 @@ def test_a_rank_of_one_of_two_nodes_is_drained(tmp_path: Path, stack: ExitStack,
     assert (drained["drained_rank"], drained["exit_code"]) == (1, 0)
     assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
     assert_same_training(found, tmp_path, parent, ranks=2, exact=True)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_node_that_fails_its_health_check_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    asked = {"health_check": "tests.lab.kinds.disk_answers", "health_check_every_s": 1.0}
+    unfit = {"node1": {"LAB_UNFIT": str(tmp_path / "unfit")}}
+    nodes = Drained(tmp_path / "elastic", stack, least=1, most=2, words=("--strategy-options", repr(asked)), env=unfit)
+    nodes.begin(2)
+    assert nodes.agents[1].wait(timeout=END_S) == 0, nodes.cluster.output()
+    found = nodes.finish(1)
+    assert (found.sizes, found.processes) == ([2, 1], 2)
+    assert nodes.only("drain")["cause"].startswith("the node failed its health check: tests.lab.kinds.disk_answers")
+    assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
+    assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
+    assert_same_training(found, tmp_path, parent, ranks=2)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_host_of_the_rendezvous_is_not_drained(tmp_path: Path, stack: ExitStack) -> None:
+    asked = tmp_path / "asked"
+    options = replace(BASE, devices=1, num_nodes=2, slow_mirror_s=0.2, slow_until=str(asked))
+    cluster = Cluster(tmp_path, stack, options, next_port=free_port())
+    cluster.arenas.mkdir()
+    cluster.ledger.parent.mkdir(parents=True)
+    agents = [cluster.start_agent(address=address) for address in ("127.0.0.1", "127.0.0.2")]
+    refused = submit(cluster.ledger.parent, DrainRequest(node=0), timeout_s=END_S)
+    asked.touch()
+    assert not refused.accepted
+    assert "once it is gone, they meet at the next endpoint" in refused.reason
+    assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()

@@ -238,4 +238,20 @@ def test_a_lost_node_is_shown(tmp_path: Path) -> None:
         cluster.remove_arena(lost)
         replacement = cluster.start_agent("", "127.0.0.2")
         assert replacement.wait(timeout=90) == 0, cluster.output()
-    assert watcher.first("agent_exited", None, rf"\(pid {lost.pid}\) has exited", since=at - 5) is not None
+    shown = {"agent_exited": rf"\(pid {lost.pid}\) has exited", "node_lost": "silent"}
+    delays = {kind: watcher.first(kind, None, words, since=at - 5) for kind, words in shown.items()}
+    for kind, delay_s in delays.items():
+        print(f"{kind:<24} shown {delay_s if delay_s is None else delay_s - 5} s after the exit of the agent")
+    assert [kind for kind, delay_s in delays.items() if delay_s is None] == []
+
+
+@pytest.mark.long
+def test_a_straggler_is_shown(drill: Drill, tmp_path_factory: pytest.TempPathFactory) -> None:
+    options = replace(BASE, callback="dragging")
+    with Watcher(tmp_path_factory.getbasetemp()) as watcher:
+        report = drill(Cell("kill:rank=1:step=11", options), Ladder(max_restarts=3))
+    assert report.problems == ()
+    (note,) = tmp_path_factory.getbasetemp().rglob("first_of_rank_1")
+    delay_s = watcher.first("straggler", 1, "x the median of the others", since=note.stat().st_mtime)
+    print(f"straggler                shown after {delay_s} s")
+    assert delay_s is not None

@@ -33,6 +33,7 @@ from lightning_ckptless.protocol import (
     recovery,
     retry_policy,
     startup,
+    stragglers,
 )
 from lightning_ckptless.protocol.failure_domains import missing_name_error
 from lightning_ckptless.protocol.fault_script import GRAMMAR, FaultKind, Moment, parse_faults
@@ -121,6 +122,7 @@ def test_cascades(module: ModuleType, head: str) -> None:
         ("launching", "The run", conclusion),
         ("errors", "The worker ended", crash_loop),
         ("draining", "To be drained", draining),
+        ("draining", "A straggler", stragglers),
     ],
 )
 def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:
@@ -130,12 +132,20 @@ def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:
 
 def test_messages() -> None:
     rows = table(page("development/index"), "Message")
-    senders = {"worker": messages.WORKER_MESSAGES, "agent": messages.AGENT_MESSAGES}
+    senders = {
+        "worker": messages.WORKER_MESSAGES,
+        "sidecar": messages.SIDECAR_MESSAGES,
+        "agent": messages.AGENT_MESSAGES,
+    }
     classes = [(message.__name__, sender) for sender, group in senders.items() for message in group]
     assert [(row[0].strip("`"), row[1]) for row in rows] == classes
     assert messages.__doc__ is not None
     assert rows == table(messages.__doc__, "Message")
-    sent_by = {"worker": r"Sent by (a|the first) (worker|survivor|standby)", "agent": "Sent by an agent"}
+    sent_by = {
+        "worker": r"Sent by (a|the first) (worker|survivor|standby)",
+        "sidecar": "Sent by the sidecar",
+        "agent": "Sent by an agent",
+    }
     unsaid = [name for name, sender in classes if not re.match(sent_by[sender], vars(messages)[name].__doc__ or "")]
     assert unsaid == []
 
@@ -274,9 +284,16 @@ def test_faults_that_are_shown_can_be_read() -> None:
         assert parse_faults(text)
 
 
+def subclasses(base: type[Event]) -> Iterator[type[Event]]:
+    """All kinds of an event."""
+    for each in base.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
 def recorded_events() -> set[str]:
     """Every event in the ledger: those of agents by their classes, the others by the calls that write them."""
-    of_agents = {event.name for event in Event.__subclasses__() if event.name}
+    of_agents = {event.name for event in subclasses(Event) if event.name}
     calls = (node for source in sources(PACKAGE) for node in source.nodes if isinstance(node, ast.Call))
     return of_agents | {
         call.args[0].value

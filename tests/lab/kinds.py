@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,22 @@ WIDE = 17_000
 def preempted() -> str:
     """A preemption notice."""
     return "in two minutes"
+
+
+CHECKS: list[int] = []
+"""Health checks of this process."""
+
+
+def disk_answers() -> None:
+    """A health check that passes once in a process, and then fails, on the nodes where LAB_UNFIT names a file.
+
+    The file is made with the third failure.
+    """
+    CHECKS.append(len(CHECKS))
+    if "LAB_UNFIT" in os.environ and len(CHECKS) > 1:
+        if len(CHECKS) > 3:
+            Path(os.environ["LAB_UNFIT"]).touch()
+        raise OSError("the disk does not answer")
 
 
 class Adapted(nn.Module):
@@ -163,7 +180,7 @@ def callback_of(kind: str, distribution: Any) -> Any:
     """Return a callback that changes schedulers or parameter groups during a run.
 
     Args:
-        kind: `averaging`, `finetuning`, `searching`, `dying` or `spiking`.
+        kind: `averaging`, `finetuning`, `searching`, `dying`, `dragging` or `spiking`.
         distribution: the distribution of Lightning.
     """
     if kind == "spiking":
@@ -175,6 +192,8 @@ def callback_of(kind: str, distribution: Any) -> Any:
         return searching(distribution)
     if kind == "dying":
         return dying(distribution)
+    if kind == "dragging":
+        return dragging(distribution)
 
     class Finetuning(distribution.callbacks.BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:
@@ -226,6 +245,26 @@ def dying(distribution: Any) -> Any:
             trainer.strategy.barrier()
 
     return Dying()
+
+
+def dragging(distribution: Any) -> Any:
+    """Return a callback that makes rank 1 slow in the first process that has it, if faults are injected.
+
+    A file `swift` says that another process has the rank.
+    """
+
+    class Dragging(distribution.callbacks.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_rank == 1 and os.environ.get(environment.FAULTS):
+                first = Path("first_of_rank_1")
+                if not first.exists():
+                    first.write_text(str(os.getpid()))
+                if first.read_text() == str(os.getpid()):
+                    threading.Event().wait(0.1)
+                else:
+                    Path("swift").touch()
+
+    return Dragging()
 
 
 def kill_once(rank: int, *_: Any) -> None:

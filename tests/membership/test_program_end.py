@@ -33,6 +33,7 @@ TRAINS = """
 
     rank, regrouping = int(os.environ["RANK"]), os.environ.get("CKPTLESS_REGROUPING", "0")
     options = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
+    options |= {"straggler_factor": 1.5, "drain_stragglers_after_s": None}
     options |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     channel = open_channel()
 

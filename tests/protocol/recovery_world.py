@@ -58,6 +58,8 @@ ENTERED = EnteredLoop(
     obstacle=None,
     bar="none",
     fixed_world="",
+    straggler_factor=1.5,
+    drain_stragglers_after_s=None,
 )
 _FIRST_PID = 1 << 23
 """Larger than any process id of the system."""

@@ -29,8 +29,10 @@ from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.process_control import ProcessControl, Waited
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
+from lightning_ckptless.membership.agent.run_requests import RunRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.starting import Starter
+from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker, Received
@@ -421,7 +423,9 @@ def _parts(
     )
     faults = FaultLog(settings.name, run.faults, report, lambda: "", clock)
     seat = one_machine("run", 1, 3)
-    draining = Draining(settings.name, settings.least_nodes, seat, Requests(_NOWHERE), in_place, report, clock)
+    stragglers = StragglerWatch(_NOWHERE, report, clock)
+    draining = Draining(settings.name, settings.least_nodes, 1, seat, stragglers, in_place, report, clock)
+    rewinds = RewindRequests()
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(
         folder=_NOWHERE,
@@ -435,7 +439,8 @@ def _parts(
         late_exits=LateExits(_NOWHERE, settings.exit_grace_s, clock),
         memory=HeldMemory(settings.name, report),
         sidecars=Sidecars(launcher, report),
-        rewinds=RewindRequests(lambda _: [], clock),
+        rewinds=rewinds,
+        requests=RunRequests(Requests(_NOWHERE), draining, rewinds, clock),
         notices=Notices(SigtermNotice(), "", None, report, clock),
     )
 

@@ -20,7 +20,7 @@ from lightning_ckptless.protocol.draining import (
 
 RANK = RankSituation(rank=2, world_size=4, under_way=frozenset(), in_place=True, obstacle=None, standbys=0)
 NODE = NodeSituation(
-    node=1, nodes=4, least_nodes=2, spare_nodes=0, leaving="", hosts=False, sole_shards=(), obstacle=""
+    node=1, nodes=4, least_nodes=2, spare_nodes=0, leaving="", hosts=False, endpoints=1, sole_shards=(), obstacle=""
 )
 
 
@@ -62,7 +62,11 @@ def test_the_work_of_a_node_moves_to_a_waiting_one_or_to_the_others() -> None:
         ({"node": 4}, "node 4 is not drained: the run has 4 nodes, numbered from 0"),
         ({"node": 0, "nodes": 1, "least_nodes": 1, "spare_nodes": 2}, "it is the only node of the run"),
         ({"leaving": "draining node 3"}, "another node is being drained (draining node 3)"),
-        ({"hosts": True}, "it hosts the rendezvous"),
+        ({"hosts": True}, "its loss ends the run: start it again with several endpoints in --rdzv-endpoint"),
+        (
+            {"hosts": True, "endpoints": 2},
+            "once it is gone, they meet at the next endpoint, and all workers start again",
+        ),
         ({"sole_shards": (5, 3)}, "no other node has a copy of shard 3"),
         ({"obstacle": "manual optimization"}, "could not continue without it: manual optimization"),
         ({"least_nodes": 4}, "4 - 1 + 0 waiting = 3 nodes would be left, and the run needs 4"),

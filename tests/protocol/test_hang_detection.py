@@ -27,7 +27,6 @@ from lightning_ckptless.protocol.hang_detection import (
     are_silent,
     find_hang,
     find_late,
-    find_straggler,
     find_stuck_collective,
     find_unreleased,
     limit_s,
@@ -238,15 +237,6 @@ def test_a_thread_that_sleeps_without_any_work_is_stuck() -> None:
     assert find_stuck_collective(since, 11.0) == (
         "MainThread sleeps in torch.distributed.send for 0.6 s, with no connection left to end it"
     )
-
-
-def test_a_straggler_is_named() -> None:
-    found = find_straggler({0: 0.1, 1: 0.1, 2: 0.19})
-    assert found is not None
-    assert (found[0], round(found[1], 6)) == (2, 1.9)
-    assert find_straggler({0: 0.1, 1: 0.1, 2: 0.12}) is None
-    assert find_straggler({0: 0.1}) is None
-    assert find_straggler({0: 0.0, 1: 0.5}) is None
 
 
 READY = Meeting(

@@ -92,6 +92,8 @@ def test_a_number_of_seconds_may_be_whole() -> None:
         obstacle=None,
         bar="none",
         fixed_world="",
+        straggler_factor=1.5,
+        drain_stragglers_after_s=None,
     )
     assert decode(encode(entered)) == entered
 

@@ -32,15 +32,14 @@ from lightning_ckptless.cli.survey.members import Member, ProcessState
 from lightning_ckptless.cli.survey.protection import Protected
 from lightning_ckptless.cli.survey.reading import Reading
 from lightning_ckptless.ledger import Event
-from lightning_ckptless.protocol.hang_detection import RankProgress, find_hang, find_straggler
+from lightning_ckptless.protocol.hang_detection import RankProgress, find_hang
+from lightning_ckptless.protocol.stragglers import find_straggler
 
 LEAST_SILENCE_S = 0.4
 """Without progress on any rank, before one is shown as behind."""
 SILENCE_FACTOR = 2.0
 """The same, as a multiple of the longest pause seen between two signs of progress."""
 STALE_S = 5.0
-LEAST_LAG_S = 0.01
-"""Shorter differences between the steps of two ranks are noise."""
 
 
 class AlarmKind(StrEnum):
@@ -224,11 +223,8 @@ def _silence_s(progress: dict[int, RankProgress]) -> float:
 def _stragglers(members: Sequence[Member]) -> Iterator[Alarm]:
     by_rank = {member.rank: member for member in members}
     own_s = {rank: member.step_s or 0.0 for rank, member in by_rank.items()}
-    rank, ratio = find_straggler(own_s) or (-1, 1.0)
-    if rank >= 0 and own_s[rank] * (1 - 1 / ratio) >= LEAST_LAG_S:
-        member = by_rank[rank]
-        text = f"rank {rank} takes {1e3 * own_s[rank]:.1f} ms per step, {ratio:.1f}x the median of the others"
-        yield Alarm(AlarmKind.STRAGGLER, rank, member.node, text)
+    if (found := find_straggler(own_s)) is not None:
+        yield Alarm(AlarmKind.STRAGGLER, found.rank, by_rank[found.rank].node, f"rank {found.rank} {found}")
 
 
 def _storage(reading: Reading, protected: Protected) -> Iterator[Alarm]:

@@ -121,8 +121,8 @@ class History:
     def _add_drain(self, event: Event) -> None:
         fields = event.fields
         match event.event:
-            case "drain" | "node_leaves" if fields["action"] != DrainAction.REFUSE:
-                self.draining[fields["node"], fields.get("drained_rank")] = fields["reason"]
+            case "drain" if fields["action"] != DrainAction.REFUSE:
+                self.draining[fields["node"], fields.get("drained_rank")] = f"{fields['reason']} ({fields['cause']})"
             case "drained" | "drain_given_up" | "node_drained":
                 self.draining.pop((fields["node"], fields.get("drained_rank")), None)
             case "run_ended":

@@ -16,6 +16,7 @@ its state; what two parts share is passed to both.
 | `LoopEnd` | lets the workers of all nodes leave the training loop together |
 | `Notices` | learns that this node is about to be taken away |
 | `HeldMemory`, `Sidecars` | what the agent holds for its workers |
+| `RunRequests` | takes what other terminals ask for |
 | `RewindRequests` | passes rewinds that another terminal asks for on to the workers |
 """
 
@@ -47,6 +48,7 @@ from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree, publish_standing
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
+from lightning_ckptless.membership.agent.run_requests import RunRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.starting import Starter
@@ -66,7 +68,7 @@ from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sideca
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.draining import DrainAction
-from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop
+from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop, NodeUnfit
 from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing
 from lightning_ckptless.protocol.recovery import Rung
 
@@ -121,6 +123,7 @@ class AgentParts:
     memory: HeldMemory
     sidecars: Sidecars
     rewinds: RewindRequests
+    requests: RunRequests
     notices: Notices
 
 
@@ -152,6 +155,7 @@ class NodeAgent:
         self._memory = parts.memory
         self._sidecars = parts.sidecars
         self._rewinds = parts.rewinds
+        self._requests = parts.requests
         self._notices = parts.notices
         self._events = events
         self._clock = clock
@@ -367,7 +371,9 @@ class NodeAgent:
             AskedToEnd: it is about to be taken away, and nothing can take its work: the run ends as on SIGTERM.
         """
         rendezvous, departure = self._current.rendezvous, self._current.departure
-        self._draining.poll(rendezvous, departure, workers)
+        self._requests.poll(rendezvous, departure, workers)
+        if self._draining.leaving is None:
+            self._draining.poll(rendezvous, departure, workers)
         if self._draining.leaving is None and (reason := self._notices.take()):
             wait_s = self._settings.finish_grace_s
             plan = self._draining.drain_node(rendezvous.node, reason, rendezvous, departure, wait_s=wait_s)
@@ -414,8 +420,11 @@ class NodeAgent:
         self._starter.receive(received)
         self._in_place.receive(received)
         self._sidecars.maintain(received)
+        for message in self._sidecars.receive():
+            if isinstance(message, NodeUnfit):
+                self._draining.note_unfit(message.finding)
         self._memory.maintain(received)
-        self._rewinds.maintain(received, self.workers)
+        self._rewinds.receive(received)
         self._hangs.receive(received)
         self._hangs.limit_s = self._in_place.hang_timeout_s
 

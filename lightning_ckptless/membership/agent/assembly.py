@@ -19,8 +19,10 @@ from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
+from lightning_ckptless.membership.agent.run_requests import RunRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.starting import WorkerStarter
+from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
 from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
@@ -69,8 +71,11 @@ def assemble(
     )
     starter = WorkerStarter(settings, run, parent, folder, logs, lambda: in_place.learns_imports, report, clock)
     faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
-    requests = Requests(settings.run_folder)
-    draining = Draining(settings.name, settings.least_nodes, seat, requests, in_place, report, clock)
+    stragglers = StragglerWatch(folder, report, clock)
+    draining = Draining(
+        settings.name, settings.least_nodes, settings.endpoints, seat, stragglers, in_place, report, clock
+    )
+    rewinds = RewindRequests()
     reports, oom_kills = ReportsInFolder(folder), OomKills()
     launcher = SidecarLauncher(
         lambda: starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh
@@ -88,5 +93,6 @@ def assemble(
         memory=memory,
         notices=notices,
         sidecars=Sidecars(launcher, report),
-        rewinds=RewindRequests(requests.take, clock),
+        rewinds=rewinds,
+        requests=RunRequests(Requests(settings.run_folder), draining, rewinds, clock),
     )

@@ -226,5 +226,5 @@ class Leaving:
     def _end(self, how: str, step: int | None, codes: Mapping[int, int | None]) -> None:
         self._departure.finish()
         self.summary = f"this node has left the run: {how}"
-        self._report(NodeDrained(self._node, step, codes, self.summary, self._reason))
+        self._report(NodeDrained(self._node, self._reason, self.summary, step, codes))
         raise DepartedError(self.summary)

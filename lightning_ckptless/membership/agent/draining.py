@@ -2,7 +2,8 @@
 
     request -> standby wanted -> standby ready: `HandOver` to the rank -> all ranks stop -> it exits -> replaced
 
-Requests are taken once a step is committed. A fault on the way is recovered from as always. If it took the standby, or
+A rank is drained on request, or as a straggler; a node on request, on a notice, or when it fails its health check. A
+fault on the way is recovered from as always. If it took the standby, or
 another regrouping has begun, the rank is asked again once a standby is ready. If it took the rank itself, nothing is
 left to drain. How a node leaves is described in `departure.py`.
 """
@@ -15,10 +16,11 @@ from typing import Protocol
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import Departure, Leaving
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
-from lightning_ckptless.membership.drain_events import DrainAsked, Drained, DrainGivenUp, NodeLeaves
+from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
+from lightning_ckptless.membership.drain_events import Drained, DrainGivenUp, DrainPlanned
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.rendezvous.rounds import Round
-from lightning_ckptless.membership.requests import DrainRequest, Request, Requests, TakenRequest
+from lightning_ckptless.membership.requests import DrainRequest, TakenRequest
 from lightning_ckptless.protocol.draining import (
     DrainAction,
     DrainPlan,
@@ -29,7 +31,6 @@ from lightning_ckptless.protocol.draining import (
 )
 from lightning_ckptless.protocol.messages import HandOver
 
-_LOOK_EVERY_S = 0.25
 _MEET_S = 600.0
 """Longest wait of a leaving node for the others: a node that takes its place may run its script for long."""
 ON_REQUEST = "requested with `ckptless drain`"
@@ -83,8 +84,9 @@ class Draining:
     Args:
         node: its name.
         least_nodes: how many nodes the run needs.
+        endpoints: how many rendezvous endpoints it has.
         seat: this node's place in the rendezvous.
-        requests: to the run.
+        stragglers: finds stragglers among the workers.
         in_place: the recoveries in place of this node.
         report: receives events.
         clock: of this node.
@@ -97,8 +99,9 @@ class Draining:
         self,
         node: str,
         least_nodes: int,
+        endpoints: int,
         seat: Seat,
-        requests: Requests,
+        stragglers: StragglerWatch,
         in_place: InPlaceRecovery,
         report: Report,
         clock: Clock,
@@ -106,25 +109,28 @@ class Draining:
         self.leaving: Leaving | None = None
         self._node = node
         self._least_nodes = least_nodes
+        self._endpoints = endpoints
         self._seat = seat
-        self._requests = requests
+        self._stragglers = stragglers
         self._in_place = in_place
         self._report = report
         self._clock = clock
-        self._looked_at = 0.0
+        self._unfit = ""
+        self._refused = ""
         self._drains: dict[int, _Drain] = {}
         self._node_request: TakenRequest | None = None
 
     def poll(self, rendezvous: Round, departure: Departure, workers: DrainableWorkers) -> None:
-        """Take requests, and hand over ranks whose replacement is ready.
+        """Drain what is unfit or slow, and hand over ranks whose replacement is ready.
 
         Args:
             rendezvous: the round.
             departure: of a node from it.
             workers: of this node.
         """
-        if self._in_place.trains or rendezvous.world_size == 1:
-            self._take_requests(rendezvous, departure, workers)
+        if self._in_place.trains:
+            self._drain_unfit(rendezvous, departure)
+            self._drain_straggler(rendezvous, workers)
         pids = workers.pids()
         for local_rank, drain in list(self._drains.items()):
             if pids[local_rank] != drain.pid:
@@ -137,33 +143,60 @@ class Draining:
                 drain.asked_in = self._in_place.number
                 workers.send_to(local_rank, HandOver(drain.reason))
 
-    def _take_requests(self, rendezvous: Round, departure: Departure, workers: DrainableWorkers) -> None:
-        now = self._clock.monotonic()
-        if now - self._looked_at < _LOOK_EVERY_S:
-            return
-        self._looked_at = now
+    # ------------------------------------------------------------------ why
 
-        def concerns_us(request: Request) -> bool:
-            if not isinstance(request, DrainRequest):
-                return False
-            if request.rank is not None:
-                mine, count = rendezvous.ranks.values(), rendezvous.world_size
-                return request.rank in mine or (request.rank >= count and rendezvous.node == 0)
-            # Exactly one agent refuses a node that does not exist.
-            return request.node == rendezvous.node or (
-                request.node is not None and request.node >= rendezvous.nodes and rendezvous.node == 0
-            )
+    def concerns(self, request: DrainRequest, rendezvous: Round) -> bool:
+        """Whether this agent answers a request now. Exactly one refuses a rank or a node that does not exist."""
+        if not self._in_place.trains and rendezvous.world_size > 1:
+            return False
+        is_first = rendezvous.node == 0
+        if request.rank is not None:
+            return request.rank in rendezvous.ranks.values() or (is_first and request.rank >= rendezvous.world_size)
+        assert request.node is not None
+        return request.node == rendezvous.node or (is_first and request.node >= rendezvous.nodes)
 
-        for taken in self._requests.take(concerns_us):
-            request = taken.request
-            assert isinstance(request, DrainRequest)
-            if request.rank is not None:
-                plan = self.drain_rank(request.rank, ON_REQUEST, rendezvous, workers, taken)
-            else:
-                assert request.node is not None
-                plan = self.drain_node(request.node, ON_REQUEST, rendezvous, departure, taken=taken)
-            if plan.action is DrainAction.REFUSE:
-                taken.answer(accepted=False, reason=plan.reason)
+    def heed(
+        self,
+        taken: TakenRequest,
+        asked: DrainRequest,
+        rendezvous: Round,
+        departure: Departure,
+        workers: DrainableWorkers,
+    ) -> None:
+        """Carry out a request, or refuse it.
+
+        Args:
+            taken: the request, which is answered.
+            asked: what it asks for.
+            rendezvous: the round.
+            departure: of a node from it.
+            workers: of this node.
+        """
+        if asked.rank is not None:
+            plan = self.drain_rank(asked.rank, ON_REQUEST, rendezvous, workers, taken)
+        else:
+            assert asked.node is not None
+            plan = self.drain_node(asked.node, ON_REQUEST, rendezvous, departure, taken=taken)
+        if plan.action is DrainAction.REFUSE:
+            taken.answer(accepted=False, reason=plan.reason)
+
+    def note_unfit(self, finding: str) -> None:
+        """Note that this node has failed its health check.
+
+        Args:
+            finding: what is wrong with it.
+        """
+        self._unfit = f"the node failed its health check: {finding}"
+
+    def _drain_unfit(self, rendezvous: Round, departure: Departure) -> None:
+        if self._unfit:
+            reason, self._unfit = self._unfit, ""
+            self.drain_node(rendezvous.node, reason, rendezvous, departure)
+
+    def _drain_straggler(self, rendezvous: Round, workers: DrainableWorkers) -> None:
+        options, is_draining = self._in_place.stragglers, bool(self._drains)
+        if (plan := self._stragglers.poll(workers, rendezvous.ranks, options, is_draining=is_draining)) is not None:
+            self.drain_rank(plan.rank, plan.reason, rendezvous, workers)
 
     # ------------------------------------------------------------------ a rank
 
@@ -197,7 +230,7 @@ class Draining:
         if plan.action is DrainAction.REPLACE:
             local_rank = next(local_rank for local_rank, its_rank in rendezvous.ranks.items() if its_rank == rank)
             self._drains[local_rank] = _Drain(rank, workers.pids()[local_rank], reason, taken)
-        self._report(DrainAsked(self._node, rank, str(plan.action), reason, plan.reason))
+        self._report(DrainPlanned(self._node, reason, plan.reason, str(plan.action), rank))
         return plan
 
     def note(self, local_rank: int, done: Drained) -> None:
@@ -249,13 +282,17 @@ class Draining:
                 spare_nodes=self._seat.spare_nodes(),
                 leaving=departure.why(),
                 hosts=self._seat.hosts,
+                endpoints=self._endpoints,
                 sole_shards=self._in_place.sole_shards,
                 obstacle=self._in_place.obstacle_to_world_change,
             )
         )
         if plan.action is not DrainAction.REFUSE and (other := departure.announce(plan.reason)) != plan.reason:
             plan = DrainPlan(DrainAction.REFUSE, f"node {node} is not drained: another node is being drained ({other})")
-        self._report(NodeLeaves(self._node, str(plan.action), reason, plan.reason))
+        # A check that fails again and again is refused for the same reason each time.
+        if (said := f"{plan.reason} ({reason})") != self._refused or taken is not None:
+            self._report(DrainPlanned(self._node, reason, plan.reason, str(plan.action)))
+        self._refused = said
         if plan.action is not DrainAction.REFUSE:
             self._seat.leave()
             self._node_request = taken

@@ -1,4 +1,4 @@
-"""Detection of hung workers, of stragglers, and of workers that have failed and do not exit."""
+"""Detection of hung workers, and of workers that have failed and do not exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.program_failure import failure_of
-from lightning_ckptless.membership.events import HangFound, Report, StepTimes, StragglerFound
+from lightning_ckptless.membership.events import HangFound, Report
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, read_progress, stacks_path
 from lightning_ckptless.protocol.hang_detection import (
     Hang,
@@ -23,7 +23,6 @@ from lightning_ckptless.protocol.hang_detection import (
     are_silent,
     find_hang,
     find_late,
-    find_straggler,
     should_ask,
 )
 from lightning_ckptless.protocol.messages import Blocked, QueryBlocked
@@ -35,7 +34,6 @@ _ANSWERS = 4
 """How many answers in a row must agree."""
 _STACKS_WAIT_S = 0.5
 _STACKS_POLL_S = 0.02
-_STRAGGLER_EVERY_S = 60.0
 _MOST_STACKS = 8000
 
 
@@ -97,7 +95,6 @@ class HangWatch:
         self._idle: dict[int, Idleness] = {}
         self._in_meeting = _Answers()
         self._stopped: dict[int, float] = {}
-        self._straggler_at = 0.0
 
     def begin_round(self, positions: Positions) -> None:
         """Begin a round of the rendezvous.
@@ -118,7 +115,6 @@ class HangWatch:
         if len(known) < len(pids) or any(workers.hang_reason(rank) for rank in pids):
             self._note_progress()
             return None
-        self._look_for_stragglers(known, now)
         if are_silent(known, now=now, override_s=self.limit_s):
             return self._look_everywhere(self._ask(known, workers, now), now)
         self._note_progress()
@@ -195,20 +191,6 @@ class HangWatch:
             if isinstance(message, Blocked):
                 for answers in (self._in_step, self._in_meeting):
                     answers.receive(rank, waits=message.waits)
-
-    def _look_for_stragglers(self, progress: dict[int, RankProgress], now: float) -> None:
-        if now - self._straggler_at < _STRAGGLER_EVERY_S:
-            return
-        if not self._straggler_at:
-            self._straggler_at = now
-            return
-        self._straggler_at = now
-        own_ms = {rank: round(1e3 * rank_progress.own_s, 3) for rank, rank_progress in progress.items()}
-        self._report(StepTimes(own_ms))
-        found = find_straggler({rank: rank_progress.own_s for rank, rank_progress in progress.items()})
-        if found is not None:
-            rank, ratio = found
-            self._report(StragglerFound(rank, own_ms[rank], ratio))
 
     def kill(self, hang: Hang, workers: WorkerGroup) -> None:
         """Record the stacks of hung workers, and kill them: their exits are detected as any other."""

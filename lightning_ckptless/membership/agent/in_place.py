@@ -37,6 +37,7 @@ from lightning_ckptless.protocol.messages import (
     WaitingAtLoop,
 )
 from lightning_ckptless.protocol.retry_policy import RecoveryLimits
+from lightning_ckptless.protocol.stragglers import StragglerOptions
 
 _LINES_SHOWN = 40
 
@@ -52,6 +53,7 @@ class RequestedOptions:
         hang_timeout_s: silence in seconds after which lagging ranks are killed; None to learn it, 0 to disable.
         limits: how often the run may recover.
         fixed_world: why the workers cannot train with another world size; empty where they can.
+        stragglers: what is done about stragglers.
     """
 
     in_place: bool = True
@@ -60,6 +62,7 @@ class RequestedOptions:
     hang_timeout_s: float | None = None
     limits: RecoveryLimits = field(default_factory=RecoveryLimits)
     fixed_world: str = ""
+    stragglers: StragglerOptions = field(default_factory=StragglerOptions)
 
 
 class WorkerControl(Protocol):
@@ -255,6 +258,11 @@ class InPlaceRecovery:
         return None if self._requested is None else self._requested.hang_timeout_s
 
     @property
+    def stragglers(self) -> StragglerOptions:
+        """What is done about stragglers."""
+        return StragglerOptions() if self._requested is None else self._requested.stragglers
+
+    @property
     def learns_imports(self) -> bool:
         """Whether new processes preload what the script imports."""
         return self._requested is not None and self._requested.preload_imports
@@ -352,6 +360,7 @@ class InPlaceRecovery:
             hang_timeout_s=message.hang_timeout_s,
             limits=RecoveryLimits(message.max_recoveries_without_progress, message.max_recoveries_per_hour),
             fixed_world=message.fixed_world,
+            stragglers=StragglerOptions(message.straggler_factor, message.drain_stragglers_after_s),
         )
         self._lasting = message.obstacle or self._lasting
 

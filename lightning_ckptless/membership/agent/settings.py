@@ -28,6 +28,7 @@ class NodeSettings:
         exit_grace_s: time in seconds between an exception that ends a worker's script and the exit of its process.
         run_folder: folder of the run.
         least_nodes: how many nodes the run needs.
+        endpoints: how many rendezvous endpoints it has.
         max_restarts: recoveries in the life of the agent; None for any number.
         max_recoveries_without_progress: recoveries in a row without a new committed step; None to leave it to the
             strategy of the workers.
@@ -53,6 +54,7 @@ class NodeSettings:
     exit_grace_s: float
     run_folder: Path
     least_nodes: int
+    endpoints: int = 1
     max_restarts: int | None = None
     max_recoveries_without_progress: int | None = None
     max_recoveries_per_hour: int | None = None

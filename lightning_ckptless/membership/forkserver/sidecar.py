@@ -19,7 +19,7 @@ from lightning_ckptless.membership.forkserver.client import End, ForkServer, Uns
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
-from lightning_ckptless.protocol.messages import StartSidecar
+from lightning_ckptless.protocol.messages import Message, StartSidecar
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
@@ -94,6 +94,12 @@ class Sidecars:
         self._pause_s = pause_s
         self._report = report
         self._asked: dict[str, _Sidecar] = {}
+        self._received: list[Message] = []
+
+    def receive(self) -> list[Message]:
+        """Return the messages that sidecars have sent since the last call."""
+        received, self._received = self._received, []
+        return received
 
     def maintain(self, received: Sequence[FromWorker]) -> None:
         """Start the sidecars that are missing, and notice which have exited.
@@ -118,6 +124,8 @@ class Sidecars:
 
     def _poll(self, sidecar: _Sidecar) -> None:
         process = sidecar.process
+        if process is not None:
+            self._received += [received.message for received in process.channel.poll()]
         if process is None or (end := _end_of(process)) is None:
             return
         sidecar.process = None

@@ -199,6 +199,7 @@ def _settings(config: LaunchConfig) -> NodeSettings:
         exit_grace_s=config.exit_grace_s,
         run_folder=(config.run_root or environment.run_root()).absolute() / config.run_id,
         least_nodes=config.node_range[0],
+        endpoints=len(config.endpoints),
         max_restarts=config.max_restarts,
         max_recoveries_without_progress=config.max_recoveries_without_progress,
         max_recoveries_per_hour=config.max_recoveries_per_hour,

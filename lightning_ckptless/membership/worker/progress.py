@@ -153,8 +153,8 @@ class ProgressWriter:
             self._longest_pause_s = max(self._longest_pause_s, now - self._last_at)
         if point is Point.BATCH:
             self._began_at = now
-        elif point is Point.BACKWARD and self._began_at:
-            # From the batch to the first collective: this rank's own work.
+        elif point is Point.BACKWARD and self._began_at and step > self._first_step:
+            # From the batch to the first collective: this rank's own work. The first step of a process is no measure.
             took_s = now - self._began_at
             self._own_s = took_s if not self._own_s else self._own_s + _SMOOTHING * (took_s - self._own_s)
         self._last_at = now

@@ -35,6 +35,10 @@ def announce_entry(watcher: Watcher, options: CkptlessOptions, strategy: Any) ->
             obstacle=_obstacle(strategy),
             bar=str(CONSOLE.bar),
             fixed_world=strategy.obstacle_to_another_world(),
+            straggler_factor=float(options.straggler_factor),
+            drain_stragglers_after_s=(
+                None if options.drain_stragglers_after_s is None else float(options.drain_stragglers_after_s)
+            ),
         )
     )
 

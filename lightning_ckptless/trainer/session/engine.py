@@ -98,6 +98,7 @@ class Engine:
         self._warnings.attach()
         self._recorded.attach()
         session.order_writer()
+        session.order_health_watch()
         session.note_folders()
         if session.has_met:
             session.loggers.note(session.members)

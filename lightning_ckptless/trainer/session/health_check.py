@@ -1,4 +1,7 @@
-"""Health check of a node, run before a worker joins the others, at the start and after every fault."""
+"""Health check of a node: before a worker joins the others, at the start and after every fault, and while it trains.
+
+The check while it trains is repeated by a sidecar: see `health_watch.py`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,21 @@ def check_health(device: torch.device, own_check: str, node: str) -> None:
         UnfitNodeError: the node failed a check.
         OptionsError: `own_check` does not name a function.
     """
-    for finding in _findings(device, own_check):
+    if finding := find_unfit(device, own_check):
         raise UnfitNodeError(f"node {node} failed its health check: {finding}. Start an agent on another node")
+
+
+def find_unfit(device: torch.device, own_check: str) -> str:
+    """Return the first thing that is wrong with this node; empty where nothing is.
+
+    Args:
+        device: device that is checked.
+        own_check: dotted name of a user function that raises if the node is unfit; empty for none.
+
+    Raises:
+        OptionsError: `own_check` does not name a function.
+    """
+    return next(_findings(device, own_check), "")
 
 
 def _findings(device: torch.device, own_check: str) -> Iterator[str]:

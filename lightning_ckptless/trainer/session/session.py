@@ -23,6 +23,7 @@ from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.worker.process_groups import World
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.messages import StartSidecar
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
@@ -43,6 +44,7 @@ from lightning_ckptless.trainer.session.arenas import (
     register_with_reaper,
     use_agent_memory,
 )
+from lightning_ckptless.trainer.session.health_watch import MODULE, HealthOrder
 from lightning_ckptless.trainer.session.identity import Identity, identify
 from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
 from lightning_ckptless.trainer.session.run_folders import RunFolders
@@ -154,6 +156,12 @@ class Session:
         """Request a writer of durable states for this node, if it writes any."""
         if self.acts_for_node:
             self.durable.order_writer(self.arena, self._channel)
+
+    def order_health_watch(self) -> None:
+        """Request a sidecar that checks the health of this node, if the options ask for it."""
+        every_s = self.options.health_check_every_s
+        if every_s is not None and self.acts_for_node and self._channel is not None:
+            self._channel.send(StartSidecar(MODULE, HealthOrder.of(self.options.health_check, every_s).to_text()))
 
     # ------------------------------------------------------------------ the generation
 

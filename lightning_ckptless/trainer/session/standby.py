@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless import environment
+from lightning_ckptless.internals.lightning.metrics import metrics_of
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
@@ -38,7 +39,8 @@ def warm_up(device: torch.device) -> None:
     """Run a small network once: forward, backward and an optimizer step. Restores the random number generators.
 
     The first run of each takes a new process some tenths of a second, on an accelerator some seconds: to create a
-    context, load kernels and start threads. Done here, it delays no recovery.
+    context, load kernels and start threads. The first seeding and the first search for metrics take some milliseconds.
+    Done here, they delay no recovery.
 
     Args:
         device: device that the process will train on.
@@ -47,9 +49,11 @@ def warm_up(device: torch.device) -> None:
         torch.cuda.set_device(device)
         torch.cuda.init()  # type: ignore[no-untyped-call]
     generators = capture_rng()
+    torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 8)
     ).to(device)
+    metrics_of(network.named_modules())
     optimizer = torch.optim.AdamW(network.parameters())
     classes = torch.zeros(16, dtype=torch.long, device=device)
     loss = torch.nn.functional.cross_entropy(network(torch.zeros(16, 64, device=device)), classes)

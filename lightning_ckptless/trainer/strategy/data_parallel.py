@@ -79,6 +79,9 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         trusted_classes: Sequence[str] = (),
         history: int = 0,
         history_every: int = 1,
+        health_check_every_s: float | None = None,
+        drain_stragglers_after_s: float | None = None,
+        straggler_factor: float = 1.5,
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

@@ -78,7 +78,7 @@ def test_the_ranks_are_handed_over_once_the_others_can_meet() -> None:
         leaving.poll(nodes.workers)
     assert nodes.there.is_finished()
     summary = "this node has left the run: its ranks were handed over after step 7"
-    assert nodes.events == [NodeDrained("node1", 7, {0: 0, 1: 0}, summary, WHY)]
+    assert nodes.events == [NodeDrained("node1", WHY, summary, 7, {0: 0, 1: 0})]
     assert leaving.summary == summary
 
 

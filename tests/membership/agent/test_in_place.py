@@ -34,6 +34,8 @@ ENTERED = EnteredLoop(
     bar=Bar.NONE,
     obstacle=None,
     fixed_world="",
+    straggler_factor=1.5,
+    drain_stragglers_after_s=None,
 )
 
 # Rank 0 kills itself once all ranks have entered the loop; the others answer the agent's messages.
@@ -45,6 +47,7 @@ WORKER = """
 
     rank, channel, last = os.environ["RANK"], open_channel(), int(sys.argv[1])
     options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"straggler_factor": 1.5, "drain_stragglers_after_s": None}
     options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     channel.send(EnteredLoop(in_place=True, **options))
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
@@ -109,6 +112,7 @@ WITHOUT_GROUP = """
 
     rank, channel = os.environ["RANK"], open_channel()
     options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": 1.0, "obstacle": None, "fixed_world": ""}
+    options |= {"straggler_factor": 1.5, "drain_stragglers_after_s": None}
     options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     channel.send(EnteredLoop(in_place=True, **options))
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))

@@ -26,6 +26,7 @@ WORKER = """
 
     node, channel = os.environ["CKPTLESS_NODE"], open_channel()
     options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"straggler_factor": 1.5, "drain_stragglers_after_s": None}
     options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     channel.send(EnteredLoop(in_place=True, **options))
     channel.send(WaitingAtLoop())

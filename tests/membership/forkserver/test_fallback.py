@@ -38,6 +38,7 @@ WORKER = """
 
     rank, channel, count = int(os.environ["RANK"]), open_channel(), os.environ["TORCHELASTIC_RESTART_COUNT"]
     options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"straggler_factor": 1.5, "drain_stragglers_after_s": None}
     options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     channel.send(EnteredLoop(in_place=sys.argv[1] == "in-place", **options))
     Path(f"came-{rank}-{count}").touch()

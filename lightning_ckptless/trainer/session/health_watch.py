@@ -1,0 +1,114 @@
+"""The sidecar that checks the health of a node while it trains: `python -m ...health_watch ORDER`.
+
+It runs the same check as a worker before it joins the others, but on the CPU alone, since a further process on an
+accelerator takes memory of it. It has the lowest priority, and one thread. A check that does not return counts as
+failed: a node whose disk or network does not answer is unfit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel, open_channel
+from lightning_ckptless.protocol.messages import NodeUnfit
+from lightning_ckptless.trainer.session.health_check import find_unfit
+
+MODULE = "lightning_ckptless.trainer.session.health_watch"
+NICENESS = 19
+LONGEST_S = 300.0
+"""After this time, a check that has not returned counts as failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthOrder:
+    """What is checked, and how often.
+
+    Args:
+        check: dotted name of the user's function; empty for none.
+        path: folder from which its module is imported; empty without a function.
+        every_s: seconds between two checks.
+    """
+
+    check: str
+    path: str
+    every_s: float
+
+    @classmethod
+    def of(cls, check: str, every_s: float) -> HealthOrder:
+        """Return the order for a function that this process can import."""
+        return cls(check, _folder_of(check), every_s)
+
+    def to_text(self) -> str:
+        """Serialize the order."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str) -> HealthOrder:
+        """Parse the result of `to_text`."""
+        return cls(**json.loads(text))
+
+
+def _folder_of(check: str) -> str:
+    """Return the folder that contains a function's module or package, which other processes may not search."""
+    package: Any = import_module(check.partition(".")[0]) if check else None
+    file = getattr(package, "__file__", None)
+    if file is None:
+        return ""
+    return str(Path(file).parent.parent if hasattr(package, "__path__") else Path(file).parent)
+
+
+def watch(order: HealthOrder, channel: AgentChannel, over: threading.Event) -> None:
+    """Check again and again, and tell the agent of each check that fails.
+
+    Args:
+        order: what is checked, and how often.
+        channel: to the agent.
+        over: is set where no further check is wanted.
+    """
+    while not over.wait(order.every_s):
+        if finding := _in_time(order.check, LONGEST_S):
+            channel.send(NodeUnfit(finding))
+
+
+def _in_time(check: str, longest_s: float) -> str:
+    """Return what is wrong with this node; empty where nothing is."""
+    found: list[str] = []
+    checking = threading.Thread(target=lambda: found.append(find_unfit(torch.device("cpu"), check)), daemon=True)
+    checking.start()
+    checking.join(longest_s)
+    if checking.is_alive():
+        return f"{check or 'the check'} has not returned for {longest_s:.0f} s"
+    # A thread that has raised has printed why: the options are wrong, and the node may be fit.
+    return found[0] if found else ""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the sidecar.
+
+    Args:
+        arguments: the order.
+    """
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # At once, even within a check: nothing of it is to be kept.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    channel, order = open_channel(), HealthOrder.from_text(arguments[0])
+    assert channel is not None, "a sidecar has a channel to its agent"
+    if order.path:
+        sys.path.insert(0, order.path)
+    watch(order, channel, threading.Event())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
