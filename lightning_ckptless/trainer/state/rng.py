@@ -8,31 +8,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightning_ckptless.internals.generator_memory import (
+    NumpyState,
+    PythonState,
+    numpy_state,
+    python_state,
+    set_numpy_state,
+    set_python_state,
+)
+
 MAX_ATTRIBUTES = 256
 
 
 class RngState(NamedTuple):
     """State of all global generators of one process."""
 
-    python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
+    python: PythonState
+    numpy: NumpyState | dict[str, Any]
     torch: bytes
     cuda: bytes | None
 
 
 def capture_rng() -> RngState:
     """Return the current state of the global generators."""
-    cuda = None
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state().numpy().tobytes()
-    numpy_state = np.random.get_state(legacy=True)
-    return RngState(random.getstate(), tuple(numpy_state), torch.get_rng_state().numpy().tobytes(), cuda)
+    cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return RngState(python_state(), numpy_state(), torch.get_rng_state().numpy().tobytes(), cuda)
 
 
 def apply_rng(state: RngState) -> None:
     """Restore the global generators."""
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
+    set_python_state(state.python)
+    set_numpy_state(state.numpy)
     torch.set_rng_state(_tensor(state.torch))
     if state.cuda is not None:
         torch.cuda.set_rng_state(_tensor(state.cuda))
