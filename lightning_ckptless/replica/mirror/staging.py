@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from operator import attrgetter
+from itertools import accumulate, compress
+from operator import attrgetter, ne
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class PendingCopy:
         counts: their counts of in-place writes.
         middle: index at which half of the bytes are copied.
         static: the static part.
+        live: the live views that the sources were taken from.
+        own: the live tensors that they are views of.
         ready: CUDA event after which the sources contain the version; None in host memory.
     """
 
@@ -55,15 +57,17 @@ class PendingCopy:
     counts: list[int]
     middle: int
     static: StaticPart
+    live: _Sources
+    own: Sequence[torch.Tensor]
     ready: torch.cuda.Event | None = None
 
     def changed(self) -> str | None:
-        """Name of a tensor that was modified since `take`; None if there is none."""
+        """Name of a tensor that was modified since `take`, or is not what the sources are views of; None if none is."""
         now = version_counters(self.watched)
-        if now == self.counts:
-            return None
-        counts = zip(self.watched_names, self.counts, now, strict=True)
-        return next(name for name, before, count in counts if count != before)
+        if now != self.counts:
+            counts = zip(self.watched_names, self.counts, now, strict=True)
+            return next(name for name, before, count in counts if count != before)
+        return self.live.misread(self.own)
 
     def different(self) -> str | None:
         """Name of a tensor whose late copy is not what the tensor contains now; None if there is none."""
@@ -71,16 +75,31 @@ class PendingCopy:
         return next((name for name, target, source in pairs if not _same_bits(target, source)), None)
 
 
-_Geometry = list[list[Any]]
-"""Addresses, shapes and strides of some tensors."""
-
-
 @dataclass
 class _Sources:
-    """Live views of the own shard, valid as long as the tensors are not moved."""
+    """Live views of the own shard, valid as long as the tensors have the same memory, shapes and strides.
 
-    geometry: _Geometry = field(default_factory=list)
+    Addresses are compared before each copy. Shapes and strides take twice as long to read, and change without the
+    address only if a script assigns to `tensor.data`: they are compared after it, in the mirror thread.
+
+    Attributes:
+        is_outdated: whether the shape or strides of a tensor were found to be others.
+    """
+
+    names: Sequence[str] = ()
+    addresses: list[int] = field(default_factory=list)
+    shapes: list[Any] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
+    is_outdated: bool = False
+
+    def misread(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """Name of a tensor with another shape or other strides; None if there is none."""
+        found = _shapes_of(tensors)
+        if found == self.shapes:
+            return None
+        self.is_outdated = True
+        differs = map(ne, zip(*found, strict=True), zip(*self.shapes, strict=True))
+        return next(compress(self.names, differs))
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,8 @@ class Stager:
             version_counters(watched),
             plan.middle,
             plan.static,
+            plan.live,
+            own,
         )
         self._copy_now(plan.now, pending)
         if plan.on_device:
@@ -239,7 +260,8 @@ class Stager:
             raise LayoutMismatchError(f"rank {self._rank}: tensor {error} of the layout is missing") from error
 
     def _live(self, own: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> _Sources:
-        if (geometry := _geometry_of(own)) != self._sources.geometry:
+        known, addresses = self._sources, list(map(torch.Tensor.data_ptr, own))
+        if known.is_outdated or addresses != known.addresses:
             held = self._layout.held_by(self._rank)
             for name, tensor in zip(self._names, own, strict=True):
                 if (str(tensor.dtype), tuple(tensor.shape)) != (held[name].dtype, held[name].box.sizes):
@@ -247,7 +269,8 @@ class Stager:
                         f"rank {self._rank}: {name} is {tensor.dtype}{list(tensor.shape)}, expected {held[name]}: the "
                         "layout of the state must not change during training"
                     )
-            self._sources = _Sources(geometry, live_views(self._layout, self._rank, self._rank, tensors))
+            views = live_views(self._layout, self._rank, self._rank, tensors)
+            self._sources = _Sources(self._names, addresses, _shapes_of(own), views)
         return self._sources
 
     def _views_of(self, bulk: torch.Tensor) -> list[torch.Tensor]:
@@ -257,9 +280,9 @@ class Stager:
         return self._targets[at]
 
 
-def _geometry_of(tensors: Sequence[torch.Tensor]) -> _Geometry:
-    # One call per property instead of three per tensor: there are hundreds of tensors, in every step.
-    return [list(map(read, tensors)) for read in (torch.Tensor.data_ptr, attrgetter("shape"), torch.Tensor.stride)]
+def _shapes_of(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """The shapes and strides, in two calls instead of two per tensor: there are hundreds of tensors, in every step."""
+    return [list(map(attrgetter("shape"), tensors)), list(map(torch.Tensor.stride, tensors))]
 
 
 def _middle(tensors: list[torch.Tensor]) -> int:
