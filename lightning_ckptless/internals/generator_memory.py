@@ -46,7 +46,7 @@ def set_python_state(state: PythonState) -> None:
 
 def numpy_state() -> NumpyState | dict[str, Any]:
     """Return the state of the generator behind the functions of `numpy.random`; a dictionary if it is no MT19937."""
-    generator = np.random.get_state.__self__
+    generator = np.random.get_state.__self__  # type: ignore[attr-defined]
     place, bits = _place_in_random_state(), generator._bit_generator
     if place is None or type(bits) is not np.random.MT19937:
         return _public_numpy_state(generator)

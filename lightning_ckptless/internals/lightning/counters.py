@@ -55,7 +55,7 @@ class LoopCounters:
 
     def _copied(self, progress: Any) -> dict[str, Any]:
         if isinstance(progress, self._leaf_class):
-            return vars(progress).copy()
+            return dict(vars(progress))
         nested = self._nested_class
         return {
             name: self._copied(value) if isinstance(value, nested) else value for name, value in vars(progress).items()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import chain
-from operator import getitem, is_
+from operator import getitem, is_, methodcaller
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from lightning_ckptless.trainer.state.plain_values import plain_attributes, set_
 from lightning_ckptless.trainer.state.sharding import reshard, sharded_modules
 
 log = logging.getLogger(__name__)
+
+_VALUES = methodcaller("values")
 
 
 class StateIndex:
@@ -273,7 +275,7 @@ def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         # Most optimizers keep only tensors. Look up names only for the others, since that walks the whole model.
         states = _states_of_tensors(optimizer)
-        has_plain = not _are_tensors(chain.from_iterable(held.values() for held in states))
+        has_plain = not _are_tensors(chain.from_iterable(map(_VALUES, states)))
         state = _plain_state(trainer, index) if has_plain else {}
         # Some optimizers keep a global counter in addition to per-parameter state.
         common = {}
