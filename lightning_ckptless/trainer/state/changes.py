@@ -7,6 +7,7 @@ write counter, everything else by identity and length.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -211,7 +212,8 @@ class _Value:
             self._copy = _copied(value)
         if isinstance(value, torch.Tensor) or not fits or _is_large_array(value):
             self._mark = _mark(value)
-        self.is_marked = self._mark is not None and self._mark != 0
+        is_container = isinstance(value, tuple | frozenset | deque)
+        self.is_marked = self._mark is not None and (self._mark != 0 or is_container)
 
     def is_unchanged(self, value: Any) -> bool:
         """Return whether a value equals the original."""
