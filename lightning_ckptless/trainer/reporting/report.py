@@ -374,9 +374,9 @@ class RunReport:
             if not self._is_laid_out:
                 self._is_laid_out = True
                 lay_out(trainer.loggers, PREFIX)
-            values = {f"{PREFIX}{name}": value for name, value in self._values(taken).items()}
+            prefixed = {f"{PREFIX}{name}": value for name, value in self._values(taken).items()}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=max(0, stepped - 1))
+                logger.log_metrics(prefixed, step=max(0, stepped - 1))
                 logger.save()
 
     def committed(self, version: Version) -> bool:
