@@ -28,7 +28,6 @@ class AttributeReader:
     def __init__(self, owner: object, leave: Collection[str] = ()) -> None:
         self.changes = 0
         self._owner = owner
-        self._attributes: dict[str, Any] = getattr(owner, "__dict__", {})
         self._leave = frozenset(leave)
         self._seen = Seen(self._leave)
         self._plain: dict[str, Any] = {}
@@ -36,13 +35,14 @@ class AttributeReader:
 
     def plain(self) -> dict[str, Any]:
         """Return what `plain_attributes` returns, as a dictionary that later readings change."""
-        names = self._seen.look(self._attributes)
-        if names is None or any(map(self._is_other, names)):
+        attributes = getattr(self._owner, "__dict__", {})
+        names = self._seen.look(attributes)
+        if names is None or any(self._is_other(name, attributes[name]) for name in names):
             self.changes += 1
             self._plain = plain_attributes(self._owner, leave=self._leave)
             self._generators = generators_of(self._owner)
             return self._plain
-        changed = {name: self._attributes[name] for name in names if name in self._plain}
+        changed = {name: attributes[name] for name in names if name in self._plain}
         self._plain.update(changed)
         self.changes += bool(changed)
         return self._plain
@@ -51,8 +51,7 @@ class AttributeReader:
         """Return what `owned_generators` returns, for the attributes as of the last call of `plain`."""
         return {name: state_of(generator) for name, generator in self._generators.items()}
 
-    def _is_other(self, name: str) -> bool:
+    def _is_other(self, name: str, value: Any) -> bool:
         """Return whether an attribute has become plain or ceased to be, or was or is a generator."""
-        value = self._attributes[name]
         is_other = is_plain(value) != (name in self._plain)
         return is_other or name in self._generators or isinstance(value, GENERATORS)
