@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.formats.packing import PartCache, pack, unpack
+from lightning_ckptless.formats.packing import LEAST_BYTES, PartCache, pack, unpack
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.changes import EVERYTHING, Policy, _Owner
 from lightning_ckptless.trainer.state.host_state import HostState
@@ -28,6 +28,8 @@ from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
 class Holder:
     """Anything with attributes."""
+
+    first: Any
 
 
 class Phase(enum.IntEnum):
@@ -114,6 +116,32 @@ def apply(owner: Any, action: str, name: str, value: Any, item: Any) -> None:
         attributes[name].requires_grad_(not attributes[name].requires_grad)
 
 
+def require_same(owner: Any, reader: AttributeReader, cache: PartCache) -> None:
+    """Require that the compiled reading of an object is the plain one."""
+    plain, expected = reader.plain(), plain_attributes(owner, leave={"left"})
+    assert is_same(unpack(pack([cache.part(reader.changes, plain)])), unpack(pack([expected])))
+    there = owned_generators(owner)
+    assert is_same(reader.generators(), {name: there[name] for name in there if name != "left"})
+
+
+@pytest.mark.parametrize("action", ["change", "replace"])
+@pytest.mark.parametrize("value", range(len(VALUES)))
+def test_every_change_of_one_value_is_seen(value: int, action: str) -> None:
+    for before in ITEMS[-9:] if isinstance(VALUES[value](), list) else ITEMS[:1]:
+        for after in ITEMS:
+            owner, cache = Holder(), PartCache()
+            vars(owner).update(first=VALUES[value](), second="x" * LEAST_BYTES)
+            replace_item(owner.first, before())
+            reader, watched = AttributeReader(owner), _Owner(owner, frozenset(), EVERYTHING)
+            for _ in range(2):
+                plain = reader.plain()
+                cache.part(reader.changes, plain)
+                watched.changed()
+            apply(owner, action, "first", None, after())
+            require_same(owner, reader, cache)
+            assert is_same(watched.changed(), watched._find(vars(owner)))
+
+
 @given(STEPS)
 def test_what_is_read_is_what_there_is(steps: list[Any]) -> None:
     owner, cache = Holder(), PartCache()
@@ -121,11 +149,7 @@ def test_what_is_read_is_what_there_is(steps: list[Any]) -> None:
     for action, name, make, item in [*steps, ("read", "", int, int)]:
         apply(owner, action, name, make(), item())
         if action == "read":
-            plain = reader.plain()
-            expected = plain_attributes(owner, leave={"left"})
-            assert is_same(unpack(pack([cache.part(reader.changes, plain)])), unpack(pack([expected])))
-            there = owned_generators(owner)
-            assert is_same(reader.generators(), {name: there[name] for name in there if name != "left"})
+            require_same(owner, reader, cache)
 
 
 @given(STEPS, st.sampled_from([EVERYTHING, Policy(captures_plain=False)]))
