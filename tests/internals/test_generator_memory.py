@@ -35,7 +35,8 @@ def public_python() -> Any:
 
 
 def public_numpy() -> Any:
-    _, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    _, key, position, has_gauss, gauss = state
     return key.tobytes() + struct.pack("I", position), has_gauss, gauss
 
 

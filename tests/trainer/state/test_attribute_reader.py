@@ -200,7 +200,7 @@ def test_the_compiled_capture_is_the_plain_one(seed: int, tmp_path: Path) -> Non
     draw, captured = random.Random(seed), list[int]()
 
     def compare(trainer: Any, *_: Any) -> None:
-        for _ in range(draw.randrange(3)):
+        for _again in range(draw.randrange(3)):
             disturb(trainer, draw)
         [kept] = compiled
         found, expected = (unpack(pack(state.capture())) for state in (kept, without_memory(kept)))

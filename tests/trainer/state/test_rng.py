@@ -56,15 +56,16 @@ def test_later_draws_do_not_change_a_captured_state() -> None:
 
 
 def test_another_generator_of_numpy_is_restored() -> None:
-    before = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.PCG64(1))
+    generators: Any = np.random
+    before = generators.get_bit_generator()
+    generators.set_bit_generator(np.random.PCG64(1))
     try:
         state = capture_rng()
         expected = draw()
         apply_rng(pickle.loads(pickle.dumps(state)))
         assert draw() == expected
     finally:
-        np.random.set_bit_generator(before)
+        generators.set_bit_generator(before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
