@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 
 from lightning_ckptless.errors import DurableError
-from lightning_ckptless.formats.pickles import BUNDLE, DAMAGED, MEMBER, PACKED, is_safe, require_usual
+from lightning_ckptless.formats.pickles import BUNDLE, DAMAGED, MEMBER, PACKED, PART, is_safe, require_usual
 
 
 class _StandIn:
@@ -83,10 +83,18 @@ class _Reader(pickle.Unpickler):
             return _ON_HOST[full_name]
         if full_name == MEMBER:
             return self._member
+        if full_name == PART:
+            return self._part
         return getattr(importlib.import_module(module), name) if is_safe(full_name) else self._stand_in(module, name)
 
     def _member(self, module: str, name: str, value: Any) -> Any:
         return self._stand_in(module, name)(value)
+
+    def _part(self, data: bytes) -> Any:
+        require_usual(data)
+        reader = _Reader(data)
+        reader._stand_ins = self._stand_ins
+        return reader.load()
 
     def _stand_in(self, module: str, name: str) -> type:
         if (module, name) not in self._stand_ins:

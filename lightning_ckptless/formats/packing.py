@@ -61,6 +61,56 @@ def unpack(data: Packed, beside: Callable[[Any], Any] | None = None) -> Any:
     return pickle.loads(data) if beside is None else _Referring(data, beside).load()
 
 
+class Part:
+    """A packed value as part of another: packed as its bytes, and unpacked as the value.
+
+    Args:
+        packed: the value.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_part, (bytes(self.packed),)
+
+
+def open_part(data: bytes) -> Any:
+    """Return the value of a part. The pickle that it is part of is of known origin, or admitted together with it."""
+    return unpack(Packed(data))
+
+
+class PartCache:
+    """Packs a value once, and again only when it has changed."""
+
+    def __init__(self) -> None:
+        self._mark: Any = _UNMARKED
+        self._part: Part | None = None
+
+    def part(self, mark: Any, value: Any) -> Any:
+        """Return a value to be packed as part of another.
+
+        Args:
+            mark: equal to that of the last call only if the value is the same.
+            value: the value, which may refer to live objects.
+
+        Returns:
+            The pickle of the value. The value itself if it is small, at first, and whenever it has changed, so that
+            what always changes is not packed twice.
+        """
+        if self._mark != mark:
+            self._mark, self._part = mark, None
+            return value
+        if self._part is None:
+            self._part = Part(pack(value))
+        return self._part if len(self._part.packed) >= LEAST_BYTES else value
+
+
+_UNMARKED = object()
+LEAST_BYTES = 256
+"""A smaller pickle is written faster again than as a part."""
+
+
 class _Referring(pickle.Unpickler):
     def __init__(self, data: Packed, beside: Callable[[Any], Any]) -> None:
         super().__init__(io.BytesIO(data))

@@ -110,6 +110,7 @@ DAMAGED = (
     RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
 """Errors that reading a damaged pickle can raise."""
+PART = "lightning_ckptless.formats.packing.open_part"
 MEMBER = "lightning_ckptless.formats.packing.member"
 BUNDLE = "lightning_ckptless.trainer.state.device_pickle.open_bundle"
 
@@ -205,7 +206,7 @@ class _Reader(pickle.Unpickler):
             UntrustedError: the name is not allowed.
         """
         full_name = f"{module}.{name}"
-        if full_name == PACKED:
+        if full_name in (PACKED, PART):
             return self._inner
         if full_name == BUNDLE:
             return self._bundle

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless.durable.foreign import PICKLE_MODULE, read_pickle
-from lightning_ckptless.formats.packing import pack
+from lightning_ckptless.formats.packing import Part, pack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.state.device_pickle import _Bundle
 
@@ -54,6 +54,12 @@ def test_the_script_reads_its_own_classes_back(tmp_path: Path) -> None:
     with (tmp_path / "again").open("wb") as file:
         PICKLE_MODULE.Pickler(file, protocol=2).dump(found)
     run("read")
+
+
+def test_parts_are_read_as_their_values() -> None:
+    found = read_pickle(bytes(pack({"a": Part(pack([Known.ONE, torch.ones(2)])), "b": Known.ONE})))
+    assert type(found["a"][0]) is type(found["b"])
+    assert torch.equal(found["a"][1], torch.ones(2))
 
 
 class Known(enum.Enum):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_ckptless.formats import packing
-from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.packing import LEAST_BYTES, Part, PartCache, pack, unpack
 from lightning_ckptless.formats.pickles import Packed, UntrustedError, admit
 
 
@@ -88,6 +88,8 @@ def planted(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
         "a call": (pickle.dumps(runs), "posix.mkdir"),
         "deep inside": (bytes(pack({"a": [1, {"b": runs}]})), "posix.mkdir"),
         "inside another one": (bytes(pack({"a": Packed(pickle.dumps(runs))})), "posix.mkdir"),
+        "inside a part": (bytes(pack({"a": Part(Packed(pickle.dumps(runs)))})), "posix.mkdir"),
+        "a part that is computed": (computed_part(), "damaged"),
         "an old instruction": (b"cposix\nmkdir\n(S'/made'\ntR.", "GLOBAL at byte 0"),
         "getattr": (pickle.dumps([getattr, Path("x").exists]), "builtins.getattr"),
         "torch's own storage": (pickle.dumps(torch.ones(2)), "torch.storage._load_from_bytes"),
@@ -103,6 +105,13 @@ def computed_name() -> bytes:
     """Return a pickle with `str(b'posix', 'ascii')` as the name of a module."""
     module = b"\x8c\x08builtins\x8c\x03str\x93C\x05posix\x8c\x05ascii\x86R"
     return b"\x80\x05" + module + b"\x8c\x05mkdir\x93\x8c\x05/made\x85R."
+
+
+def computed_part() -> bytes:
+    """Return a pickle with a part whose bytes are the result of a call."""
+    made = b"\x8c\x08builtins\x8c\x05bytes\x93K\x02\x85R"
+    name = b"\x8c\x22lightning_ckptless.formats.packing\x8c\x09open_part\x93"
+    return b"\x80\x05" + name + made + b"\x85R."
 
 
 def test_pickle_would_call_a_computed_name() -> None:
@@ -126,6 +135,30 @@ def test_opted_in_classes_are_admitted() -> None:
     with pytest.raises(UntrustedError) as found:
         admit(bytes(packed), ["tests.formats.test_pickles.Curs"])
     assert found.value.name == "tests.formats.test_pickles.Cursor"
+
+
+def test_parts_are_read_as_their_values() -> None:
+    value = {"names": ["a", 1.5], "tensor": torch.ones(2)}
+    packed = pack({"part": Part(pack(value)), "nested": [Part(pack(Part(pack(7))))]})
+    for found in (unpack(packed), unpack(admit(bytes(packed)))):
+        assert found["part"]["names"] == ["a", 1.5] and torch.equal(found["part"]["tensor"], torch.ones(2))
+        assert found["nested"] == [7]
+
+
+def test_a_part_is_packed_again_only_when_it_has_changed() -> None:
+    cache, value = PartCache(), ["x" * LEAST_BYTES]
+    assert cache.part(1, value) is value
+    part = cache.part(1, value)
+    value.append("later")
+    assert isinstance(part, Part) and cache.part(1, value) is part
+    assert unpack(pack(part)) == value[:1]
+    assert cache.part(2, value) is value
+    assert unpack(pack(cache.part(2, value))) == value
+
+
+def test_a_small_value_is_no_part() -> None:
+    cache, value = PartCache(), [1]
+    assert [cache.part(0, value) for _ in range(3)] == [value] * 3
 
 
 def test_bytes_of_unknown_origin_are_not_unpickled() -> None:

@@ -310,9 +310,7 @@ def test_events() -> None:
 def test_logged_values() -> None:
     (report,) = (source for source in sources(f"{PACKAGE}/trainer") if source.path.name == "report.py")
     values = next(
-        node.value
-        for node in report.nodes
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self._values"
+        node.value for node in report.nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "values"
     )
     assert isinstance(values, ast.Dict)
     names = {str(key.value) for key in values.keys if isinstance(key, ast.Constant)}

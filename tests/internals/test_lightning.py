@@ -48,6 +48,7 @@ OWNERS: dict[str, Callable[[Any], Any]] = {
     "loops.evaluation_loop:_EvaluationLoop": lambda t: t.fit_loop.epoch_loop.val_loop,
     "loops.fetchers:_PrefetchDataFetcher": lambda t: t.fit_loop._data_fetcher,
     "loops.fit_loop:_FitLoop": lambda t: t.fit_loop,
+    "loops.loop:_Loop": lambda t: t.fit_loop.epoch_loop,
     "loops.progress:_BatchProgress": lambda t: t.fit_loop.epoch_loop.batch_progress,
     "loops.training_epoch_loop:_TrainingEpochLoop": lambda t: t.fit_loop.epoch_loop,
     "trainer.connectors.checkpoint_connector:_CheckpointConnector": lambda t: t._checkpoint_connector,
@@ -249,6 +250,31 @@ def test_counters_are_restored_without_restart_flags(distribution: str, tmp_path
     assert steps == [8]
     assert fresh.global_step == 8
     assert fresh.current_epoch == 2
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_counters_are_those_of_lightnings_own_state(distribution: str, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def compare(trainer: Any, *_: Any) -> None:
+        own = trainer.fit_loop.state_dict()
+        own["state_dict"].pop("combined_loader", None)
+        assert loops.counters()["fit_loop"] == own
+        steps.append(trainer.global_step)
+
+    hooks = callback(distribution, on_train_batch_end=compare, on_validation_batch_end=compare, on_fit_end=compare)
+    trainer = tiny_trainer(tmp_path, distribution, callbacks=[hooks], val_check_interval=2, max_epochs=2)
+    loops = FitLoops(trainer)
+    trainer.fit(tiny_module(distribution), tiny_loader(), tiny_loader())
+    assert steps[-1] == 8
+
+
+def test_a_counter_that_appears_later_is_read(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, DISTRIBUTIONS[0])
+    loops = FitLoops(trainer)
+    loops.counters()
+    trainer.fit_loop.epoch_loop.extra = type(trainer.fit_loop.epoch_progress)()
+    assert "epoch_loop.extra" in loops.counters()["fit_loop"]
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-from lightning_ckptless.internals.lightning.distribution import is_a
+from lightning_ckptless.internals.lightning.distribution import is_a, is_subclass
 
 # Bound at import time, so that a script or test that patches `time` does not affect this module.
 CLOCKS: dict[str, Callable[[], float]] = {"monotonic": time.monotonic, "perf_counter": time.perf_counter}
@@ -26,12 +27,15 @@ _READINGS: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
 
 def readings_of(owner: Any) -> tuple[str, ...]:
     """Return the names of the attributes of a callback or trainer that are clock readings."""
-    return _READINGS[kind][1] if (kind := _kind_of(owner)) else ()
+    return _READINGS[kind][1] if (kind := _kind_of(owner.__class__)) else ()
 
 
 def ages_of(owner: Any) -> dict[str, Any]:
     """Return the seconds since each reading."""
-    now, names = _now(owner), readings_of(owner)
+    names = readings_of(owner)
+    if not names:
+        return {}
+    now = _now(owner)
     return {name: _mapped(vars(owner)[name], lambda reading: now - reading) for name in names if name in vars(owner)}
 
 
@@ -41,12 +45,13 @@ def set_ages(owner: Any, saved: dict[str, Any]) -> None:
     vars(owner).update({name: _mapped(ages, lambda age: now - age) for name, ages in saved.items()})
 
 
-def _kind_of(owner: Any) -> tuple[str, str] | None:
-    return next((kind for kind in _READINGS if is_a(owner, *kind)), None)
+@cache
+def _kind_of(cls: type) -> tuple[str, str] | None:
+    return next((kind for kind in _READINGS if is_subclass(cls, *kind)), None)
 
 
 def _now(owner: Any) -> float:
-    kind = _kind_of(owner)
+    kind = _kind_of(owner.__class__)
     return CLOCKS[_READINGS[kind][0]]() if kind else 0.0
 
 

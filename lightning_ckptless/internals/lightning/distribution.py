@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -40,12 +41,20 @@ def fabric_module(distribution: str, name: str) -> ModuleType:
 
 def is_a(value: Any, module_name: str, class_name: str) -> bool:
     """Return whether a value is an instance of a class of either distribution."""
+    return any(isinstance(value, cls) for cls in _imported(module_name, class_name))
+
+
+def is_subclass(cls: type, module_name: str, class_name: str) -> bool:
+    """Return whether a class is derived from a class of either distribution, or is that class."""
+    return any(issubclass(cls, base) for base in _imported(module_name, class_name))
+
+
+def _imported(module_name: str, class_name: str) -> Iterator[Any]:
     for distribution in DISTRIBUTIONS:
         if (loaded := sys.modules.get(f"{distribution}.{module_name}")) is not None:
             cls = getattr(loaded, class_name, None)
-            if cls is not None and isinstance(value, cls):
-                return True
-    return False
+            if cls is not None:
+                yield cls
 
 
 _PARTS_OF_A_RUN = (

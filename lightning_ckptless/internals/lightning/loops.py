@@ -14,6 +14,7 @@ from lightning_ckptless.internals.lightning.combined_loader import (
     place_of,
     set_place,
 )
+from lightning_ckptless.internals.lightning.counters import LoopCounters
 from lightning_ckptless.internals.lightning.distribution import distribution_of, fabric_module, is_a, module
 from lightning_ckptless.internals.lightning.override import Override, remove_overrides
 from lightning_ckptless.internals.lightning.versions import validates_by_clock
@@ -32,6 +33,7 @@ class FitLoops:
         self.fit: Any = trainer.fit_loop
         self.epoch: Any = trainer.fit_loop.epoch_loop
         self.validation: Any = trainer.fit_loop.epoch_loop.val_loop
+        self._counters = LoopCounters(self.fit, distribution_of(trainer))
 
     # ------------------------------------------------------------------ position in the run
 
@@ -81,7 +83,7 @@ class FitLoops:
     def counters(self) -> dict[str, Any]:
         """Return all progress counters and flags of the loops, as plain data."""
         return {
-            "fit_loop": self.fit.state_dict(),
+            "fit_loop": self._counters.read(),
             "skip_next_validation": self.epoch._skip_next_val,
             "validation_has_run": self.validation._has_run,
             "train_data_epoch": self.fit._last_train_dl_reload_epoch,

@@ -31,7 +31,7 @@ NAMES = {
         _combined_loader _combined_loader_states_to_load _data_fetcher _data_source _last_train_dl_reload_epoch
         _loaded_from_state_dict _restart_stage _restarting advance done epoch_progress load_state_dict max_batches
         on_advance_end on_advance_start on_iteration_done on_run_end on_run_start reset reset_restart_stage run
-        setup_data state_dict
+        setup_data
     """,
     "loops.training_epoch_loop:_TrainingEpochLoop": """
         _batches_that_stepped _build_kwargs _is_training_done _on_after_fetch
@@ -42,7 +42,9 @@ NAMES = {
         _combined_loader _data_source _has_run _last_val_dl_reload_epoch _results run setup_data
     """,
     "loops.loop": "_Loop",
+    "loops.loop:_Loop": "on_save_checkpoint",
     "loops.optimization.automatic": "ClosureResult",
+    "loops.progress": "_BaseProgress _ReadyCompletedTracker",
     "loops.progress:_BatchProgress": "is_last_batch",
     "strategies.ddp": "_sync_module_states",
     "strategies.launchers.launcher": "_Launcher",

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, compress
+from operator import attrgetter, ne
+from typing import Any
 
 import torch
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.internals.torch_internals import foreach_copy, version_counter
+from lightning_ckptless.internals.torch_internals import foreach_copy, version_counters
 from lightning_ckptless.replica.layout.layout import Layout, live_views, local_name, slot_views
 from lightning_ckptless.replica.mirror.device_copy import DeviceCopier
 from lightning_ckptless.replica.mirror.static import Pair, StaticPart
@@ -36,9 +38,13 @@ class PendingCopy:
         names: names of the tensors that are copied late, one per copy.
         targets: views of it that are not filled yet.
         sources: live views from which they are filled.
-        watched: live tensors of the sources, with their counts of in-place writes.
+        watched: live tensors of the sources.
+        watched_names: their names.
+        counts: their counts of in-place writes.
         middle: index at which half of the bytes are copied.
         static: the static part.
+        live: the live views that the sources were taken from.
+        own: the live tensors that they are views of.
         ready: CUDA event after which the sources contain the version; None in host memory.
     """
 
@@ -46,14 +52,22 @@ class PendingCopy:
     names: list[str]
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
-    watched: list[tuple[str, torch.Tensor, int]]
+    watched: list[torch.Tensor]
+    watched_names: Collection[str]
+    counts: list[int]
     middle: int
     static: StaticPart
+    live: _Sources
+    own: Sequence[torch.Tensor]
     ready: torch.cuda.Event | None = None
 
     def changed(self) -> str | None:
-        """Name of a tensor that was modified since `take`; None if there is none."""
-        return next((name for name, tensor, count in self.watched if version_counter(tensor) != count), None)
+        """Name of a tensor that was modified since `take`, or is not what the sources are views of; None if none is."""
+        now = version_counters(self.watched)
+        if now != self.counts:
+            counts = zip(self.watched_names, self.counts, now, strict=True)
+            return next(name for name, before, count in counts if count != before)
+        return self.live.misread(self.own)
 
     def different(self) -> str | None:
         """Name of a tensor whose late copy is not what the tensor contains now; None if there is none."""
@@ -63,10 +77,29 @@ class PendingCopy:
 
 @dataclass
 class _Sources:
-    """Live views of the own shard, valid as long as the tensors are not moved."""
+    """Live views of the own shard, valid as long as the tensors have the same memory, shapes and strides.
 
-    identity: list[tuple[int, torch.Size, tuple[int, ...]]] = field(default_factory=list)
+    Addresses are compared before each copy. Shapes and strides take twice as long to read, and change without the
+    address only if a script assigns to `tensor.data`: they are compared after it, in the mirror thread.
+
+    Attributes:
+        is_outdated: whether the shape or strides of a tensor were found to be others.
+    """
+
+    names: Sequence[str] = ()
+    addresses: list[int] = field(default_factory=list)
+    shapes: list[Any] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
+    is_outdated: bool = False
+
+    def misread(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """Name of a tensor with another shape or other strides; None if there is none."""
+        found = _shapes_of(tensors)
+        if found == self.shapes:
+            return None
+        self.is_outdated = True
+        differs = map(ne, zip(*found, strict=True), zip(*self.shapes, strict=True))
+        return next(compress(self.names, differs))
 
 
 @dataclass(frozen=True)
@@ -79,7 +112,7 @@ class _CopyPlan:
     names: list[str]
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
-    watched: list[str]
+    watched: Mapping[str, int]
     middle: int
     on_device: bool
     static: StaticPart
@@ -116,15 +149,21 @@ class Stager:
         Raises:
             LayoutMismatchError: a tensor of the layout is missing or has another shape.
         """
-        plan = self._plan(bulk, self._live(tensors), frozenset(early))
+        own = self._own(tensors)
+        plan = self._plan(bulk, self._live(own, tensors), frozenset(early))
+        watched = [own[index] for index in plan.watched.values()]
         pending = PendingCopy(
             bulk,
             plan.names,
             list(plan.targets),
             list(plan.sources),
-            [(name, tensor := tensors[name], version_counter(tensor)) for name in plan.watched],
+            watched,
+            plan.watched.keys(),
+            version_counters(watched),
             plan.middle,
             plan.static,
+            plan.live,
+            own,
         )
         self._copy_now(plan.now, pending)
         if plan.on_device:
@@ -150,7 +189,7 @@ class Stager:
                 names=[name for name, _, _ in late],
                 targets=[target for _, target, _ in late],
                 sources=[source for _, _, source in late],
-                watched=[name for name in dict.fromkeys(self._names) if name not in early],
+                watched={name: index for index, name in enumerate(self._names) if name not in early},
                 middle=_middle([source for _, _, source in late]),
                 on_device=any(source.is_cuda for source in live.views),
                 static=static,
@@ -214,13 +253,15 @@ class Stager:
                 pending.bulk, [target for target, _ in device], [source for _, source in device], pending.ready
             )
 
-    def _live(self, tensors: Mapping[str, torch.Tensor]) -> _Sources:
+    def _own(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         try:
-            own = [tensors[name] for name in self._names]
+            return list(map(tensors.__getitem__, self._names))
         except KeyError as error:
             raise LayoutMismatchError(f"rank {self._rank}: tensor {error} of the layout is missing") from error
-        identity = [(t.data_ptr(), t.shape, t.stride()) for t in own]
-        if identity != self._sources.identity:
+
+    def _live(self, own: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> _Sources:
+        known, addresses = self._sources, list(map(torch.Tensor.data_ptr, own))
+        if known.is_outdated or addresses != known.addresses:
             held = self._layout.held_by(self._rank)
             for name, tensor in zip(self._names, own, strict=True):
                 if (str(tensor.dtype), tuple(tensor.shape)) != (held[name].dtype, held[name].box.sizes):
@@ -228,7 +269,8 @@ class Stager:
                         f"rank {self._rank}: {name} is {tensor.dtype}{list(tensor.shape)}, expected {held[name]}: the "
                         "layout of the state must not change during training"
                     )
-            self._sources = _Sources(identity, live_views(self._layout, self._rank, self._rank, tensors))
+            views = live_views(self._layout, self._rank, self._rank, tensors)
+            self._sources = _Sources(self._names, addresses, _shapes_of(own), views)
         return self._sources
 
     def _views_of(self, bulk: torch.Tensor) -> list[torch.Tensor]:
@@ -236,6 +278,11 @@ class Stager:
         if at not in self._targets:
             self._targets[at] = slot_views(self._layout, self._rank, bulk)
         return self._targets[at]
+
+
+def _shapes_of(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """The shapes and strides, in two calls instead of two per tensor: there are hundreds of tensors, in every step."""
+    return [list(map(attrgetter("shape"), tensors)), list(map(torch.Tensor.stride, tensors))]
 
 
 def _middle(tensors: list[torch.Tensor]) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lightning_ckptless.replica.transport import Transport
+
+_DIGITS = 20
+"""Width of a stamp, so that each overwrites the one before without a moment at which the file is empty."""
 
 
 class BegunStep:
@@ -17,6 +21,7 @@ class BegunStep:
     def __init__(self, arena: Path) -> None:
         self._arena = arena
         self._last = (-1, -1)
+        self._file: int | None = None
 
     def stamp(self, rank: int, step: int) -> None:
         """Record that a step has begun; does nothing if it is already recorded.
@@ -25,9 +30,19 @@ class BegunStep:
             rank: this rank, which a recovery may change.
             step: the step.
         """
-        if (rank, step) != self._last:
-            _path(self._arena, rank).write_text(str(step))
-            self._last = (rank, step)
+        if (rank, step) == self._last:
+            return
+        if self._file is None or rank != self._last[0]:
+            self.close()
+            self._file = os.open(_path(self._arena, rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.pwrite(self._file, f"{step:{_DIGITS}}".encode(), 0)
+        self._last = (rank, step)
+
+    def close(self) -> None:
+        """Close the file, which stays."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def step_in_flight(arena: Path, transport: Transport) -> int:

@@ -193,7 +193,7 @@ class Mirroring:
         Raises:
             SIGTERMException: Lightning's own exception, at the point where Lightning raises it.
         """
-        if self._is_between_steps() and self._trainer.world_size == 1 and self._end.is_asked():
+        if self._trainer.world_size == 1 and self._end.is_asked() and self._is_between_steps():
             self.settle()
             self._end.agree()
         self._end.end_if_agreed()

@@ -54,6 +54,21 @@ class Moved:
     sources: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """The version that was taken last.
+
+    Args:
+        stall_s: seconds for which the training thread waited for the version before.
+        cost_s: seconds that handing it to the mirror took.
+        mirror: the mirror.
+    """
+
+    stall_s: float
+    cost_s: float
+    mirror: Mirror
+
+
 class RunReport:
     """Collects the figures of one generation and reports them.
 
@@ -101,7 +116,7 @@ class RunReport:
         self._moved: Moved | None = None
         self._stall_s = 0.0
         self._versions = 0
-        self._values: dict[str, float] = {}
+        self._taken: _Taken | None = None
         self._is_laid_out = False
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
@@ -315,14 +330,18 @@ class RunReport:
             self._note_time()
         if self.time.is_note_of_rank_due:
             self.time.note_rank()
-        if self.is_reporter and self._values:
-            self._log_values()
+        if self.is_reporter and self._taken is not None:
+            self._log_values(self._taken)
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
-        """Update the logged values; the version of the step has been handed to the mirror."""
+        """Note what the version of the step has cost; it has been handed to the mirror."""
         self._versions += 1
-        stats, mtbf, account = mirror.stats, self.mtbf, self.account
-        self._values = {
+        self._taken = _Taken(stall_s + self._stall_s, cost_s, mirror)
+        self._stall_s = 0.0
+
+    def _values(self, taken: _Taken) -> dict[str, float]:
+        stats, mtbf, account = taken.mirror.stats, self.mtbf, self.account
+        values = {
             "goodput": account.goodput,
             "goodput_1h": account.recent_goodput,
             "recoveries": float(self.recoveries),
@@ -332,32 +351,32 @@ class RunReport:
             "mtbf_low_s": mtbf.low_s,
             "mtbf_high_s": mtbf.high_s if mtbf.failures else nan,
             "mirror_ms": 1e3 * stats.last_round_s,
-            "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
-            "mirror_submit_ms": 1e3 * cost_s,
+            "mirror_stall_ms": 1e3 * taken.stall_s,
+            "mirror_submit_ms": 1e3 * taken.cost_s,
             "mirror_skipped": float(stats.skipped + stats.aborted),
             "mirrored_bytes": float(stats.staged_bytes + stats.sent_bytes) / max(1, stats.committed),
             "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
         }
         for name in PHASE_FIELDS:
-            self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
+            values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
         for bucket in Bucket:
-            self._values[f"time_{bucket}_s"] = account.seconds.get(bucket, 0.0)
-        self._stall_s = 0.0
+            values[f"time_{bucket}_s"] = account.seconds.get(bucket, 0.0)
+        return values
 
-    def _log_values(self) -> None:
+    def _log_values(self, taken: _Taken) -> None:
         trainer = self.trainer
         if self.recoveries:
             # Until the first recovery the bar shows the same metrics as under DDP.
-            shown = {"goodput": round(self._values["goodput"], 3), "recoveries": self._values["recoveries"]}
+            shown = {"goodput": round(self.account.goodput, 3), "recoveries": float(self.recoveries)}
             show_on_progress_bar(trainer, shown)
         stepped = trainer.fit_loop.epoch_loop.global_step
         if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
             if not self._is_laid_out:
                 self._is_laid_out = True
                 lay_out(trainer.loggers, PREFIX)
-            values = {f"{PREFIX}{name}": value for name, value in self._values.items()}
+            prefixed = {f"{PREFIX}{name}": value for name, value in self._values(taken).items()}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=max(0, stepped - 1))
+                logger.log_metrics(prefixed, step=max(0, stepped - 1))
                 logger.save()
 
     def committed(self, version: Version) -> bool:

@@ -61,6 +61,7 @@ class Rewinding:
         self._decided = decided
         self._asked: list[RewindAsked] = []
         self.past = PastRewinds()
+        self._captured = RewindState(), RewindState().to_dict()
 
     # ------------------------------------------------------------------ asking
 
@@ -153,9 +154,12 @@ class Rewinding:
     # ------------------------------------------------------------------ state
 
     def capture(self) -> dict[str, Any]:
-        """Return what a version contains about rewinds."""
+        """Return what a version contains about rewinds; as long as that stays the same, the same object."""
         asked = tuple(each for each in self._asked if not each.request)
-        return RewindState(asked, self.past).to_dict()
+        state = RewindState(asked, self.past)
+        if state != self._captured[0]:
+            self._captured = state, state.to_dict()
+        return self._captured[1]
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Restore what `capture` returned; requests from another terminal stay."""

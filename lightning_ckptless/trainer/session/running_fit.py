@@ -169,5 +169,6 @@ class RunningFit:
     def close(self) -> None:
         """Release threads and mappings."""
         self.progress.close()
+        self._begun.close()
         self.mirroring.close()
         self.rank_state.release()

@@ -7,10 +7,10 @@ write counter, everything else by identity and length.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
+from lightning_ckptless.trainer.state.seen import Seen
 
 Changed = dict[str, dict[str, dict[str, Any]]]
 """By object path: changed values under `set`, names of deleted attributes under `gone`."""
@@ -110,10 +111,11 @@ class _Owner:
         self._object = weakref.ref(owner)
         self._leave = leave
         self._policy = policy
-        attributes = vars(owner)
-        self._first = {name: _Value(value) for name, value in attributes.items() if name not in leave}
-        self._values = tuple(attributes.values())
-        self._mutable = tuple(name for name, first in self._first.items() if first.is_mutable)
+        self._first = {name: _Value(value) for name, value in vars(owner).items() if name not in leave}
+        self._marked = {name: first for name, first in self._first.items() if first.is_marked}
+        self._seen = Seen(leave | self._marked.keys())
+        self._changed: dict[str, Any] = {}
+        self._is_known = False
         self._lost: list[str] = []
 
     @property
@@ -127,10 +129,21 @@ class _Owner:
         return None if owner is None else vars(owner)
 
     def changed(self) -> dict[str, Any]:
-        """Return what differs from the original attributes."""
-        attributes, changed, gone = self._attributes, {}, []
+        """Return what differs from the original attributes; the same object as at the last call if nothing changed."""
+        attributes = self._attributes
         if attributes is None:
             return {}
+        names = self._seen.look(attributes)
+        is_same = self._is_known and names is not None and not names
+        if is_same and all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items()):
+            return self._changed
+        self._changed = self._find(attributes)
+        # A marked value that has changed may change again in a way that its mark does not show.
+        self._is_known = all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items())
+        return self._changed
+
+    def _find(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        changed, gone = {}, []
         for name in self._differing(attributes):
             value = attributes.get(name, _ABSENT)
             size = Size.FITS if value is _ABSENT else _size(value)
@@ -139,6 +152,8 @@ class _Owner:
                     # Reported once, then ignored.
                     self._lost.append(name)
                     self._leave |= {name}
+                    self._marked.pop(name, None)
+                    self._seen = Seen(self._leave | self._marked.keys())
             elif value is _ABSENT:
                 gone.append(name)
             else:
@@ -170,12 +185,6 @@ class _Owner:
 
     def _differing(self, attributes: dict[str, Any]) -> Iterator[str]:
         """Yield the names of attributes that differ from their original values."""
-        if len(attributes) == len(self._values) and all(map(is_, attributes.values(), self._values)):
-            # Fast path: almost always, every attribute still refers to the same object.
-            for name in self._mutable:
-                if name not in self._leave and not self._first[name].is_unchanged(attributes.get(name)):
-                    yield name
-            return
         for name in {**self._first, **attributes}:
             if name in self._leave:
                 continue
@@ -188,14 +197,14 @@ class _Value:
     """The original value of an attribute.
 
     Attributes:
-        is_mutable: whether the object can change in place in a way that is detectable.
+        is_marked: whether it is compared by identity and a fingerprint: a tensor, or a container that is not captured.
     """
 
     def __init__(self, value: Any) -> None:
         self._object = value
         self._copy: Any = _ABSENT
         self._mark: Any = None
-        self.is_mutable = False
+        self.is_marked = False
         if type(value) in _ATOMS:
             return
         fits = _size(value) is Size.FITS
@@ -203,7 +212,8 @@ class _Value:
             self._copy = _copied(value)
         if isinstance(value, torch.Tensor) or not fits or _is_large_array(value):
             self._mark = _mark(value)
-        self.is_mutable = self._mark != 0
+        is_container = isinstance(value, tuple | frozenset | deque)
+        self.is_marked = self._mark is not None and (self._mark != 0 or is_container)
 
     def is_unchanged(self, value: Any) -> bool:
         """Return whether a value equals the original."""

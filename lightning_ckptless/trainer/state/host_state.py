@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.formats.packing import PartCache
 from lightning_ckptless.internals.lightning.averaging import join_scheduler, steps_with_old_gradients
 from lightning_ckptless.internals.lightning.clocks import ages_of, set_ages
 from lightning_ckptless.internals.lightning.distribution import distribution_of, module
@@ -23,16 +26,16 @@ from lightning_ckptless.internals.lightning.metrics import dump_metric, load_met
 from lightning_ckptless.internals.lightning.results import dump_results, load_results
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.data.position import data_position
+from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
-from lightning_ckptless.trainer.state.own_state import hyperparameters, own_state, set_hyperparameters, set_own_state
+from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters, set_own_state
 from lightning_ckptless.trainer.state.parameter_groups import GroupNames, require_same_groups
 from lightning_ckptless.trainer.state.plain_values import (
     HEAVY_BYTES,
     heavy_attributes,
     is_same,
-    plain_attributes,
     set_plain_attributes,
 )
 from lightning_ckptless.trainer.state.rng import capture_rng, owned_generators, set_owned_generators
@@ -76,6 +79,8 @@ class HostState:
         self._metrics = metrics_of([*named, *extra])
         self._groups = GroupNames(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
+        self._own_states: dict[int, OwnState] = {}
+        self._parts: defaultdict[str, PartCache] = defaultdict(PartCache)
         self._buckets = BucketWatch()
         self._submodules = ModuleAttributes(self.module)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
@@ -91,6 +96,11 @@ class HostState:
     def callbacks(self) -> list[Any]:
         """The callbacks whose state is part of the host state, in order."""
         return self._callbacks
+
+    @cached_property
+    def _attributes(self) -> AttributeReader:
+        """Reads the attributes of the model."""
+        return AttributeReader(self.module, self._module_baseline | self._heavy(self.module))
 
     def _heavy(self, owner: Any) -> frozenset[str]:
         """Return the names of attributes excluded for their size; searched for and logged once per owner."""
@@ -116,25 +126,29 @@ class HostState:
             data: position of the training data; None to look it up.
             tensors: the tensors that are part of the version anyway, by name, so that the rest may refer to them.
         """
-        trainer = self.trainer
+        trainer, groups = self.trainer, self._groups.now()
+        # These call functions of the script, which may change attributes of the model.
+        of_script = {
+            "callbacks": [self._callback(callback) for callback in self._callbacks],
+            "datamodule": self._datamodule(),
+            "checkpoint": self.hooks.capture(tensors or {}),
+        }
         return {
+            **of_script,
             "counters": self.loops.counters(),
             "ages": ages_of(trainer),
             "data": data_position(self.loops) if data is None else data,
             "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "optimizers": optimizer_facts(trainer),
-            "first_groups": self._surroundings.first_groups,
-            "groups": self._groups.now(),
+            "first_groups": self._parts["first_groups"].part(0, self._surroundings.first_groups),
+            "groups": self._parts["groups"].part(self._groups.changes, groups),
             "trained_alone": sorted(trained_alone(trainer)),
             "first_schedulers": self._surroundings.schedulers.first,
             "schedulers": self._surroundings.schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
-            "callbacks": [self._callback(callback) for callback in self._callbacks],
             "module": self._module(),
-            "datamodule": self._datamodule(),
             "surroundings": self._surroundings.capture(),
-            "checkpoint": self.hooks.capture(tensors or {}),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
             "gradients": self._gradients(),
@@ -159,30 +173,37 @@ class HostState:
         return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
     def _callback(self, callback: Any) -> dict[str, Any]:
-        is_stateless = bool(names_of_class(type(callback)) & self._stateless)
-        state = own_state(callback, self._heavy(callback), calls_state_dict=not is_stateless)
-        return {"class": type(callback).__name__, **state}
+        if id(callback) not in self._own_states:
+            is_stateless = bool(names_of_class(type(callback)) & self._stateless)
+            leave = self._heavy(callback)
+            self._own_states[id(callback)] = OwnState(callback, leave, calls_state_dict=not is_stateless)
+        return {"class": type(callback).__name__, **self._own_states[id(callback)].capture()}
 
     def _module(self) -> dict[str, Any]:
+        # Called first, as it may change attributes.
+        extra_state = {name: m.get_extra_state() for name, m in self._extra_state.items()}
+        plain, submodules = self._attributes.plain(), self._submodules.capture()
         return {
-            "plain": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
-            "generators": owned_generators(self.module),
-            "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
-            "submodules": self._submodules.capture(),
+            "plain": self._parts["plain"].part(self._attributes.changes, plain),
+            "generators": self._attributes.generators(),
+            "extra_state": extra_state,
+            "submodules": self._parts["submodules"].part(self._submodules.changes, submodules),
             "hyperparameters": hyperparameters(self.module),
         }
 
     def _datamodule(self) -> dict[str, Any] | None:
         if (datamodule := self.trainer.datamodule) is None:
             return None
-        return own_state(datamodule, self._data_baseline | self._heavy(datamodule))
+        if id(datamodule) not in self._own_states:
+            self._own_states[id(datamodule)] = OwnState(datamodule, self._data_baseline | self._heavy(datamodule))
+        return self._own_states[id(datamodule)].capture()
 
     # ------------------------------------------------------------------ what dataloader hooks see
 
     def shown(self) -> dict[str, Any]:
         """Return what the user's dataloader hooks may read besides the counters. It refers to live objects."""
         return {
-            "module": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
+            "module": self._attributes.plain(),
             "submodules": self._submodules.capture(),
             "datamodule": self._datamodule(),
             "callbacks": [self._callback(callback)["plain"] for callback in self._callbacks],

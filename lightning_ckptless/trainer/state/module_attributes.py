@@ -6,14 +6,16 @@ some epochs: none of them is in a `state_dict`.
 
 from __future__ import annotations
 
+from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_ckptless.internals.torch_internals import version_counter
-from lightning_ckptless.trainer.state.plain_values import plain_attributes, set_plain_attributes
-from lightning_ckptless.trainer.state.rng import owned_generators, set_owned_generators
+from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
+from lightning_ckptless.trainer.state.plain_values import set_plain_attributes
+from lightning_ckptless.trainer.state.rng import generators_of, set_owned_generators
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -33,23 +35,44 @@ class ModuleAttributes:
         submodules = [(name, m) for name, m in root.named_modules() if m is not root and not isinstance(m, Metric)]
         self._of_torch = [(name, vars(m), _numbers(m)) for name, m in submodules if _is_of_torch(m)]
         self._of_others = {name: m for name, m in submodules if not _is_of_torch(m)}
-        self._with_generators = {name: m for name, m in self._of_others.items() if owned_generators(m)}
+        self._with_generators = {name: m for name, m in self._of_others.items() if generators_of(m)}
+        self._readers = {name: AttributeReader(m, _OF_EVERY_MODULE) for name, m in self._of_others.items()}
         self._parameters = list(root.parameters())
         self._tensors = {name: _tensors(m) for name, m in self._of_others.items()}
+        self._dicts = [attributes for _, attributes, keys in self._of_torch for _ in keys]
+        self._keys = [key for _, _, keys in self._of_torch for key in keys]
+        self._seen: tuple[list[Any], list[bool]] = [], []
+        self._numbers: dict[str, list[Any]] = {}
+        self._own_changes = 0
+
+    @property
+    def changes(self) -> int:
+        """Number of captures that differed, or may have differed, from the one before."""
+        return self._own_changes + sum(reader.changes for reader in self._readers.values())
 
     def capture(self) -> dict[str, Any]:
         """Return the current attributes. They refer to live objects: pack them before training continues."""
-        numbers = {name: [attributes[key] for key in keys] for name, attributes, keys in self._of_torch if keys}
+        values = list(map(getitem, self._dicts, self._keys))
+        trained = [parameter.requires_grad for parameter in self._parameters]
+        is_same = len(values) == len(self._seen[0]) and all(map(is_, values, self._seen[0]))
+        if not is_same or not self._numbers:
+            self._numbers = {
+                name: [attributes[key] for key in keys] for name, attributes, keys in self._of_torch if keys
+            }
+        # The state of a generator changes unnoticed.
+        self._own_changes += not is_same or trained != self._seen[1] or bool(self._with_generators)
+        self._seen = values, trained
         return {
-            "numbers": numbers,
-            "plain": {name: self._plain(name, m) for name, m in self._of_others.items()},
-            "generators": {name: owned_generators(m) for name, m in self._with_generators.items()},
-            "trained": [parameter.requires_grad for parameter in self._parameters],
+            "numbers": self._numbers,
+            "plain": {name: self._plain(name, reader) for name, reader in self._readers.items()},
+            "generators": {name: self._readers[name].generators() for name in self._with_generators},
+            "trained": trained,
         }
 
-    def _plain(self, name: str, module: nn.Module) -> dict[str, Any]:
-        first = self._tensors[name]
-        taken = plain_attributes(module, leave=_OF_EVERY_MODULE)
+    def _plain(self, name: str, reader: AttributeReader) -> dict[str, Any]:
+        first, taken = self._tensors[name], reader.plain()
+        if not first:
+            return taken
         return {key: value for key, value in taken.items() if not _is_same(value, first.get(key))}
 
     def apply(self, saved: dict[str, Any]) -> None:

@@ -14,38 +14,53 @@ from typing import Any
 from lightning_ckptless.internals.lightning.averaging import AVERAGE_STATE, averages_weights
 from lightning_ckptless.internals.lightning.clocks import ages_of, readings_of, set_ages, set_windows, windows_of
 from lightning_ckptless.internals.lightning.distribution import is_a
+from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.plain_values import is_same, measure, plain_attributes, set_plain_attributes
-from lightning_ckptless.trainer.state.rng import owned_generators, set_owned_generators
+from lightning_ckptless.trainer.state.rng import set_owned_generators
 
 _SMALL_BYTES = 65_536
 _OF_THE_PROCESS = {"ProgressBar": (), "Timer": ("_offset",), "DeviceStatsMonitor": ()}
 """Callbacks whose attributes belong to the process, with the attributes that are state nevertheless."""
 
 
-def own_state(owner: Any, leave: Collection[str], *, calls_state_dict: bool = True) -> dict[str, Any]:
-    """Return the current state of a callback or datamodule. It refers to live objects: pack it before continuing.
+class OwnState:
+    """Reads the state of one callback or datamodule.
 
     Args:
         owner: the callback or datamodule.
         leave: names of attributes to exclude.
-        calls_state_dict: whether to include its `state_dict()`.
+        calls_state_dict: whether its `state_dict()` is part of it.
     """
-    kept = _attributes_of_the_process(owner)
-    attributes = vars(owner)
-    if kept is not None:
-        leave = [name for name in attributes if name not in kept]
-    return {
-        "state": _state_of(owner) if calls_state_dict else {},
-        "plain": plain_attributes(owner, leave={*leave, *readings_of(owner)}),
-        "generators": owned_generators(owner) if kept is None else {},
-        "names": tuple(attributes) if kept is None else None,
-        "ages": ages_of(owner),
-        "windows": windows_of(owner),
-    }
+
+    def __init__(self, owner: Any, leave: Collection[str], *, calls_state_dict: bool = True) -> None:
+        self._owner = owner
+        self._calls_state_dict = calls_state_dict
+        self._kept = _attributes_of_the_process(owner)
+        self._reader = AttributeReader(owner, {*leave, *readings_of(owner)})
+
+    def capture(self) -> dict[str, Any]:
+        """Return the current state. It refers to live objects: pack it before continuing."""
+        owner, kept = self._owner, self._kept
+        # Called first, as it may change attributes.
+        state = _state_of(owner) if self._calls_state_dict else {}
+        attributes = vars(owner)
+        if kept is None:
+            plain, generators, names = self._reader.plain(), self._reader.generators(), tuple(attributes)
+        else:
+            leave = {name for name in attributes if name not in kept}
+            plain, generators, names = plain_attributes(owner, leave=leave), {}, None
+        return {
+            "state": state,
+            "plain": plain,
+            "generators": generators,
+            "names": names,
+            "ages": ages_of(owner),
+            "windows": windows_of(owner),
+        }
 
 
 def set_own_state(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
-    """Restore what `own_state` returned, in a survivor or in a new process.
+    """Restore what `OwnState.capture` returned, in a survivor or in a new process.
 
     Args:
         owner: the callback or datamodule.

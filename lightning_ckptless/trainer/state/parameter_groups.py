@@ -20,9 +20,14 @@ Names = list[list[str]]
 
 
 class GroupNames:
-    """Caches the parameter names in the groups of a trainer's optimizers until the groups change."""
+    """Caches the parameter names in the groups of a trainer's optimizers until the groups change.
+
+    Attributes:
+        changes: how often the names were looked up.
+    """
 
     def __init__(self, trainer: Any) -> None:
+        self.changes = 0
         self._trainer = trainer
         self._kinds = _kinds(trainer)
         self._seen: Any = None
@@ -43,6 +48,7 @@ class GroupNames:
             self._require_same_kinds()
             self._seen, self._names = seen, names_in_groups(self._trainer)
             self._require_names()
+            self.changes += 1
         return self._names
 
     def _require_same_kinds(self) -> None:

@@ -8,31 +8,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightning_ckptless.internals.generator_memory import (
+    NumpyState,
+    PythonState,
+    numpy_state,
+    python_state,
+    set_numpy_state,
+    set_python_state,
+)
+
 MAX_ATTRIBUTES = 256
 
 
 class RngState(NamedTuple):
     """State of all global generators of one process."""
 
-    python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
+    python: PythonState
+    numpy: NumpyState | dict[str, Any]
     torch: bytes
     cuda: bytes | None
 
 
 def capture_rng() -> RngState:
     """Return the current state of the global generators."""
-    cuda = None
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state().numpy().tobytes()
-    numpy_state = np.random.get_state(legacy=True)
-    return RngState(random.getstate(), tuple(numpy_state), torch.get_rng_state().numpy().tobytes(), cuda)
+    cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return RngState(python_state(), numpy_state(), torch.get_rng_state().numpy().tobytes(), cuda)
 
 
 def apply_rng(state: RngState) -> None:
     """Restore the global generators."""
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
+    set_python_state(state.python)
+    set_numpy_state(state.numpy)
     torch.set_rng_state(_tensor(state.torch))
     if state.cuda is not None:
         torch.cuda.set_rng_state(_tensor(state.cuda))
@@ -42,34 +48,42 @@ def _tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def owned_generators(owner: object) -> dict[str, Any]:
-    """Return the state of the `random.Random`, NumPy and torch generators that an object holds as attributes."""
-    states: dict[str, Any] = {}
+def generators_of(owner: object) -> dict[str, Any]:
+    """Return the `random.Random`, NumPy and torch generators that an object holds as attributes."""
     attributes = getattr(owner, "__dict__", {})
-    for name, value in list(attributes.items())[:MAX_ATTRIBUTES]:
-        if isinstance(value, torch.Generator):
-            states[name] = value.device.type, value.get_state().numpy().tobytes()
-        elif isinstance(value, np.random.Generator):
-            states[name] = value.bit_generator.state
-        elif isinstance(value, np.random.RandomState):
-            states[name] = value.get_state(legacy=True)
-        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-            states[name] = value.getstate()
-    return states
+    return {
+        name: value
+        for name, value in list(attributes.items())[:MAX_ATTRIBUTES]
+        if isinstance(value, GENERATORS) and not isinstance(value, random.SystemRandom)
+    }
+
+
+def owned_generators(owner: object) -> dict[str, Any]:
+    """Return the states of the generators that an object holds as attributes."""
+    return {name: state_of(generator) for name, generator in generators_of(owner).items()}
+
+
+def state_of(generator: Any) -> Any:
+    """Return the state of one generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.device.type, generator.get_state().numpy().tobytes()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=True) if isinstance(generator, np.random.RandomState) else generator.getstate()
 
 
 def set_owned_generators(owner: object, states: dict[str, Any]) -> None:
     """Restore an object's generators, in place where they exist: other objects may share them."""
     for name, state in states.items():
         generator = getattr(owner, name, None)
-        if not isinstance(generator, _GENERATORS):
+        if not isinstance(generator, GENERATORS):
             # The owner creates it on first use, which the saved state is past.
             generator = _made_for(state)
             setattr(owner, name, generator)
         _set_state(generator, state)
 
 
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _made_for(state: Any) -> Any:

@@ -9,8 +9,10 @@ every rank mirrors its own in full.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
+from itertools import chain
+from operator import getitem, is_, methodcaller
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from lightning_ckptless.trainer.state.plain_values import plain_attributes, set_
 from lightning_ckptless.trainer.state.sharding import reshard, sharded_modules
 
 log = logging.getLogger(__name__)
+
+_VALUES = methodcaller("values")
 
 
 class StateIndex:
@@ -42,7 +46,7 @@ class StateIndex:
         self._sharded = sharded_modules(trainer.lightning_module)
         reshard(self._sharded)
         self._places: list[tuple[str, dict[Any, Any], Any]] = []
-        self._private: list[str] = []
+        self._of_this_rank: list[str] = []
         self._buffers: list[dict[str, Any]] = []
         self._watched_alone = alone_parameters(trainer)
         note_trained_alone(trainer, self._watched_alone)
@@ -52,12 +56,16 @@ class StateIndex:
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
         self._present = self._present_now()
         self._add_optimizers()
-        self._shardings = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
+        self._private = frozenset(self._of_this_rank)
+        self._dicts, self._keys = [place for _, place, _ in self._places], [key for *_, key in self._places]
+        self._read: list[Tensor] = []
+        self._tensors = self.tensors()
+        self._shardings = {name: _sharding(tensor) for name, tensor in self._tensors.items()}
 
     @property
     def private(self) -> frozenset[str]:
         """Names of the tensors private to each rank; the forward pass may change them."""
-        return frozenset(self._private)
+        return self._private
 
     @property
     def untrained(self) -> frozenset[str]:
@@ -74,20 +82,28 @@ class StateIndex:
         """Accept the current contents of the optimizer states: plain values are restored after the tensors."""
         self._present = self._present_now()
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> Mapping[str, Tensor]:
         """Return all current large tensors of this rank by name; for sharded tensors, the local part.
+
+        As long as no tensor is replaced, it returns the same mapping again.
 
         Raises:
             LayoutMismatchError: a tensor's sharding has changed since it was indexed; names it.
         """
-        tensors = self.tensors()
-        for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                self._require_sharding(name, tensor)
-                tensors[name] = local_part(tensor)
+        reshard(self._sharded)
+        now = list(map(getitem, self._dicts, self._keys))
+        if len(now) == len(self._read) and all(map(is_, now, self._read)):
+            return self._tensors
+        tensors = self._tensors = self.tensors()
+        sharded = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
+        for name in sharded:
+            self._require_sharding(name, tensors[name])
+            tensors[name] = local_part(tensors[name])
+        # The local part of a sharded tensor may be replaced, so these are read every time.
+        self._read = [] if sharded else now
         return tensors
 
-    def _require_sharding(self, name: str, tensor: DTensor) -> None:
+    def _require_sharding(self, name: str, tensor: Any) -> None:
         shape, placements = self._shardings[name]
         if _sharding(tensor) != (shape, placements):
             raise LayoutMismatchError(
@@ -133,7 +149,7 @@ class StateIndex:
                     name = f"{prefix}{kind}/{dot}{key}"
                     self._places.append((name, place, key))
                     if kind == "buffer" or (not prefix and f"{dot}{key}" in trained_alone(self.trainer)):
-                        self._private.append(name)
+                        self._of_this_rank.append(name)
 
     def _add_optimizers(self) -> None:
         for index, optimizer in enumerate(self.trainer.optimizers):
@@ -143,20 +159,29 @@ class StateIndex:
                     if isinstance(value, Tensor):
                         self._places.append((f"optimizer/{index}/{name}/{key}", state, key))
                         if name in trained_alone(self.trainer):
-                            self._private.append(f"optimizer/{index}/{name}/{key}")
+                            self._of_this_rank.append(f"optimizer/{index}/{name}/{key}")
 
     def _present_now(self) -> tuple[Any, ...]:
-        buffers = sum(buffer is not None for buffers in self._buffers for buffer in buffers.values())
+        buffers = [buffer is not None for buffers in self._buffers if buffers for buffer in buffers.values()]
+        optimizers = self.trainer.optimizers
         # Identities too: loading a state dict replaces everything with the same number of tensors.
-        states = [
-            (id(state), len(state))
-            for optimizer in self.trainer.optimizers
-            for parameter, state in optimizer.state.items()
-            if isinstance(parameter, Tensor)
-        ]
-        groups = [len(group["params"]) for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        states = [(list(map(id, held)), list(map(len, held))) for held in map(_states_of_tensors, optimizers)]
+        groups = [len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
         alone = sum(parameter.requires_grad for parameter in self._watched_alone.values())
-        return buffers, states, groups, alone
+        return sum(buffers), states, groups, alone
+
+
+def _states_of_tensors(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the states of an optimizer's parameters. Some optimizers have a global counter besides them."""
+    state = optimizer.state
+    if _are_tensors(state):
+        return list(state.values())
+    return [held for key, held in state.items() if isinstance(key, Tensor)]
+
+
+def _are_tensors(values: Iterable[Any]) -> bool:
+    # To ask every object whether it is an instance of `Tensor` would call a function in Python each time.
+    return all(issubclass(kind, Tensor) for kind in set(map(type, values)))
 
 
 def alone_parameters(trainer: Any) -> dict[str, nn.Parameter]:
@@ -249,11 +274,13 @@ def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
     for index, optimizer in enumerate(trainer.optimizers):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         # Most optimizers keep only tensors. Look up names only for the others, since that walks the whole model.
-        states = [state for key, state in optimizer.state.items() if isinstance(key, Tensor)]
-        has_plain = not all(isinstance(value, Tensor) for state in states for value in state.values())
+        states = _states_of_tensors(optimizer)
+        has_plain = not _are_tensors(chain.from_iterable(map(_VALUES, states)))
         state = _plain_state(trainer, index) if has_plain else {}
         # Some optimizers keep a global counter in addition to per-parameter state.
-        common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+        common = {}
+        if len(states) < len(optimizer.state):
+            common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
         facts.append({"groups": groups, "state": state, "common": common, "plain": _own_attributes(optimizer)})
     return facts
 

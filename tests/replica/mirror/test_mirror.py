@@ -144,6 +144,21 @@ def test_a_tensor_modified_while_it_is_copied_aborts_the_round_on_all_ranks(
     assert ranks.settle() == [Version(3, True)] * 2 and ranks.values() == {3.0}
 
 
+def test_a_tensor_whose_memory_stays_but_not_its_shape_aborts_the_round_and_is_refused_after_it(
+    world: MakeWorld,
+) -> None:
+    ranks = world(2).begin()
+    states = [ranks.tensors(1) for _ in range(2)]
+    for step in (1, 2):
+        for rank in range(2):
+            ranks.mirrors[rank].submit(Version(step, True), states[rank], b"")
+        assert ranks.settle() == [Version(1, True)] * 2
+        states[0]["weight"].data = states[0]["weight"].data.view(100, 200)
+    assert ranks.mirrors[0].stats.torn == 1
+    with pytest.raises(LayoutMismatchError, match=r"weight is torch.float32\[100, 200\]"):
+        ranks.mirrors[0].submit(Version(3, True), states[0], b"")
+
+
 def test_a_write_that_torch_does_not_count_is_found_whenever_it_happens(
     world: MakeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:

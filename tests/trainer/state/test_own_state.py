@@ -18,7 +18,7 @@ from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals.lightning.clocks import CLOCKS, ages_of, set_ages
 from lightning_ckptless.internals.lightning.distribution import module
 from lightning_ckptless.trainer.state.host_state import HostState
-from lightning_ckptless.trainer.state.own_state import own_state, set_own_state
+from lightning_ckptless.trainer.state.own_state import OwnState, set_own_state
 from lightning_ckptless.trainer.state.plain_values import is_same
 from tests.trainer.tiny import DISTRIBUTIONS, callback, tiny_loader, tiny_module, tiny_trainer
 
@@ -26,7 +26,7 @@ LATER_S = 1000.0
 
 
 def saved_state(owner: Any) -> Any:
-    return unpack(pack(own_state(owner, ())))
+    return unpack(pack(OwnState(owner, ()).capture()))
 
 
 @pytest.fixture

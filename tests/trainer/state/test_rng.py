@@ -55,6 +55,19 @@ def test_later_draws_do_not_change_a_captured_state() -> None:
     assert pickle.dumps(state) == before
 
 
+def test_another_generator_of_numpy_is_restored() -> None:
+    generators: Any = np.random
+    before = generators.get_bit_generator()
+    generators.set_bit_generator(np.random.PCG64(1))
+    try:
+        state = capture_rng()
+        expected = draw()
+        apply_rng(pickle.loads(pickle.dumps(state)))
+        assert draw() == expected
+    finally:
+        generators.set_bit_generator(before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_generator_is_restored() -> None:
     torch.rand(1, device="cuda")

@@ -1,0 +1,144 @@
+"""Tells cheaply whether the plain attributes of an object are as they were when they were last read.
+
+An object has dozens of attributes, of which few ever change. Numbers and text are immutable, so the same object means
+the same value. So it does for objects that are not plain values, since these are not captured. Only containers can
+change without being replaced: those of numbers and text are serialized for the comparison, and of those that hold other
+objects the items are compared by identity. If an attribute may change in a way that neither shows, such as a tensor,
+the answer is always that something may have changed.
+"""
+
+from __future__ import annotations
+
+import marshal
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Mapping
+from enum import Enum, auto
+from operator import is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_ckptless.trainer.state.plain_values import MAX_DEPTH
+
+_EXACT = frozenset({type(None), bool, int, float, complex, str})
+"""Classes that `marshal` writes differently for different values. Arrays and bytes it does not tell apart."""
+_SERIALIZED = frozenset({list, tuple, dict, set, frozenset})
+_MAPPINGS = frozenset({dict, OrderedDict, Counter, defaultdict})
+_CONTAINERS = _SERIALIZED | _MAPPINGS | {deque, torch.Size}
+_BASIC = (int, float, complex, str, bytes)
+_MUTABLE_DATA = (torch.Tensor, np.ndarray)
+
+
+class _Kind(Enum):
+    FIXED = auto()
+    SERIALIZED = auto()
+    ITEMS = auto()
+    UNKNOWN = auto()
+
+
+class Seen:
+    """The attributes of one object as they were at the last look.
+
+    Args:
+        leave: names of attributes that are not looked at.
+    """
+
+    def __init__(self, leave: Collection[str] = ()) -> None:
+        self._leave = leave
+        self._names: tuple[str, ...] | None = None
+        self._kept: list[str] = []
+        self._pick: Callable[[Mapping[str, Any]], tuple[Any, ...]] = _picker([])
+        self._values: tuple[Any, ...] = ()
+        self._kinds: dict[str, _Kind] = {}
+        self._unknown: list[str] = []
+        self._serialized: dict[str, Any] = {}
+        self._bytes = b""
+        self._items: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def look(self, attributes: Mapping[str, Any]) -> Collection[str] | None:
+        """Look at the attributes.
+
+        Returns:
+            Names of attributes that may have changed since the last look; all others are certain to be the same. None
+            if attributes have come or gone.
+        """
+        if tuple(attributes) != self._names:
+            self._names = tuple(attributes)
+            self._kept = [name for name in attributes if name not in self._leave]
+            self._pick = _picker(self._kept)
+            self._values = self._pick(attributes)
+            self._classify(self._kept)
+            return None
+        before, self._values = self._values, self._pick(attributes)
+        changed = list(self._unknown)
+        if not all(map(is_, before, self._values)):
+            changed += [name for name, old, new in zip(self._kept, before, self._values, strict=True) if old is not new]
+        if self._bytes != _serialized(self._serialized):
+            changed += self._serialized
+        changed += [name for name, (value, items) in self._items.items() if not _is_same(value, items)]
+        if changed:
+            self._classify(changed)
+        return changed
+
+    def _classify(self, names: Collection[str]) -> None:
+        values = dict(zip(self._kept, self._values, strict=True))
+        kinds = {name: _kind_of(values[name]) for name in names}
+        moved = [name for name, kind in kinds.items() if kind is not _Kind.FIXED or self._kinds.get(name) is not kind]
+        self._kinds = {name: self._kinds[name] for name in self._kept if name in self._kinds} | kinds
+        if not moved and len(kinds) < len(self._kept):
+            return
+        by_kind: dict[_Kind, list[str]] = {kind: [] for kind in _Kind}
+        for name, kind in self._kinds.items():
+            by_kind[kind].append(name)
+        self._unknown = by_kind[_Kind.UNKNOWN]
+        self._serialized = {name: values[name] for name in by_kind[_Kind.SERIALIZED]}
+        self._bytes = _serialized(self._serialized)
+        self._items = {name: (values[name], _items_of(values[name])) for name in by_kind[_Kind.ITEMS]}
+
+
+def _picker(names: list[str]) -> Any:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda attributes: tuple(attributes[name] for name in names)
+
+
+def _serialized(values: Mapping[str, Any]) -> bytes:
+    try:
+        return marshal.dumps(list(values.values()))
+    except ValueError:
+        # By now one of them holds something else.
+        return b""
+
+
+def _kind_of(value: Any) -> _Kind:
+    kind = type(value)
+    if kind in _EXACT:
+        return _Kind.FIXED
+    if kind in _CONTAINERS:
+        if _is_serialized(value):
+            return _Kind.SERIALIZED
+        parts = _items_of(value)
+        is_flat = _CONTAINERS.isdisjoint(map(type, parts)) and all(_kind_of(part) is _Kind.FIXED for part in parts)
+        return _Kind.ITEMS if is_flat else _Kind.UNKNOWN
+    is_derived = isinstance(value, _BASIC) and not isinstance(value, Enum | np.generic)
+    # An object of a class derived from `int` may have attributes of its own.
+    is_mutable = isinstance(value, _MUTABLE_DATA) or (is_derived and hasattr(value, "__dict__"))
+    return _Kind.UNKNOWN if is_mutable else _Kind.FIXED
+
+
+def _is_serialized(value: Any, depth: int = 0) -> bool:
+    if type(value) not in _SERIALIZED or depth >= MAX_DEPTH:
+        return False
+    parts = _items_of(value)
+    kinds = set(map(type, parts)) - _EXACT
+    return kinds <= _SERIALIZED and all(_is_serialized(part, depth + 1) for part in parts if type(part) in kinds)
+
+
+def _items_of(value: Any) -> tuple[Any, ...]:
+    return (*value.keys(), *value.values()) if type(value) in _MAPPINGS else tuple(value)
+
+
+def _is_same(value: Any, items: tuple[Any, ...]) -> bool:
+    now = _items_of(value)
+    return len(now) == len(items) and all(map(is_, now, items))
