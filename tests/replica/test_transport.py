@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -17,6 +18,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
+from lightning_ckptless.protocol.ballots import BALLOT_BITS
+from lightning_ckptless.replica.ballot_box import BallotBox
+from lightning_ckptless.replica.node_transport import share_votes
 from lightning_ckptless.replica.transport import GlooTransport, LoopbackTransport, SoloTransport, Transport
 from tests.replica.conftest import Together
 
@@ -27,12 +31,12 @@ Kind = Callable[..., Join]
 TIMEOUT_S = 20.0
 
 
-def loopback(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def loopback(world_size: int, folder: Path, timeout_s: float = TIMEOUT_S) -> Join:
     ranks = LoopbackTransport.world(world_size, timeout_s=timeout_s)
     return ranks.__getitem__
 
 
-def gloo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def gloo(world_size: int, folder: Path, timeout_s: float = TIMEOUT_S) -> Join:
     store = dist.HashStore()  # type: ignore[attr-defined]
 
     def join(rank: int) -> Transport:
@@ -43,9 +47,30 @@ def gloo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
     return join
 
 
-def solo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def solo(world_size: int, folder: Path) -> Join:
     assert world_size == 1
     return lambda rank: SoloTransport()
+
+
+def nodes(names: str, world_size: int, folder: Path) -> Join:
+    """Ranks that vote in memory of their nodes.
+
+    Args:
+        names: node of each rank, one letter each.
+        world_size: number of ranks.
+        folder: contains the arenas.
+    """
+    messages, boxes = LoopbackTransport.world(world_size, timeout_s=TIMEOUT_S), list[BallotBox]()
+
+    def join(rank: int) -> Transport:
+        arena = folder / names[rank]
+        arena.mkdir(exist_ok=True)
+        shared = share_votes(messages[rank], names, arena, timeout_s=TIMEOUT_S, when_open=boxes.append)
+        messages[rank].gather(b"")
+        assert list(arena.iterdir()) == [], "another meeting could find the ballots of this one"
+        return shared
+
+    return join
 
 
 CASES: list[tuple[Kind, int]] = [
@@ -56,15 +81,20 @@ CASES: list[tuple[Kind, int]] = [
     (gloo, 1),
     (gloo, 2),
     (gloo, 4),
+    *((partial(nodes, names), len(names)) for names in ("aa", "aaaa", "abba", "abc", "abbbcab")),
 ]
+
+
+def name_of(kind: Kind) -> str:
+    return f"{kind.func.__name__}-{kind.args[0]}" if isinstance(kind, partial) else kind.__name__
 
 
 class Ranks:
     """Runs one function on every rank's transport."""
 
-    def __init__(self, kind: Kind, size: int, together: Together) -> None:
+    def __init__(self, kind: Kind, size: int, folder: Path, together: Together) -> None:
         self.size = size
-        self._join, self._together = kind(size), together
+        self._join, self._together = kind(size, folder), together
 
     def __call__(self, body: Callable[[Transport], T]) -> list[T]:
         def one(rank: int) -> T:
@@ -79,11 +109,11 @@ class Ranks:
         return self._together(self.size, one)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
-def world(request: pytest.FixtureRequest, together: Together) -> Ranks:
+@pytest.fixture(params=CASES, ids=lambda case: f"{name_of(case[0])}-{case[1]}")
+def world(request: pytest.FixtureRequest, tmp_path: Path, together: Together) -> Ranks:
     """A world of several ranks over one of the transports."""
     kind, size = request.param
-    return Ranks(kind, size, together)
+    return Ranks(kind, size, tmp_path, together)
 
 
 def parcel(source: int, target: int, length: int) -> torch.Tensor:
@@ -151,6 +181,14 @@ def test_all_must_agree(world: Ranks, against: int | str | None) -> None:
     assert world(lambda transport: transport.agree(transport.rank != dissenter)) == [against is None] * world.size
 
 
+def test_a_vote_has_many_bits(world: Ranks) -> None:
+    def body(transport: Transport) -> list[int]:
+        return [transport.vote(((1 << BALLOT_BITS) - 1) ^ (1 << (bit + transport.rank))) for bit in range(10)]
+
+    cleared = [sum(1 << bit + rank for rank in range(world.size)) for bit in range(10)]
+    assert world(body) == [[((1 << BALLOT_BITS) - 1) ^ bits for bits in cleared]] * world.size
+
+
 def test_every_rank_gets_all_payloads(world: Ranks) -> None:
     payloads = [bytes([rank]) * (rank * 1000) for rank in range(world.size)]
     assert world(lambda transport: transport.gather(payloads[transport.rank])) == [payloads] * world.size
@@ -175,8 +213,8 @@ def ask(transport: Transport, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["exchange", "agree", "gather"])
 @pytest.mark.parametrize("kind", [loopback, gloo])
-def test_a_silent_peer_is_an_error(kind: Kind, what: str, together: Together) -> None:
-    join = kind(2, timeout_s=0.3)
+def test_a_silent_peer_is_an_error(kind: Kind, what: str, tmp_path: Path, together: Together) -> None:
+    join = kind(2, tmp_path, timeout_s=0.3)
     ranks = together(2, join)
     with pytest.raises(TransportError, match="rank 0"):
         ask(ranks[0], what)

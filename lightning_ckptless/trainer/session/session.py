@@ -27,6 +27,7 @@ from lightning_ckptless.protocol.messages import StartSidecar
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
+from lightning_ckptless.replica.node_transport import share_votes
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.system.reaper import MARKER
 from lightning_ckptless.trainer.commit.durable import DurableRung
@@ -110,6 +111,21 @@ class Session:
             return SoloTransport()
         return GlooTransport(self.world.host_group(COMMIT_TIMEOUT_S))
 
+    def share_votes(self, transport: Transport, nodes: tuple[str, ...]) -> Transport:
+        """Let the ranks of each node vote in the memory of its arena. All ranks call it together.
+
+        Args:
+            transport: connects all ranks.
+            nodes: node name of each rank.
+
+        Returns:
+            The transport for the generation.
+        """
+        if transport.world_size == 1:
+            return transport
+        waits = self.world.abort_with_groups
+        return share_votes(transport, nodes, self.arena.path, timeout_s=COMMIT_TIMEOUT_S, when_open=waits)
+
     def probe(self, moment: str, version: Version) -> None:
         """Notify the probes of a moment."""
         for probe in list(self.probes):
@@ -191,7 +207,7 @@ class Session:
         """Form the member set of a generation. All ranks call it together.
 
         Args:
-            transport: connects all ranks.
+            transport: connects all ranks; that of the generation before is closed, unless it is the same.
             nodes: node name of each rank.
             after: generation that wrote the newest state stored outside the arenas.
 
@@ -208,6 +224,8 @@ class Session:
             after=after,
             mesh=self._mesh_sizes(),
         )
+        if self._members is not None and self._members.transport is not transport:
+            self._members.transport.close()
         self._members, self._outgoing = members, OutgoingCheck(self.options, members)
         return members
 
