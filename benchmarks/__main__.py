@@ -18,6 +18,7 @@ PROGRAMS = (
     "sharded",
     "elastic",
     "rewind",
+    "audit",
     "drain",
     "goodput",
 )

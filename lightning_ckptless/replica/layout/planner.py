@@ -201,14 +201,17 @@ def _place(
 ) -> Iterator[Chunk]:
     """Place the pieces of a shard: first the static ones, then the others."""
     at = 0
-    static, changing = (
-        sorted(p.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))) for p in plans
-    )
+
+    def place_of(item: WriteItem) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+        corner = item.index.fqn, tuple(item.index.offset or ())
+        # Pieces that the same ranks have are contiguous, so that what a rank lacks is sent in few messages.
+        return held_by[corner], *corner
+
+    static, changing = (sorted(plan.items, key=place_of) for plan in plans)
     for index, item in enumerate(static + changing):
         data = item.tensor_data
         assert data is not None
-        offsets = tuple(data.chunk.offsets)
-        ranks = held_by[item.index.fqn, offsets]
+        ranks, _, offsets = place_of(item)
         yield Chunk(
             name=item.index.fqn,
             dtype=str(data.properties.dtype),
