@@ -95,7 +95,7 @@ def train(size: str, steps: int, flips: list[Fault]) -> dict[str, Any]:
 
 def outcome_of(flip: Fault, divergences: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what became of a flip."""
-    found = [each for each in divergences if each["version"] == f"step {flip.step}"]
+    found = [each for each in divergences if each["step"] == flip.step]
     return {
         "flip": str(flip),
         "kind": next(kind for kind in reversed(KINDS) if kind in flip.tensor),

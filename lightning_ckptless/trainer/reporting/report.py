@@ -427,6 +427,7 @@ class RunReport:
             difference = finding.difference
             self.ledger.record(
                 "divergence",
+                step=difference.version.optimizer_step,
                 version=str(difference.version),
                 tensors=[str(piece) for piece in difference.pieces[:MOST_NAMED]],
                 ranks=list(difference.ranks),

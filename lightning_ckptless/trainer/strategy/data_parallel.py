@@ -18,8 +18,10 @@ from lightning_ckptless.options import (
     Checksum,
     ElasticBatch,
     EveryNSteps,
+    OnDivergence,
     OnLate,
     OnUnrecoverable,
+    Replicas,
     Staging,
 )
 from lightning_ckptless.trainer.state.gradient_buckets import note_summed
@@ -79,6 +81,8 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         trusted_classes: Sequence[str] = (),
         history: int = 0,
         history_every: int = 1,
+        replicas: Replicas | None = None,
+        on_divergence: OnDivergence = "heal",
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

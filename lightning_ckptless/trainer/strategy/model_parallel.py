@@ -33,8 +33,10 @@ from lightning_ckptless.options import (
     Checksum,
     ElasticBatch,
     EveryNSteps,
+    OnDivergence,
     OnLate,
     OnUnrecoverable,
+    Replicas,
     Staging,
 )
 from lightning_ckptless.trainer.elastic.world_change import resize_sharded_state
@@ -92,6 +94,8 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         trusted_classes: Sequence[str] = (),
         history: int = 0,
         history_every: int = 1,
+        replicas: Replicas | None = None,
+        on_divergence: OnDivergence = "heal",
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,
