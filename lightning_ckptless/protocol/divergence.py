@@ -71,11 +71,13 @@ class Difference:
 
     Args:
         version: the version.
-        pieces: the pieces that differ.
+        pieces: the pieces that differ between the writers and holders of the version; none if another rank differs.
+        shards: the shards in which there is a difference.
     """
 
     version: Version
     pieces: tuple[Piece, ...]
+    shards: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -130,10 +132,11 @@ class Finding:
 
     Args:
         difference: the difference, as the slots contain it.
-        live: the same pieces in the tensors of all ranks, some steps later.
+        live: the same pieces, or all of the shards, in the tensors of all ranks, some steps later.
         torn: whether some rank has found that its copy of the version was torn.
         committed: newest committed version; None if there is none.
-        has_agreed: whether replicas have agreed after a step of this run.
+        has_agreed: whether the replicas of all ranks have agreed after a step of this run.
+        reach: steps that may lie between the cause and its discovery: 0 unless ranks are compared in turns.
     """
 
     difference: Difference
@@ -141,6 +144,7 @@ class Finding:
     torn: bool
     committed: Version | None
     has_agreed: bool
+    reach: int = 0
 
     @property
     def has_vanished(self) -> bool:
@@ -150,13 +154,31 @@ class Finding:
     @property
     def wrong(self) -> tuple[int, ...]:
         """The ranks that a majority shows to be wrong, by the version itself or by what the ranks have now."""
-        return self.difference.wrong or Difference(self.difference.version, different_pieces(self.live)).wrong
+        return self.difference.wrong or self._now.wrong
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces that differ."""
+        return self.difference.pieces or self._now.pieces
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks whose bytes were compared."""
+        return (self.difference if self.difference.pieces else self._now).ranks
+
+    @property
+    def _now(self) -> Difference:
+        return Difference(self.difference.version, different_pieces(self.live))
 
     def __str__(self) -> str:
         named = " and ".join(f"rank {rank}" for rank in self.wrong)
+        what = str(self.difference)
+        if not self.difference.pieces:
+            now = str(self._now) if self._now.pieces else f"parts of {self.difference.version} differed for a while"
+            what = f"{now}, found when their turn came, so that the steps before may follow from it"
         if named:
-            return f"{self.difference}; by majority {named} {'is' if len(self.wrong) == 1 else 'are'} wrong"
-        return f"{self.difference}; which of them is wrong is unknown"
+            return f"{what}; by majority {named} {'is' if len(self.wrong) == 1 else 'are'} wrong"
+        return f"{what}; which of them is wrong is unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +207,21 @@ def judge(finding: Finding, policy: str, before: Collection[PastDifferences]) ->
         before: the past differences of each rank; a rank that has joined since has none.
     """
     past = max(before, key=lambda each: each.count)
-    if past.count and past.committed != finding.committed:
+    if past.count and _has_progressed(past, finding):
         past = PastDifferences()
     count, again = past.count + 1, past.wrong & frozenset(finding.wrong)
     consequence = _consequence(finding, policy, count, again)
     now = PastDifferences(count, finding.committed, past.wrong | frozenset(finding.wrong))
     reason = f"{finding}{_explanation(consequence, finding, policy, count)}"
     return Judgement(consequence, reason, now, finding.committed if consequence is Consequence.GO_BACK else None)
+
+
+def _has_progressed(past: PastDifferences, finding: Finding) -> bool:
+    """Whether the run has committed versions since the last difference that this one cannot follow from."""
+    if past.committed is None or finding.committed is None:
+        return past.committed != finding.committed
+    gained = finding.committed.optimizer_step - past.committed.optimizer_step
+    return past.committed != finding.committed and gained >= finding.reach
 
 
 def _consequence(finding: Finding, policy: str, count: int, again: frozenset[int]) -> Consequence:

@@ -29,6 +29,11 @@ def finding(
     return Finding(Difference(V6, (slots,)), [live or slots], torn, committed, agreed)
 
 
+def late() -> Finding:
+    """A difference on a rank that does not keep the shard."""
+    return Finding(Difference(V6, (), (0,)), [piece("a", "b", "a")], False, V5, True, reach=3)
+
+
 BAD_ONE = finding(piece("a", "b", "a"))
 UNKNOWN = finding(piece("a", "b"))
 NEVER = finding(piece("a", "b"), agreed=False)
@@ -70,6 +75,9 @@ def test_the_ranks_that_do_not_keep_the_shard_decide_too() -> None:
         (finding(piece("a", "b", "a"), agreed=False), "heal", PastDifferences(2, V5, frozenset({1})), Consequence.SEND),
         (finding(piece("a", "b"), committed=None, agreed=False), "heal", PastDifferences(), Consequence.NOTHING),
         (finding(piece("a", "b"), committed=None, agreed=False), "heal", PastDifferences(2), Consequence.SEND),
+        # Found in turns, so the versions committed since the last one may follow from the same cause.
+        (late(), "heal", PastDifferences(1, Version(4, True), frozenset({1})), Consequence.REPLACE),
+        (late(), "heal", PastDifferences(1, Version(1, True), frozenset({1})), Consequence.GO_BACK),
         # Written to while it was copied.
         (finding(piece("a", "b"), piece("a", "a"), torn=True), "raise", PastDifferences(), Consequence.NOTHING),
         (finding(piece("a", "b"), piece("a", "b"), torn=True), "raise", PastDifferences(), Consequence.END),
@@ -80,7 +88,8 @@ def test_what_follows(found: Finding, policy: str, past: PastDifferences, conseq
     judged = judge(found, policy, [PastDifferences(), past])
     assert judged.consequence is consequence
     assert judged.version == (found.committed if consequence is Consequence.GO_BACK else None)
-    assert judged.past.count == (past.count if past.committed == found.committed else 0) + 1
+    is_first = past.committed != found.committed and (not found.reach or past.committed == Version(1, True))
+    assert judged.past.count == (0 if is_first else past.count) + 1
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,7 @@ def test_what_follows(found: Finding, policy: str, past: PastDifferences, conseq
         (BAD_ONE, "heal", PastDifferences(), "parameter/w[0:4, 0:2] of step 6 differ between ranks 0, 1, 2"),
         (BAD_ONE, "heal", PastDifferences(), "by majority rank 1 is wrong"),
         (UNKNOWN, "heal", PastDifferences(), "differ between ranks 0, 1; which of them is wrong is unknown"),
+        (late(), "heal", PastDifferences(), "ranks 0, 1, 2, found when their turn came"),
         (BAD_ONE, "raise", PastDifferences(), "on_divergence='raise'"),
         (BAD_ONE, "warn", PastDifferences(), "From now on replicas are sent, not compared"),
         (NEVER, "heal", PastDifferences(2, V5), "for the 3rd time in a row from the beginning"),

@@ -43,13 +43,13 @@ def locate_difference(
         for shard in shards
         for index, chunk in enumerate(layout.of(shard))
     ]
-    return Difference(version, different_pieces(pieces))
+    return Difference(version, different_pieces(pieces), tuple(shards))
 
 
 def compare_live(
     difference: Difference, layout: Layout, tensors: Mapping[str, torch.Tensor], transport: Transport
 ) -> tuple[Piece, ...]:
-    """Compare the live tensors of all ranks in the pieces that differed, while no rank changes them. Collective.
+    """Compare the live tensors of all ranks where replicas differed, while no rank changes them. Collective.
 
     Args:
         difference: the difference.
@@ -58,13 +58,14 @@ def compare_live(
         transport: transport between all ranks.
 
     Returns:
-        The pieces, with the digests of all ranks that have them.
+        The pieces that differed, or all of the shards if those are unknown, with the digests of all ranks.
 
     Raises:
         TransportError: a peer is lost.
     """
     rank, corners = transport.rank, {(piece.name, piece.offsets) for piece in difference.pieces}
-    chunks = [chunk for chunk in layout.chunks if (chunk.name, chunk.offsets) in corners]
+    known = [chunk for chunk in layout.chunks if (chunk.name, chunk.offsets) in corners]
+    chunks = known or [chunk for shard in difference.shards for chunk in layout.of(shard) if not chunk.holders]
     held = layout.held_by(rank)
     mine: list[str] = []
     for chunk in chunks:

@@ -22,7 +22,7 @@ from lightning_ckptless.replica.slot_ring import SlotRing
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
-PAGE, BLOB, SPANS = range(3)
+PAGE, BLOB, AUDIT, SPANS = range(4)
 """Tags of the messages of a round; the spans have the following ones too. A rank sends only its own shard, so tags are
 unique between two ranks."""
 
@@ -141,7 +141,11 @@ class ShardExchange:
         self.sent_bytes = 0
 
     def exchange(
-        self, own: OutgoingShard | None, begun: Mapping[int, Slot], stamp_of: Callable[[int], Stamp]
+        self,
+        own: OutgoingShard | None,
+        begun: Mapping[int, Slot],
+        stamp_of: Callable[[int], Stamp],
+        audits: tuple[Sequence[Message], Sequence[Message]] = ((), ()),
     ) -> dict[int, ArrivedShard]:
         """Send and receive the shards of one round.
 
@@ -149,6 +153,7 @@ class ShardExchange:
             own: this rank's shard; None if it has none in this round.
             begun: slots for shards of sources that this rank has begun to fill itself, by shard.
             stamp_of: expected stamp of a source's shard.
+            audits: short messages to send and to receive together with the headers.
 
         Returns:
             What has arrived, by shard.
@@ -167,7 +172,7 @@ class ShardExchange:
             self.sent_bytes += sum(data.numel() for _, _, data in sends)
         receives: list[Message] = []
         arriving: dict[int, ArrivedShard] = {}
-        for source, announced in self._pages(page).items():
+        for source, announced in self._pages(page, audits).items():
             arrived = arriving[source] = self._begin(source, announced, stamp_of(source), begun.get(source))
             receives += [
                 (source, BLOB, arrived.blob),
@@ -179,12 +184,13 @@ class ShardExchange:
             self._last[source] = arrived.slot
         return arriving
 
-    def _pages(self, own: Page | None) -> dict[int, Page]:
+    def _pages(self, own: Page | None, audits: tuple[Sequence[Message], Sequence[Message]]) -> dict[int, Page]:
         """Send the page to holders and receive those of sources; an empty page announces no shard."""
         sent = tensor_of(bytes(_PAGE_BYTES) if own is None else own.encode())
         pages = {source: receive_buffer(_PAGE_BYTES) for source in self._rings}
         self._transport.exchange(
-            [(holder, PAGE, sent) for holder in self._to], [(source, PAGE, page) for source, page in pages.items()]
+            [*((holder, PAGE, sent) for holder in self._to), *audits[0]],
+            [*((source, PAGE, page) for source, page in pages.items()), *audits[1]],
         )
         announced = {source: Page.decode(bytes(bytes_of(page))) for source, page in pages.items()}
         return {source: page for source, page in announced.items() if page is not None}

@@ -40,6 +40,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.differences import locate_difference
 from lightning_ckptless.replica.mirror.exchange import ArrivedShard, KnownPrefix, OutgoingShard, ShardExchange
+from lightning_ckptless.replica.mirror.rotation import NOBODY, Audited, Rotation, Turn
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.shard_copies import ShardCopier, ShardCopy, sent_spans
 from lightning_ckptless.replica.slot import Slot
@@ -60,6 +61,8 @@ class Round:
         began_at: when it was submitted, on the performance counter.
         copies: the copies of this rank's tensors, that of its own shard first.
         compared: those to be compared with the live tensors before they change.
+        turn: what is compared with ranks that do not keep it.
+        audited: what this rank compares for another one.
         blob: host state of the rank.
         staged: done when the copy is complete.
         ended: done when the round is over.
@@ -69,6 +72,8 @@ class Round:
     began_at: float
     copies: tuple[ShardCopy, ...] = ()
     compared: tuple[ShardCopy, ...] = ()
+    turn: Turn = NOBODY
+    audited: Audited = field(default_factory=lambda: Audited((), ()))
     blob: Blob = b""
     staged: Future[None] = field(default_factory=Future)
     ended: Future[None] = field(default_factory=Future)
@@ -225,6 +230,8 @@ class Mirror:
         )
         copied = self._rings if self._verifies else {self._rank: self._rings[self._rank]}
         self._copier = ShardCopier(layout, self._rank, copied)
+        self._rotation = Rotation(layout, self._rank, placement.holders if self._verifies else ())
+        self._rounds_begun = 0
         self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Round | None = None
@@ -242,6 +249,11 @@ class Mirror:
     def layout(self) -> Layout:
         """The layout of the mirrored state."""
         return self._layout
+
+    @property
+    def turns(self) -> int:
+        """Rounds after which every rank has been compared in full; 0 if none is compared in turns."""
+        return self._rotation.rounds
 
     @property
     def oldest(self) -> Version | None:
@@ -290,8 +302,10 @@ class Mirror:
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
         copies = self._copier.take(lambda shard: self._stamp(version, shard), tensors, early)
         compared = copies if self._is_to_be_compared() else ()
+        turn = self._next_turn()
+        audited = self._rotation.live(NOBODY if self._blocking else turn, tensors, self._early)
         self.stats.submitted += 1
-        self._submitted = Round(version, began_at, copies, compared, blob)
+        self._submitted = Round(version, began_at, copies, compared, turn, audited, blob)
         self._enqueue(self._submitted)
         return stall_s
 
@@ -334,7 +348,12 @@ class Mirror:
         """Take part in the round of a version without data, which aborts it on all ranks. Does not wait."""
         self._raise_failure()
         self.stats.skipped += 1
-        self._enqueue(Round(version, perf_counter()))
+        self._enqueue(Round(version, perf_counter(), turn=self._next_turn()))
+
+    def _next_turn(self) -> Turn:
+        turn = self._rotation.turn(self._rounds_begun)
+        self._rounds_begun += 1
+        return turn
 
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.
@@ -440,15 +459,18 @@ class Mirror:
     def _run(self, round_: Round) -> None:
         self.stats.rounds += 1
         version, rewrites = round_.version, self._rewrites_static()
-        copies = self._stage(round_, rewrites=rewrites)
+        copies, found = self._stage(round_, rewrites=rewrites)
         own = self._seal_own(round_, copies.get(self._rank), rewrites=rewrites)
         self._call_probe("send", version)
         begun = {shard: copy.slot for shard, copy in copies.items()}
-        arrived = self._exchange.exchange(own, begun, lambda source: self._stamp(version, source))
+        audits = self._rotation.messages(round_.turn, found)
+        arrived = self._exchange.exchange(own, begun, lambda source: self._stamp(version, source), audits)
         self.stats.sent_bytes = self._exchange.sent_bytes
         written, differing = self._seal_arrived(arrived, copies)
         if own is not None:
             written[self._rank] = own.slot
+            if self._rotation.differs(round_.turn, audits[1], own.slot.bulk, self._early):
+                differing.append(self._rank)
         self._call_probe("agree", version)
         is_complete = written.keys() == self._rings.keys() and self.difference is None
         vote = replace(self._vote(is_complete), no_difference=not differing and self.difference is None)
@@ -472,13 +494,18 @@ class Mirror:
         slots = self._settings.slots
         return self.stats.rounds % (REWRITE_ROUNDS * slots) >= (REWRITE_ROUNDS - 1) * slots
 
-    def _stage(self, round_: Round, *, rewrites: bool) -> dict[int, ShardCopy]:
-        """Complete the copies of this rank's tensors; returns them by shard, none if they are torn."""
+    def _stage(self, round_: Round, *, rewrites: bool) -> tuple[dict[int, ShardCopy], str]:
+        """Complete the copies of this rank's tensors.
+
+        Returns:
+            The copies by shard, none if they are torn, and the digest of what is compared for another rank.
+        """
         copies, round_.copies = round_.copies, ()
         if not copies:
-            return {}
+            return {}, ""
         version = round_.version
         staged_bytes = self._copier.finish(copies, lambda: self._call_probe("stage", version), rewrites=rewrites)
+        found = round_.audited.digest()
         torn = next((name for copy in copies if (name := copy.pending.changed()) is not None), None)
         self.stats.last_stage_s = perf_counter() - round_.began_at
         round_.staged.set_result(None)
@@ -486,9 +513,9 @@ class Mirror:
             self.stats.torn += 1
             self.torn = version
             self._stage_blocking_from_now(torn, f"while {version} was copied, so this version is discarded")
-            return {}
+            return {}, ""
         self.stats.staged_bytes += staged_bytes
-        return {copy.shard: copy for copy in copies}
+        return {copy.shard: copy for copy in copies}, found
 
     def _seal_own(self, round_: Round, copy: ShardCopy | None, *, rewrites: bool) -> OutgoingShard | None:
         if copy is None:

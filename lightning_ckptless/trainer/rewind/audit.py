@@ -23,6 +23,7 @@ from lightning_ckptless.protocol.divergence import (
     PastDifferences,
     judge,
 )
+from lightning_ckptless.protocol.mirror_interval import INTERVALS
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.mirror.differences import compare_live
 from lightning_ckptless.replica.mirror.mirror import Mirror
@@ -85,7 +86,9 @@ class Audit:
     ) -> tuple[Finding, list[PastDifferences]]:
         members, committed = self._session.members, mirror.committed
         live = compare_live(difference, mirror.layout, tensors, members.transport)
-        has_agreed = committed is not None and committed.optimizer_step > self._first_step
+        every = self._session.options.mirror_every_n_steps
+        reach = 0 if difference.pieces else mirror.turns * (INTERVALS[-1] if every == "auto" else every)
+        has_agreed = committed is not None and committed.optimizer_step > self._first_step + reach
         past = asdict(self._past) | {"wrong": sorted(self._past.wrong)}
         told = members.gather([mirror.torn == difference.version, has_agreed, past])
         finding = Finding(
@@ -94,6 +97,7 @@ class Audit:
             torn=any(torn for torn, _, _ in told),
             committed=committed,
             has_agreed=all(agreed for _, agreed, _ in told),
+            reach=reach,
         )
         return finding, [_past_of(each) for _, _, each in told]
 
