@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -40,55 +40,14 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.differences import locate_difference
 from lightning_ckptless.replica.mirror.exchange import ArrivedShard, KnownPrefix, OutgoingShard, ShardExchange
-from lightning_ckptless.replica.mirror.rotation import NOBODY, Audited, Rotation, Turn
+from lightning_ckptless.replica.mirror.rotation import NOBODY, Rotation, Turn
+from lightning_ckptless.replica.mirror.round import Blob, Round
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.shard_copies import ShardCopier, ShardCopy, sent_spans
 from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.slot_ring import SlotRing
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Transport
-
-Blob = bytes | Callable[[], bytes]
-"""A rank's host state, or a function that returns it in the mirror thread, where waiting for a device is harmless."""
-
-
-@dataclass
-class Round:
-    """The round of a version. Without copies, this rank takes part without data.
-
-    Args:
-        version: the version.
-        began_at: when it was submitted, on the performance counter.
-        copies: the copies of this rank's tensors, that of its own shard first.
-        compared: those to be compared with the live tensors before they change.
-        turn: what is compared with ranks that do not keep it.
-        audited: what this rank compares for another one.
-        blob: host state of the rank.
-        staged: done when the copy is complete.
-        ended: done when the round is over.
-    """
-
-    version: Version
-    began_at: float
-    copies: tuple[ShardCopy, ...] = ()
-    compared: tuple[ShardCopy, ...] = ()
-    turn: Turn = NOBODY
-    audited: Audited = field(default_factory=lambda: Audited((), ()))
-    blob: Blob = b""
-    staged: Future[None] = field(default_factory=Future)
-    ended: Future[None] = field(default_factory=Future)
-
-    def pack(self) -> bytes:
-        """The host state, serialized at the first call."""
-        if not isinstance(self.blob, bytes):
-            self.blob = self.blob()
-        return self.blob
-
-    def fail(self, error: BaseException) -> None:
-        """Raise an error in threads that wait for the round."""
-        for future in (self.staged, self.ended):
-            if not future.done():
-                future.set_exception(error)
 
 
 @dataclass

@@ -21,7 +21,8 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
-from lightning_ckptless.replica.mirror.mirror import Blob, Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
