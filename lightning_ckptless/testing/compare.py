@@ -138,14 +138,14 @@ def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Comparis
 
 
 def discarded_steps(runs: Path) -> dict[int, int]:
-    """Return from which step on a generation was discarded because replicas differed, for each that was.
+    """Return the last step of each generation whose later steps were discarded because replicas differed.
 
     Args:
         runs: folder of the run's folder, which has the ledger.
     """
     events = [event for path in runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path, only="divergence")]
     ended = [event for event in events if event.fields["consequence"] in ("go_back", "replace")]
-    return {event.generation or 0: event.fields["step"] for event in ended}
+    return {event.generation or 0: event.fields["committed"] for event in ended}
 
 
 def compare_traces(
@@ -161,7 +161,7 @@ def compare_traces(
         expected: folder with the traces of the reference run.
         found: folder with the traces of the other run.
         ignore: values that may differ.
-        discarded: from which step on the other run has discarded a generation, for each that it has.
+        discarded: the last step that counts, for each generation of the other run that it has discarded in part.
     """
     right, other = read_traces(expected), read_traces(found)
     ignore = ignore or Ignore()
@@ -195,7 +195,7 @@ def _compare_rank(
         for difference in _compare_facts(expected[point][-1], lines[-1], other.rank, ignore):
             yield place, difference
         for earlier in lines[:-1]:
-            if earlier in in_flight or earlier.point.step >= discarded.get(earlier.generation, sys.maxsize):
+            if earlier in in_flight or earlier.point.step > discarded.get(earlier.generation, sys.maxsize):
                 continue
             for difference in _compare_facts(lines[-1], earlier, other.rank, ignore, repeated_later=True):
                 yield place, difference

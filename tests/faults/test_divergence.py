@@ -82,6 +82,7 @@ def test_a_rank_that_is_wrong_again_is_replaced(drill: Drill) -> None:
     assert recovery.culprit_rank == 1 and (report.relaunches, report.in_place) == (0, 1)
 
 
+@pytest.mark.long
 def test_raise_ends_the_run_and_names_tensor_and_ranks(run: Run) -> None:
     ended = run(of_policy("raise"), FLIP)
     assert ended.exit_code != 0

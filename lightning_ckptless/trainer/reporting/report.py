@@ -429,6 +429,7 @@ class RunReport:
                 "divergence",
                 step=difference.version.optimizer_step,
                 version=str(difference.version),
+                committed=-1 if finding.committed is None else finding.committed.optimizer_step,
                 tensors=[str(piece) for piece in finding.pieces[:MOST_NAMED]],
                 ranks=list(finding.ranks),
                 wrong=list(finding.wrong),
