@@ -436,7 +436,9 @@ class RunReport:
                 consequence=found.consequence.name.lower(),
                 in_a_row=found.past.count,
             )
-            self._say(f"replicas differ: {found.reason}")
+            if found.version is None:
+                # Otherwise the reason is that of the rewind.
+                self._say(f"replicas differ: {found.reason}")
 
     # ------------------------------------------------------------------ recoveries
 
