@@ -21,6 +21,7 @@ PROGRAMS = (
     "sharded",
     "elastic",
     "rewind",
+    "audit",
     "drain",
     "goodput",
 )

@@ -27,13 +27,14 @@ from benchmarks.jobs.job import JobOptions
 WARM_UP_STEPS = 4
 RANKS = 2
 SIZES = ("tiny", "1M", "10M", "33M")
-DDP, CKPTLESS, COPIES = "ddp", "ckptless", "failure_domain=rank"
+DDP, CKPTLESS, COPIES, SENT = "ddp", "ckptless", "failure_domain=rank", "failure_domain=rank, replicas=send"
 OPTIONS: dict[str, dict[str, Any]] = {
     "staging=blocking": {"staging": "blocking"},
     "checksum=crc32": {"checksum": "crc32"},
     "checksum=none": {"checksum": "none"},
     "mirror_every_n_steps=10": {"mirror_every_n_steps": 10},
     COPIES: {"failure_domain": "rank"},
+    SENT: {"failure_domain": "rank", "replicas": "send"},
     "history=8": {"history": 8},
 }
 """The strategy options that affect its cost, compared for one size."""

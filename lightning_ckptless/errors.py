@@ -13,6 +13,7 @@
     ├── LayoutMismatchError   the relaunched script built a different model or optimizer
     ├── WorldSizeError        training cannot continue with this number of ranks
     ├── RewindError           all ranks were to go back to an earlier step, and cannot
+    ├── DivergenceError       replicas that should be equal differ, and the run must not go on
     ├── UnevenStepsError      one rank has finished training while another has started a further step
     ├── UnfitNodeError        this node failed its health check and was excluded
     └── WorkerError           cause of an exception raised in a notebook: the worker's own traceback
@@ -79,6 +80,10 @@ class WorldSizeError(CkptlessError, RuntimeError):
 
 class RewindError(CkptlessError, RuntimeError):
     """All ranks were to go back to an earlier step, and cannot: it is not in the history, or it does not help."""
+
+
+class DivergenceError(CkptlessError, RuntimeError):
+    """Replicas that should be equal bit for bit differ, and the run must not go on or cannot."""
 
 
 class UnevenStepsError(CkptlessError, RuntimeError):

@@ -16,6 +16,8 @@ EveryNSteps = int | Literal["auto"]
 OnLate = Literal["wait", "skip"]
 OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
+Replicas = Literal["verify", "send"]
+OnDivergence = Literal["heal", "rewind", "raise", "warn"]
 Staging = Literal["overlap", "blocking"]
 ElasticBatch = Literal["keep", "scale"]
 CheckpointHooks = Literal["never", "every_version"]
@@ -54,6 +56,18 @@ class MirrorOptions(Options):
         "when the state is copied: `overlap` during the next forward and backward pass, `blocking` before them",
     )
     checksum: Checksum = option("xxh3", "algorithm of the checksum that protects every replica")
+    replicas: Replicas | None = option(
+        None,
+        "how a holder gets tensors that it has itself: `verify` copies its own and compares the checksum with the "
+        "source's at every version, `send` sends the source's",
+        none="`verify`, or `send` with `checksum='none'`",
+    )
+    on_divergence: OnDivergence = option(
+        "heal",
+        "what to do if replicas that were compared differ: `rewind` goes back to the last version on which all agreed "
+        "and replays, `heal` does too and replaces a rank that is wrong again, `raise` ends the run, `warn` continues "
+        "and sends replicas from then on",
+    )
     history: int = option(
         0,
         "earlier versions kept in memory, to which the run can be rewound; each needs as much memory as one version",
@@ -71,6 +85,16 @@ class MirrorOptions(Options):
                 "mirror_every_n_steps='auto' measures how long training waits for a mirror, but with on_late='skip' "
                 "it never waits: choose one of the two"
             )
+        if self.replicas == "verify" and self.checksum == "none":
+            raise OptionsError(
+                "replicas='verify' compares checksums, but checksum='none' computes none: choose another checksum, or "
+                "replicas='send'"
+            )
+
+    @property
+    def verifies_replicas(self) -> bool:
+        """Whether holders copy their own tensors and compare checksums."""
+        return self.replicas != "send" and self.checksum != "none"
 
 
 @dataclass(frozen=True, kw_only=True)

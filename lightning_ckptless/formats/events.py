@@ -56,6 +56,7 @@ _CHECKPOINT: dict[str, dict[str, Check]] = {
 _EVENTS: dict[str, dict[str, Check]] = {
     "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
     "committed": {"step": STEP, "of": optional(STEP)},
+    "divergence": {"step": STEP, "committed": integer(-1), "wrong": _RANKS, "consequence": text()},
     "drain": {
         "node": text(), "drained_rank": optional(RANK), "action": text(), "cause": _WORDS, "reason": _WORDS,
     },

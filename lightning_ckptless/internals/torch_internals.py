@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
@@ -27,7 +27,6 @@ from torch.utils.data.dataloader import (
     _SingleProcessDataLoaderIter,
 )
 
-_T = TypeVar("_T")
 _version_of = attrgetter("_version")
 
 

@@ -2,13 +2,17 @@
 
     kind:rank=R:step=S[:at=MOMENT][:times=N]        several faults are separated by commas
     rewind:step=S:to=T[:skip=B][:rank=R][:times=N]
+    flip:rank=R:step=S:tensor=NAME[:element=E][:bit=K][:at=MOMENT][:times=N]
 
     kill:rank=1:step=7                              SIGKILL to rank 1 during optimizer step 7
     raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
     exit:rank=0:step=9:at=commit:times=2            rank 0 exits at step 9, and again when the step is replayed
     rewind:step=20:to=12                            rank 0 asks after step 20 that all ranks go back to step 12
+    flip:rank=1:step=7:tensor=parameter/fc.bias:bit=30
+                                                    a bit of a parameter on rank 1 changes after step 7
 
-Steps are counted from 1: `step=7` is the one after which `global_step` is 7.
+Tensors are named like `parameter/fc.weight`, `buffer/norm.running_mean` and `optimizer/0/fc.weight/exp_avg`. Steps are
+counted from 1: `step=7` is the one after which `global_step` is 7.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from lightning_ckptless.errors import OptionsError
 
 GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N]"
 GRAMMAR_OF_REWIND = "rewind:step=S:to=T[:skip=B][:rank=R][:times=N]"
+GRAMMAR_OF_FLIP = "flip:rank=R:step=S:tensor=NAME[:element=E][:bit=K][:at=MOMENT][:times=N]"
 
 ALL: Literal["all"] = "all"
 """Every rank."""
@@ -40,6 +45,7 @@ class FaultKind(StrEnum):
     CRASH = "crash"
     NODE = "node"
     REWIND = "rewind"
+    FLIP = "flip"
 
 
 class Moment(StrEnum):
@@ -72,6 +78,9 @@ class Fault:
         times: number of injections, counted over all replays of the step.
         to: for a rewind, the step to return to; 0 otherwise.
         skip: for a rewind, the number of batches of each rank to skip.
+        tensor: for a flip, the name of the tensor; empty otherwise.
+        element: for a flip, the index of the element in the flattened tensor of the rank.
+        bit: for a flip, the index of the bit in the element; 0 is the least significant one.
     """
 
     kind: FaultKind
@@ -81,14 +90,18 @@ class Fault:
     times: int = 1
     to: int = 0
     skip: int = 0
+    tensor: str = ""
+    element: int = 0
+    bit: int = 0
 
     def __str__(self) -> str:
         times = "" if self.times == 1 else f":times={self.times}"
         if self.kind is FaultKind.REWIND:
             skip = f":skip={self.skip}" if self.skip else ""
             return f"{self.kind}:step={self.step}:to={self.to}{skip}:rank={self.rank}{times}"
-        at = "" if self.at is Moment.TRAINING_STEP else f":at={self.at}"
-        return f"{self.kind}:rank={self.rank}:step={self.step}{at}{times}"
+        at = "" if self.at is _usual_moment(self.kind) else f":at={self.at}"
+        where = f":tensor={self.tensor}:element={self.element}:bit={self.bit}" if self.kind is FaultKind.FLIP else ""
+        return f"{self.kind}:rank={self.rank}:step={self.step}{where}{at}{times}"
 
     def concerns(self, rank: int, step: int, at: Moment) -> bool:
         """Whether the fault is due on a rank at a moment of a step."""
@@ -112,7 +125,7 @@ def _parse_fault(text: str) -> Fault:
     kind_name, *settings = text.split(":")
     kind = _one_of(FaultKind, kind_name, "kind", text)
     given: dict[str, str] = {}
-    names = _NAMES_OF_REWIND if kind is FaultKind.REWIND else _NAMES
+    required, names = _NAMES.get(kind, _USUAL_NAMES)
     for setting in settings:
         name, equals, value = setting.partition("=")
         if name not in names:
@@ -120,7 +133,7 @@ def _parse_fault(text: str) -> Fault:
         if not equals or name in given:
             raise _error(text, f"{setting!r} {'is given twice' if equals else 'has no value'}")
         given[name] = value
-    if missing := [name for name in names[:2] if name not in given]:
+    if missing := [name for name in names[:required] if not given.get(name)]:
         raise _error(text, f"{' and '.join(missing)} missing")
     times = _number("times", given.get("times", "1"), 1, text)
     if kind is FaultKind.REWIND:
@@ -133,13 +146,25 @@ def _parse_fault(text: str) -> Fault:
         kind,
         ALL if given["rank"] == ALL else _number("rank", given["rank"], 0, text),
         _number("step", given["step"], 1, text),
-        _one_of(Moment, given.get("at", Moment.TRAINING_STEP), "moment", text),
+        _one_of(Moment, given.get("at", _usual_moment(kind)), "moment", text),
         times,
+        tensor=given.get("tensor", ""),
+        element=_number("element", given.get("element", "0"), 0, text),
+        bit=_number("bit", given.get("bit", "0"), 0, text),
     )
 
 
-_NAMES = ("rank", "step", "at", "times")
-_NAMES_OF_REWIND = ("step", "to", "skip", "rank", "times")
+def _usual_moment(kind: FaultKind) -> Moment:
+    """The moment of a fault that does not name one."""
+    return Moment.COMMIT if kind is FaultKind.FLIP else Moment.TRAINING_STEP
+
+
+_USUAL_NAMES = 2, ("rank", "step", "at", "times")
+_NAMES = {
+    FaultKind.REWIND: (2, ("step", "to", "skip", "rank", "times")),
+    FaultKind.FLIP: (3, ("rank", "step", "tensor", "element", "bit", "at", "times")),
+}
+"""Number of required parts, which come first, and all parts."""
 _Word = TypeVar("_Word", bound=StrEnum)
 
 
@@ -167,10 +192,13 @@ def _error(text: str, problem: str) -> OptionsError:
         f"fault {text!r}: {problem}\n"
         f"expected {GRAMMAR}\n"
         f"      or {GRAMMAR_OF_REWIND}\n"
+        f"      or {GRAMMAR_OF_FLIP}\n"
         f"  kind    {', '.join(FaultKind)}\n"
         f"  R       a rank or {ALL!r}\n"
         f"  S       an optimizer step, counted from 1\n"
         f"  MOMENT  {', '.join(Moment)}\n"
         f"  T       the step to return to, before S\n"
-        f"  B       the number of batches of each rank to skip"
+        f"  B       the number of batches of each rank to skip\n"
+        f"  NAME    a tensor, e.g. parameter/fc.weight or optimizer/0/fc.weight/exp_avg\n"
+        f"  E, K    an element of the flattened tensor, and a bit of it, counted from 0"
     )

@@ -68,6 +68,7 @@ class RewindPlan:
         skip_to_batch: see `RewindAsked`.
         past: the rewinds since the run last made progress, this one included.
         reason: explanation, one sentence.
+        is_answer: whether it answers what ranks have asked for; otherwise that is still to be decided.
     """
 
     version: Version
@@ -76,6 +77,7 @@ class RewindPlan:
     skip_to_batch: int
     past: PastRewinds
     reason: str
+    is_answer: bool = True
 
     def batches_to_skip(self, done: int, left: int) -> int:
         """The batches of each rank to skip; one of those left in the epoch is always trained on.
@@ -186,16 +188,20 @@ class RewindState:
     Args:
         asked: what the script has asked for and was not decided yet.
         past: the rewinds since the run last made progress.
+        sends_replicas: whether replicas are sent, because the ranks were found to differ.
     """
 
     asked: tuple[RewindAsked, ...] = ()
     past: PastRewinds = PastRewinds()
+    sends_replicas: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
-        return {"asked": [asdict(each) for each in self.asked], "past": asdict(self.past)}
+        asked = [asdict(each) for each in self.asked]
+        return {"asked": asked, "past": asdict(self.past), "sends_replicas": self.sends_replicas}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
         """Return what `to_dict` was called on."""
-        return cls(tuple(RewindAsked(**each) for each in saved["asked"]), PastRewinds(**saved["past"]))
+        asked = tuple(RewindAsked(**each) for each in saved["asked"])
+        return cls(asked, PastRewinds(**saved["past"]), saved["sends_replicas"])

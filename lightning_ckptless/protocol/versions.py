@@ -2,7 +2,8 @@
 
 A *version* is the state after one optimizer step. It exists at two moments of a step: before the validation phase
 (validation, plateau schedulers) and after it. A version is complete if every shard of it has at least one intact
-replica, all written in the same generation for the same world size and layout. The newest complete version is restored.
+replica, all written in the same generation for the same world size and layout, and its replicas agree. The newest
+complete version is restored.
 """
 
 from __future__ import annotations
@@ -132,10 +133,12 @@ def newest_complete(inventory: Iterable[Replica], *, bad: Collection[Replica] = 
         return Missing((), None, _nothing_readable(len(bad)))
     for snapshot in sorted(by_snapshot, reverse=True):
         shards = _by_shard(snapshot, by_snapshot[snapshot])
-        if all(shards):
+        if all(shards) and not any(map(_disagree, shards)):
             return Complete(snapshot, shards, _found(snapshot, shards, bad))
     newest = max(by_snapshot)
     absent = tuple(s for s, kept in enumerate(_by_shard(newest, by_snapshot[newest])) if not kept)
+    if not absent:
+        return Missing((), newest.version, f"no version is complete: replicas of {newest.version} differ")
     return Missing(absent, newest.version, _lost(newest, absent, len(bad)))
 
 
@@ -159,6 +162,11 @@ def _by_shard(snapshot: Snapshot, replicas: Iterable[Replica]) -> tuple[tuple[Re
     for replica in replicas:
         kept[replica.shard].append(replica)
     return tuple(tuple(sorted(k, key=lambda r: (r.holder != r.shard, r.holder, r.node, r.slot))) for k in kept)
+
+
+def _disagree(replicas: Iterable[Replica]) -> bool:
+    """Whether intact replicas of a shard differ: their writers died before the vote that would have discarded them."""
+    return len({replica.checksum for replica in replicas if replica.checksum}) > 1
 
 
 def _found(snapshot: Snapshot, shards: tuple[tuple[Replica, ...], ...], bad: Collection[Replica]) -> str:

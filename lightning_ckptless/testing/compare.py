@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 from lightning_ckptless.testing.log_files import Row, read_logs
 from lightning_ckptless.testing.traces import Line, Trace, read_traces
 
@@ -120,12 +122,13 @@ def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Comparis
     """Compare two finished runs.
 
     Args:
-        expected: folder of the reference run: `trace/` with its traces, `logs/` with copies of its log files.
+        expected: folder of the reference run: `trace/` with its traces, `logs/` with copies of its log files, `runs/`
+            with its ledger.
         found: folder of the other run.
         ignore: patterns for the names of values that may differ.
     """
     ignored = Ignore(ignore)
-    traces = compare_traces(expected / "trace", found / "trace", ignored)
+    traces = compare_traces(expected / "trace", found / "trace", ignored, discarded_steps(found / "runs"))
     rows, differences = compare_logs(expected / "logs", found / "logs", ignored)
     names = tuple(sorted(ignored.names))
     return Comparison((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows, names)
@@ -134,16 +137,31 @@ def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Comparis
 # ---------------------------------------------------------------------- traces
 
 
-def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) -> Comparison:
+def discarded_steps(runs: Path) -> dict[int, int]:
+    """Return the last step of each generation whose later steps were discarded because replicas differed.
+
+    Args:
+        runs: folder of the run's folder, which has the ledger.
+    """
+    events = [event for path in runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path, only="divergence")]
+    ended = [event for event in events if event.fields["consequence"] in ("go_back", "replace")]
+    return {event.generation or 0: event.fields["committed"] for event in ended}
+
+
+def compare_traces(
+    expected: Path, found: Path, ignore: Ignore | None = None, discarded: Mapping[int, int] | None = None
+) -> Comparison:
     """Compare the traces of two runs.
 
-    If a point was reached more than once, the last attempt is compared, and all attempts must agree. The exception is
-    the step in flight when a peer was lost: a device may have ended its collectives incomplete but without an error.
+    If a point was reached more than once, the last attempt is compared, and all attempts must agree. The exceptions are
+    the step in flight when a peer was lost, since a device may have ended its collectives incomplete but without an
+    error, and steps that were discarded because replicas differed.
 
     Args:
         expected: folder with the traces of the reference run.
         found: folder with the traces of the other run.
         ignore: values that may differ.
+        discarded: the last step that counts, for each generation of the other run that it has discarded in part.
     """
     right, other = read_traces(expected), read_traces(found)
     ignore = ignore or Ignore()
@@ -153,12 +171,14 @@ def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) ->
         a, b = right.get(rank, Trace(rank)), other.get(rank, Trace(rank))
         points += len(a.attempts())
         repeated += len(b.lines) - len(b.attempts())
-        placed += [(place, rank, difference) for place, difference in _compare_rank(a, b, ignore)]
+        placed += [(place, rank, difference) for place, difference in _compare_rank(a, b, ignore, discarded or {})]
     placed.sort(key=lambda entry: entry[:2])
     return Comparison(tuple(entry[2] for entry in placed), len(right | other), points, repeated, 0)
 
 
-def _compare_rank(right: Trace, other: Trace, ignore: Ignore) -> Iterator[tuple[int, Difference]]:
+def _compare_rank(
+    right: Trace, other: Trace, ignore: Ignore, discarded: Mapping[int, int]
+) -> Iterator[tuple[int, Difference]]:
     """Yield the differences of one rank, each with its position in the order of training."""
     expected, found = right.attempts(), other.attempts()
     order = {point: place for place, point in enumerate(expected)}
@@ -175,7 +195,7 @@ def _compare_rank(right: Trace, other: Trace, ignore: Ignore) -> Iterator[tuple[
         for difference in _compare_facts(expected[point][-1], lines[-1], other.rank, ignore):
             yield place, difference
         for earlier in lines[:-1]:
-            if earlier in in_flight:
+            if earlier in in_flight or earlier.point.step > discarded.get(earlier.generation, sys.maxsize):
                 continue
             for difference in _compare_facts(lines[-1], earlier, other.rank, ignore, repeated_later=True):
                 yield place, difference

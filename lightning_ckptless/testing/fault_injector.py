@@ -39,8 +39,10 @@ from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.testing.bit_flip import flip, require_tensor
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.trainer.state.sharding import sharded_modules
+from lightning_ckptless.trainer.state.tensors import StateIndex
 from lightning_ckptless.trainer.strategy.world_size import range_of_nodes
 
 Remove = Callable[[], None]
@@ -131,17 +133,20 @@ class Injection:
         self._probes: list[Callable[[str, Version], None]] = []
         self._newest_step = 0
         self._ask_to_rewind: Callable[..., None] = _no_ledger
+        self._flip: Callable[[Fault], None] = _no_ledger
 
     def open(self, trainer: Any) -> None:
         """Select the faults of this rank, and register for the moments of mirroring and recovery.
 
         Raises:
-            OptionsError: a fault names a rank that does not exist, or there is no folder for the marks.
+            OptionsError: a fault names a rank or a tensor that does not exist, or there is no folder for the marks.
         """
         most = _largest_world_size(trainer)
         for fault in self.faults:
             if fault.rank != "all" and not 0 <= int(fault.rank) < most:
                 raise OptionsError(f"{fault}: rank {fault.rank} does not exist, the world size is {most}")
+        _require_tensors(self.faults, trainer)
+        self._flip = lambda fault: flip(fault, StateIndex(trainer).read())
         rank = trainer.global_rank
         self._mine = tuple((i, fault) for i, fault in enumerate(self.faults) if fault.rank in (rank, "all"))
         engine = getattr(trainer.strategy, "engine", None)
@@ -231,6 +236,8 @@ class Injection:
                 self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=str(moment), step=step)
                 if fault.kind is FaultKind.REWIND:
                     self._ask_to_rewind("injected", to_step=fault.to, steps=None, skip_batches=fault.skip)
+                elif fault.kind is FaultKind.FLIP:
+                    self._flip(fault)
                 else:
                     inject(fault, step)
 
@@ -241,7 +248,15 @@ def _largest_world_size(trainer: Any) -> int:
     return max(int(trainer.world_size), most * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _no_ledger(event: str, **fields: Any) -> None:
+def _require_tensors(faults: Iterable[Fault], trainer: Any) -> None:
+    """Refuse flips in tensors that do not exist. Optimizers create theirs in the first step."""
+    flips = [each for each in faults if each.kind is FaultKind.FLIP and not each.tensor.startswith("optimizer/")]
+    known = StateIndex(trainer).tensors() if flips else {}
+    for each in flips:
+        require_tensor(each, known)
+
+
+def _no_ledger(event: object, **fields: Any) -> None:
     """Discard an event: other strategies have no ledger."""
 
 

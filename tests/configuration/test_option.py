@@ -15,6 +15,7 @@ from lightning_ckptless.configuration.option import Options, about, option, opti
 from lightning_ckptless.configuration.ranges import constant, integer, number, positive, share, text, texts
 from lightning_ckptless.configuration.variables import variables_of, with_variables
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.options import CkptlessOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +145,11 @@ def test_docstrings() -> None:
         "A class.\n\nArgs:\n    every_s: seconds between two; None for never.\n    mode: speed.\n"
         "    own: an argument.\n\nRaises:\n    OptionsError: never."
     )
+
+
+def test_replicas_cannot_be_compared_without_a_checksum() -> None:
+    with pytest.raises(OptionsError, match="checksum='none' computes none: choose another"):
+        CkptlessOptions(replicas="verify", checksum="none")
+    assert not CkptlessOptions(checksum="none").verifies_replicas
+    assert not CkptlessOptions(replicas="send").verifies_replicas
+    assert CkptlessOptions().verifies_replicas and CkptlessOptions(replicas="verify").verifies_replicas

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.ledger import LEDGER_NAME
+from lightning_ckptless.ledger import LEDGER_NAME, Event
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import make_parent
@@ -47,6 +47,34 @@ def _whole_time(tmp_path: Path) -> Iterator[None]:
     yield
     for ledger in tmp_path.rglob(LEDGER_NAME):
         require_whole_time(ledger)
+
+
+Run = Callable[..., Variant]
+
+
+@pytest.fixture
+def run(parent: ForkServer, tmp_path: Path) -> Run:
+    """Return a function that runs the lab once."""
+
+    def of(options: Options, faults: str = "", name: str = "run") -> Variant:
+        return run_variant(
+            command_for(options),
+            tmp_path / name,
+            faults=faults,
+            nproc=options.devices,
+            parent=parent,
+            isolate=True,
+            env={"PYTHONPATH": str(REPOSITORY)},
+            ladder=Ladder(5),
+            timeout_s=120,
+        )
+
+    return of
+
+
+def events_of(variant: Variant, kind: str) -> list[Event]:
+    """The events of one kind in the ledger of a run."""
+    return [event for event in variant.events if event.event == kind]
 
 
 Drill = Callable[[Cell, Ladder], DrillReport]

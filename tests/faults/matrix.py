@@ -114,6 +114,11 @@ VALIDATION = {
     "replica_per_rank": Cell(
         "kill:rank=1:step=4", replace(BASE, strategy_options="{'failure_domain': 'rank'}"), restored=("step 3",)
     ),
+    "replica_per_rank-sent": Cell(
+        "kill:rank=1:step=4",
+        replace(BASE, strategy_options="{'failure_domain': 'rank', 'replicas': 'send'}"),
+        restored=("step 3",),
+    ),
 }
 CELLS = {**MOMENTS, **RANKS, **DATA, **OPTIMIZATION, **VALIDATION}
 RELAUNCHED = (

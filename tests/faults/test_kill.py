@@ -12,7 +12,7 @@ from tests.faults.matrix import CELLS, RELAUNCHED, Cell, is_version
 IN_PLACE = Ladder(max_restarts=5)
 LONG = (
     "rank=1-twice", "rank=0-then=1", "data=iterable", "data=workers", "plateau-early_stopping", "limited",
-    "mirror_every=auto",
+    "mirror_every=auto", "replica_per_rank-sent",
 )  # fmt: skip
 """Cells that another cell, or `ten_in_a_row` in `test_in_place`, covers as well."""
 RELAUNCH = Ladder(max_restarts=5, in_place=False)

@@ -14,12 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lightning_ckptless.cli.app import app
-from lightning_ckptless.ledger import Event
-from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import Comparison, compare
-from lightning_ckptless.testing.drill import Variant, run_variant
+from lightning_ckptless.testing.drill import Variant
 from lightning_ckptless.testing.starters import Ladder
-from tests.faults.conftest import REPOSITORY, Drill, command_for
+from tests.faults.conftest import Drill, Run, events_of
 from tests.faults.matrix import BASE, Cell
 from tests.lab.parts import Options
 
@@ -35,32 +33,6 @@ DROPPING = replace(
 )
 """Two ranks, twelve batches per epoch and rank, validation after every six of them. The dataloaders are made again in
 each epoch: otherwise Lightning takes the length of all epochs from the sampler of the first one."""
-
-Run = Callable[..., Variant]
-
-
-@pytest.fixture
-def run(parent: ForkServer, tmp_path: Path) -> Run:
-    """Return a function that runs the lab once."""
-
-    def of(options: Options, faults: str = "", name: str = "run") -> Variant:
-        return run_variant(
-            command_for(options),
-            tmp_path / name,
-            faults=faults,
-            nproc=options.devices,
-            parent=parent,
-            isolate=True,
-            env={"PYTHONPATH": str(REPOSITORY)},
-            ladder=Ladder(5),
-            timeout_s=120,
-        )
-
-    return of
-
-
-def events_of(variant: Variant, kind: str) -> list[Event]:
-    return [event for event in variant.events if event.event == kind]
 
 
 def without_abandoned(variant: Variant) -> None:

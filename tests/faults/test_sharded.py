@@ -37,9 +37,13 @@ CELLS = {
         "kill:rank=1:step=4:at=optimizer_step", replace(BASE, mesh="1x2"), restored=("step 3",)
     ),
     "hybrid-rank=2-during=mirror": Cell("kill:rank=2:step=4:at=mirror", HYBRID),
+    # Each holder has some of the pieces that it keeps, and is sent the others.
+    "hybrid-replica_per_rank": Cell(
+        "kill:rank=2:step=4", replace(HYBRID, strategy_options="{'failure_domain': 'rank'}"), restored=("step 3",)
+    ),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=2,kill:rank=0:step=5:at=backward", GRID, recoveries=2),
 }
-LONG = ("compiled-rank=1-during=backward", "fsdp-ten_in_a_row")
+LONG = ("hybrid-replica_per_rank", "compiled-rank=1-during=backward", "fsdp-ten_in_a_row")
 RELAUNCHED = ("fsdp-rank=0-during=validation", "hybrid-rank=2-during=mirror")
 
 

@@ -68,6 +68,7 @@ class World:
         staging: str = "overlap",
         slots: int = 2,
         history_every: int = 1,
+        verifies: bool = True,
     ) -> World:
         """Start a new generation."""
         self.close()
@@ -82,7 +83,7 @@ class World:
                 generation=self.generation,
                 committed=committed,
                 probe=(probes or {}).get(rank),
-                settings=MirrorSettings(checksum, threads, staging, slots, history_every),
+                settings=MirrorSettings(checksum, threads, staging, slots, history_every, verifies),
             )
             for rank in range(self.size)
         ]

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 from lightning_ckptless.testing.compare import LOG_ROWS, compare, compare_traces
 from lightning_ckptless.testing.traces import Point, read_trace
 
@@ -63,6 +66,20 @@ def test_an_earlier_attempt_that_differs_is_found(tmp_path: Path) -> None:
     assert verdict.first is not None
     assert "attempt of generation 1" in verdict.first.where
     assert (verdict.first.expected, verdict.first.found) == ("p2", "other")
+
+
+@pytest.mark.parametrize(("consequence", "identical"), [("go_back", True), ("send", False)])
+def test_steps_discarded_because_replicas_differed_may_differ(
+    tmp_path: Path, consequence: str, identical: bool
+) -> None:
+    rows = [begin(), batch(1), batch(2, parameters="flipped"), batch(3, parameters="too"), batch(3)]
+    again = [*rows, batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
+    write(tmp_path / "a" / "trace", run())
+    write(tmp_path / "b" / "trace", again)
+    Ledger(tmp_path / "b" / "runs" / "run" / LEDGER_NAME).record(
+        "divergence", generation=1, step=2, committed=1, wrong=[], consequence=consequence
+    )
+    assert compare(tmp_path / "a", tmp_path / "b").identical is identical
 
 
 def test_the_step_in_flight_at_a_fault_may_differ(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -218,6 +219,24 @@ def _owner_of(name: str) -> int | None:
 def pieces_for(layout: Layout, shard: int, rank: int) -> tuple[Chunk, ...]:
     """The pieces of a shard that a rank's tensors contain."""
     return tuple(chunk for chunk in layout.of(shard) if chunk.is_held_by(rank))
+
+
+def spans_lacked(layout: Layout, shard: int, rank: int) -> tuple[slice, ...]:
+    """The parts of a shard's bulk that a rank's tensors do not contain, in ascending order.
+
+    None of them extends beyond the end of the static part.
+
+    Args:
+        layout: layout of the shard.
+        shard: index of the shard.
+        rank: the rank.
+    """
+    spans = []
+    for (is_held, _), run in groupby(layout.of(shard), key=lambda chunk: (chunk.is_held_by(rank), chunk.static)):
+        chunks = list(run)
+        if not is_held:
+            spans.append(slice(chunks[0].at, chunks[-1].at + chunks[-1].nbytes))
+    return tuple(spans)
 
 
 def slot_views(layout: Layout, shard: int, bulk: torch.Tensor, *, rank: int | None = None) -> list[torch.Tensor]:

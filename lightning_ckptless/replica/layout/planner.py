@@ -240,7 +240,12 @@ def _cut(box: Box, item_bytes_each: int, piece_bytes: int) -> Iterator[Box]:
 def _place(parts: tuple[Sequence[_Piece], Sequence[_Piece]], shard: int, world_size: int) -> Iterator[Chunk]:
     """Place the pieces of a shard: first the static ones, then the others."""
     at = 0
-    static, changing = (sorted(pieces, key=lambda piece: (piece.name, piece.part.offsets)) for pieces in parts)
+
+    def place_of(piece: _Piece) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+        # Pieces that the same ranks have are contiguous, so that what a rank lacks is sent in few messages.
+        return piece.holders, piece.name, piece.part.offsets
+
+    static, changing = (sorted(pieces, key=place_of) for pieces in parts)
     for index, piece in enumerate(static + changing):
         described = piece.described
         yield Chunk(

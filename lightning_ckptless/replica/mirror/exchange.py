@@ -1,15 +1,16 @@
 """Transfer shards from the slots of their writers into the slots of their holders.
 
-The static part of a shard is not sent if it is what the holder received in the round before. The writer sends the
-digest of what it omits with the header. A holder whose slot does not contain it yet copies it from the slot that it
-wrote last: which slots two ranks write differs once one of them has lost its history.
+Of each shard, only the spans that its holder does not fill itself are sent. Those in the static part are not sent if
+they are what the holder received in the round before. The writer sends the digest of the static part with the header. A
+holder whose slot does not contain these spans yet copies them from the slot that it wrote last: which slots two ranks
+write differs once one of them has lost its history.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ from lightning_ckptless.replica.slot_ring import SlotRing
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
-PAGE, BULK, BLOB = range(3)
-"""Tags of the messages of a round. A rank sends only its own shard, so tags are unique between two ranks."""
+PAGE, BLOB, AUDIT, SPANS = range(4)
+"""Tags of the messages of a round; the spans have the following ones too. A rank sends only its own shard, so tags are
+unique between two ranks."""
 
 _PREFIX = struct.Struct("!Q64s")
-_PAGE_BYTES = HEADER_BYTES + _PREFIX.size
+_PREFIXED_BYTES = HEADER_BYTES + _PREFIX.size
+_PAGE_BYTES = _PREFIXED_BYTES + 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,49 @@ class OutgoingShard:
     repeats_static: bool = False
 
 
+@dataclass(frozen=True)
+class Page:
+    """What a source announces before it sends its shard.
+
+    Args:
+        header: header of the source's slot.
+        static: the static part.
+        omits_static: whether the spans of the static part are not sent.
+    """
+
+    header: SlotHeader
+    static: KnownPrefix
+    omits_static: bool
+
+    def encode(self) -> bytes:
+        """Serialize, to a fixed length."""
+        return self.header.encode() + self.static.encode() + bytes([self.omits_static])
+
+    @classmethod
+    def decode(cls, data: bytes) -> Page | None:
+        """Parse the result of `encode`; None if the source has no shard in this round."""
+        header = SlotHeader.decode(data[:HEADER_BYTES])
+        static = data[HEADER_BYTES:_PREFIXED_BYTES]
+        return None if header is None else cls(header, KnownPrefix.decode(static), bool(data[_PREFIXED_BYTES]))
+
+
+@dataclass(frozen=True)
+class ArrivedShard:
+    """What has arrived of a source's shard. The slot contains it, but is not sealed.
+
+    Args:
+        slot: the slot.
+        page: what the source has announced.
+        wrote_static: whether spans of the static part were written into the slot.
+        blob: the host state of the source.
+    """
+
+    slot: Slot
+    page: Page
+    wrote_static: bool
+    blob: torch.Tensor = field(repr=False)
+
+
 class ShardExchange:
     """Sends this rank's shard to its holders and receives the shards of its sources.
 
@@ -75,81 +121,91 @@ class ShardExchange:
         transport: transport between the ranks.
         holders: ranks that keep this rank's shard.
         rings: slot rings of this rank, by shard.
+        spans: returns the spans of a shard's bulk that are sent to a holder, given both.
     """
 
-    def __init__(self, transport: Transport, holders: Sequence[int], rings: Mapping[int, SlotRing]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        holders: Sequence[int],
+        rings: Mapping[int, SlotRing],
+        spans: Callable[[int, int], Sequence[slice]],
+    ) -> None:
         self._transport = transport
-        self._holders = holders
         self._rings = {shard: ring for shard, ring in rings.items() if shard != transport.rank}
+        self._to = {holder: spans(transport.rank, holder) for holder in holders}
+        self._from = {source: spans(source, transport.rank) for source in self._rings}
         self._sent = KnownPrefix()
         self._last: dict[int, Slot] = {}
         self._known: dict[Path, KnownPrefix] = {}
         self.sent_bytes = 0
 
-    def exchange(self, own: OutgoingShard | None, stamp_of: Callable[[int], Stamp]) -> dict[int, Slot]:
+    def exchange(
+        self,
+        own: OutgoingShard | None,
+        begun: Mapping[int, Slot],
+        stamp_of: Callable[[int], Stamp],
+        audits: tuple[Sequence[Message], Sequence[Message]] = ((), ()),
+    ) -> dict[int, ArrivedShard]:
         """Send and receive the shards of one round.
 
         Args:
             own: this rank's shard; None if it has none in this round.
+            begun: slots for shards of sources that this rank has begun to fill itself, by shard.
             stamp_of: expected stamp of a source's shard.
+            audits: short messages to send and to receive together with the headers.
 
         Returns:
-            The slots that now contain the version, by shard.
+            What has arrived, by shard.
 
         Raises:
             TransportError: a peer is lost or sends unexpected data.
         """
+        page = None
         sends: list[Message] = []
-        omits = own is not None and own.static == self._sent and not own.repeats_static
-        if own is not None:
-            parts = ((BULK, own.slot.bulk[own.static.length_bytes if omits else 0 :]), (BLOB, tensor_of(own.blob)))
-            self._sent = own.static
-            sends = [(holder, *part) for holder in self._holders for part in parts]
-            self.sent_bytes += sum(data.numel() for _, _, data in sends)
-        receives: list[Message] = []
-        arriving: dict[int, tuple[Slot, SlotHeader, KnownPrefix, torch.Tensor]] = {}
-        for source, (header, static, is_static_sent) in self._pages(own, omits=omits).items():
-            slot = self._begin(source, header, stamp_of(source), static if is_static_sent else None)
-            blob = receive_buffer(header.blob_bytes)
-            bulk = slot.bulk[static.length_bytes if is_static_sent else 0 :]
-            receives += [(source, BULK, bulk), (source, BLOB, blob)]
-            arriving[source] = slot, header, static, blob
-        self._transport.exchange(sends, receives)
-        for slot, header, static, blob in arriving.values():
-            slot.seal(replace(header.stamp, holder=self._transport.rank), bytes_of(blob), header.checksum)
-            self._known[slot.path] = static
-            self._last[header.stamp.shard] = slot
-        kept = {source: slot for source, (slot, *_) in arriving.items()}
-        return kept if own is None else {self._transport.rank: own.slot} | kept
-
-    def _pages(self, own: OutgoingShard | None, *, omits: bool) -> dict[int, tuple[SlotHeader, KnownPrefix, bool]]:
-        """Send the header page to holders and receive those of sources; an empty page announces no shard."""
-        page = bytes(_PAGE_BYTES + 1)
         if own is not None:
             assert own.slot.header is not None
-            page = own.slot.header.encode() + own.static.encode() + bytes([omits])
-        sent, pages = tensor_of(page), {source: receive_buffer(len(page)) for source in self._rings}
-        self._transport.exchange(
-            [(holder, PAGE, sent) for holder in self._holders], [(source, PAGE, page) for source, page in pages.items()]
-        )
-        received = {}
-        for source, buffer in pages.items():
-            data = bytes(bytes_of(buffer))
-            header = SlotHeader.decode(data[:HEADER_BYTES])
-            if header is not None:
-                received[source] = header, KnownPrefix.decode(data[HEADER_BYTES:_PAGE_BYTES]), bool(data[_PAGE_BYTES])
-        return received
+            page = Page(own.slot.header, own.static, own.static == self._sent and not own.repeats_static)
+            self._sent, blob = own.static, tensor_of(own.blob)
+            for holder, spans in self._to.items():
+                sends += [(holder, BLOB, blob), *_messages(holder, spans, own.slot, page)]
+            self.sent_bytes += sum(data.numel() for _, _, data in sends)
+        receives: list[Message] = []
+        arriving: dict[int, ArrivedShard] = {}
+        for source, announced in self._pages(page, audits).items():
+            arrived = arriving[source] = self._begin(source, announced, stamp_of(source), begun.get(source))
+            receives += [
+                (source, BLOB, arrived.blob),
+                *_messages(source, self._from[source], arrived.slot, announced),
+            ]
+        self._transport.exchange(sends, receives)
+        for source, arrived in arriving.items():
+            self._known[arrived.slot.path] = arrived.page.static
+            self._last[source] = arrived.slot
+        return arriving
 
-    def _begin(self, source: int, header: SlotHeader, expected: Stamp, omitted: KnownPrefix | None) -> Slot:
-        """Begin to overwrite the slot for a source's shard.
+    def _pages(self, own: Page | None, audits: tuple[Sequence[Message], Sequence[Message]]) -> dict[int, Page]:
+        """Send the page to holders and receive those of sources; an empty page announces no shard."""
+        sent = tensor_of(bytes(_PAGE_BYTES) if own is None else own.encode())
+        pages = {source: receive_buffer(_PAGE_BYTES) for source in self._rings}
+        self._transport.exchange(
+            [*((holder, PAGE, sent) for holder in self._to), *audits[0]],
+            [*((source, PAGE, page) for source, page in pages.items()), *audits[1]],
+        )
+        announced = {source: Page.decode(bytes(bytes_of(page))) for source, page in pages.items()}
+        return {source: page for source, page in announced.items() if page is not None}
+
+    def _begin(self, source: int, page: Page, expected: Stamp, begun: Slot | None) -> ArrivedShard:
+        """Begin to overwrite the slot for a source's shard, and write what the source omits.
 
         Args:
             source: rank of the shard.
-            header: received header.
+            page: what it announces.
             expected: expected stamp.
-            omitted: prefix that the source does not send; None if it sends everything.
+            begun: the slot, if this rank fills a part of it itself.
         """
-        slot, sent = self._rings[source].free(), replace(expected, holder=source)
+        slot = self._rings[source].free() if begun is None else begun
+        header, static, sent = page.header, page.static, replace(expected, holder=source)
         if header.stamp != sent or header.bulk_bytes != slot.bulk_bytes:
             raise TransportError(
                 f"rank {self._transport.rank}: rank {source} sends {header.stamp} of {header.bulk_bytes} bytes, "
@@ -157,12 +213,25 @@ class ShardExchange:
             )
         last = self._last.get(source)
         known = KnownPrefix() if last is None else self._known[last.path]
-        if omitted is not None and omitted != known:
+        if page.omits_static and static != known:
             raise TransportError(
-                f"rank {self._transport.rank}: rank {source} omits {omitted.length_bytes} bytes of {slot.path.name} "
-                f"({omitted.digest}), but {known.length_bytes} bytes are known here ({known.digest})"
+                f"rank {self._transport.rank}: rank {source} omits {static.length_bytes} bytes of {slot.path.name} "
+                f"({static.digest}), but {known.length_bytes} bytes are known here ({known.digest})"
             )
-        slot.begin(expected)
-        if last is not None and omitted is not None and self._known.get(slot.path) != omitted:
-            slot.bulk[: omitted.length_bytes].copy_(last.bulk[: omitted.length_bytes])
-        return slot
+        if begun is None:
+            slot.begin(expected)
+        in_static = [span for span in self._from[source] if span.stop <= static.length_bytes]
+        wrote = bool(in_static) and not (page.omits_static and self._known.get(slot.path) == static)
+        if last is not None and page.omits_static and wrote:
+            for span in in_static:
+                slot.bulk[span].copy_(last.bulk[span])
+        return ArrivedShard(slot, page, wrote, receive_buffer(header.blob_bytes))
+
+
+def _messages(peer: int, spans: Sequence[slice], slot: Slot, page: Page) -> list[Message]:
+    """The messages that carry spans of a slot to or from a peer."""
+    return [
+        (peer, SPANS + number, slot.bulk[span])
+        for number, span in enumerate(spans)
+        if not (page.omits_static and span.stop <= page.static.length_bytes)
+    ]

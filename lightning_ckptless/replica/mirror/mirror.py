@@ -1,17 +1,19 @@
 """The mirror: stage, send and commit each version in a round, in a background thread.
 
     training thread                     mirror thread
-    submit: begin the own slot,
-            copy what forward changes
-                                        stage   copy the rest of the own shard
+    submit: begin the slots, copy
+            what forward changes
+                                        stage   copy the rest of the own shard, and of what is held for others
     wait_staged, optimizer step         seal    checksum; header becomes `staged`
-                                        send    header page to holders, then bulk and blob
-                                        agree   does every rank have all its copies?
+                                        send    header page to holders, then host state, and what they do not have
+                                        verify  compare the checksum of what was filled in for others with theirs
+                                        agree   does every rank have all its copies, and do they agree?
                                         commit  headers become `committed`, on all ranks or on none
 
 If a rank has no data for a round (nothing submitted, or a copy torn by a write), the vote fails: all ranks abort the
-round and keep the previous version. Rounds use a transport of their own, so they are not ordered against collectives of
-training.
+round and keep the previous version. If replicas differ, all ranks discard them, find out in which pieces, and commit no
+further version: later ones follow from the one that differs. Rounds use a transport of their own, so they are not
+ordered against collectives of training.
 """
 
 from __future__ import annotations
@@ -23,65 +25,29 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
 
 from lightning_ckptless.errors import TransportError, let_go
+from lightning_ckptless.protocol.divergence import Difference
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
-from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined
+from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined, matches
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
-from lightning_ckptless.replica.mirror.exchange import KnownPrefix, OutgoingShard, ShardExchange
+from lightning_ckptless.replica.mirror.differences import locate_difference
+from lightning_ckptless.replica.mirror.exchange import ArrivedShard, KnownPrefix, OutgoingShard, ShardExchange
+from lightning_ckptless.replica.mirror.rotation import NOBODY, Rotation, Turn
+from lightning_ckptless.replica.mirror.round import Blob, Round
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
-from lightning_ckptless.replica.mirror.staging import PendingCopy, Stager
+from lightning_ckptless.replica.mirror.shard_copies import ShardCopier, ShardCopy, sent_spans
 from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.slot_ring import SlotRing
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Transport
-
-Blob = bytes | Callable[[], bytes]
-"""A rank's host state, or a function that returns it in the mirror thread, where waiting for a device is harmless."""
-
-
-@dataclass
-class Round:
-    """The round of a version. Without a pending copy, this rank takes part without data.
-
-    Args:
-        version: the version.
-        began_at: when it was submitted, on the performance counter.
-        slot: receives the rank's own shard.
-        pending: the late part of the copy; None once it is complete.
-        compared: the same, if it is to be compared with the live tensors before they change.
-        blob: host state of the rank.
-        staged: done when the copy is complete.
-        ended: done when the round is over.
-    """
-
-    version: Version
-    began_at: float
-    slot: Slot | None = None
-    pending: PendingCopy | None = None
-    compared: PendingCopy | None = None
-    blob: Blob = b""
-    staged: Future[None] = field(default_factory=Future)
-    ended: Future[None] = field(default_factory=Future)
-
-    def pack(self) -> bytes:
-        """The host state, serialized at the first call."""
-        if not isinstance(self.blob, bytes):
-            self.blob = self.blob()
-        return self.blob
-
-    def fail(self, error: BaseException) -> None:
-        """Raise an error in threads that wait for the round."""
-        for future in (self.staged, self.ended):
-            if not future.done():
-                future.set_exception(error)
 
 
 @dataclass
@@ -95,6 +61,7 @@ class MirrorStats:
         skipped: rounds in which this rank took part without data.
         aborted: rounds whose vote failed.
         torn: rounds in which a tensor of this rank changed while it was copied.
+        differing: rounds whose replicas differed.
         staged_bytes: bytes of tensor state copied into own slots.
         sent_bytes: bytes of tensor state and host state sent to holders.
         last_stage_s: seconds from `submit` until the last version was copied.
@@ -108,6 +75,7 @@ class MirrorStats:
     skipped: int = 0
     aborted: int = 0
     torn: int = 0
+    differing: int = 0
     staged_bytes: int = 0
     sent_bytes: int = 0
     last_stage_s: float = 0.0
@@ -135,6 +103,7 @@ class MirrorSettings:
         staging: `overlap`, or `blocking` to copy everything before `submit` returns.
         slots: number of slots of each ring; those beyond two hold the history.
         history_every: optimizer steps between two versions of the history.
+        verifies: whether holders fill in what their own tensors contain, and compare checksums; needs one.
     """
 
     checksum: str = "xxh3"
@@ -142,6 +111,7 @@ class MirrorSettings:
     staging: str = "overlap"
     slots: int = LEAST_SLOTS
     history_every: int = 1
+    verifies: bool = True
 
 
 _DEFAULT_SETTINGS = MirrorSettings()
@@ -172,6 +142,8 @@ class Mirror:
         rewind: the coordinated stop at which all ranks decide on a rewind.
         interval_after: first version in whose round all ranks sent the intervals that they accept, and the bitwise AND
             of those. All ranks know it after submitting the following version.
+        difference: the first version whose replicas differed; no version is committed after that.
+        torn: the last version of which a tensor changed before it was copied, found in time or not.
         stats: statistics so far.
 
     Raises:
@@ -194,6 +166,8 @@ class Mirror:
         self.committed = committed
         self.stop, self.rewind = CoordinatedStop(), CoordinatedStop()
         self.interval_after: tuple[Version, int] | None = None
+        self.difference: Difference | None = None
+        self.torn: Version | None = None
         self.stats = MirrorStats()
         self._arena = arena
         self._layout = layout
@@ -206,8 +180,17 @@ class Mirror:
         self._early: frozenset[str] = frozenset()
         self._rank = transport.rank
         self._rings = {shard: self._ring(shard) for shard in (self._rank, *placement.sources(self._rank))}
-        self._exchange = ShardExchange(transport, placement.holders[self._rank], self._rings)
-        self._stager = Stager(layout, self._rank)
+        self._verifies = settings.verifies and settings.checksum != NO_CHECKSUM
+        self._exchange = ShardExchange(
+            transport,
+            placement.holders[self._rank],
+            self._rings,
+            lambda shard, holder: sent_spans(layout, shard, holder, verifies=self._verifies),
+        )
+        copied = self._rings if self._verifies else {self._rank: self._rings[self._rank]}
+        self._copier = ShardCopier(layout, self._rank, copied)
+        self._rotation = Rotation(layout, self._rank, placement.holders if self._verifies else ())
+        self._rounds_begun = 0
         self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Round | None = None
@@ -225,6 +208,11 @@ class Mirror:
     def layout(self) -> Layout:
         """The layout of the mirrored state."""
         return self._layout
+
+    @property
+    def turns(self) -> int:
+        """Rounds after which every rank has been compared in full; 0 if none is compared in turns."""
+        return self._rotation.rounds
 
     @property
     def oldest(self) -> Version | None:
@@ -269,14 +257,14 @@ class Mirror:
         self, version: Version, tensors: Mapping[str, torch.Tensor], blob: Blob, blocking_names: Collection[str]
     ) -> float:
         stall_s = self._wait(self._last.ended if self._last is not None else None)
-        slot = self._rings[self._rank].free()
-        slot.begin(self._stamp(version, self._rank))
         began_at = perf_counter()
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
-        pending = self._stager.take(slot.bulk, tensors, early)
-        compared = pending if self._is_to_be_compared() else None
+        copies = self._copier.take(lambda shard: self._stamp(version, shard), tensors, early)
+        compared = copies if self._is_to_be_compared() else ()
+        turn = self._next_turn()
+        audited = self._rotation.live(NOBODY if self._blocking else turn, tensors, self._early)
         self.stats.submitted += 1
-        self._submitted = Round(version, began_at, slot, pending, compared, blob)
+        self._submitted = Round(version, began_at, copies, compared, turn, audited, blob)
         self._enqueue(self._submitted)
         return stall_s
 
@@ -319,7 +307,12 @@ class Mirror:
         """Take part in the round of a version without data, which aborts it on all ranks. Does not wait."""
         self._raise_failure()
         self.stats.skipped += 1
-        self._enqueue(Round(version, perf_counter()))
+        self._enqueue(Round(version, perf_counter(), turn=self._next_turn()))
+
+    def _next_turn(self) -> Turn:
+        turn = self._rotation.turn(self._rounds_begun)
+        self._rounds_begun += 1
+        return turn
 
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.
@@ -331,9 +324,10 @@ class Mirror:
         if round_ is None:
             return 0.0
         waited_s = self._wait(round_.staged)
-        compared, round_.compared = round_.compared, None
-        name = compared.different() if compared is not None else None
+        compared, round_.compared = round_.compared, ()
+        name = next((name for copy in compared if (name := copy.pending.different()) is not None), None)
         if name is not None:
+            self.torn = round_.version
             self._stage_blocking_from_now(
                 name,
                 f"between {round_.version} and the next optimizer step, so that version may mix old and new values",
@@ -379,7 +373,7 @@ class Mirror:
                 return
             self._thread = None
         let_go(self._failure)
-        self._stager.close()
+        self._copier.close()
         for ring in self._rings.values():
             ring.close()
 
@@ -423,57 +417,112 @@ class Mirror:
 
     def _run(self, round_: Round) -> None:
         self.stats.rounds += 1
-        sealed = self._stage(round_)
-        self._call_probe("send", round_.version)
-        written = self._exchange.exchange(sealed, lambda source: self._stamp(round_.version, source))
+        version, rewrites = round_.version, self._rewrites_static()
+        copies, found = self._stage(round_, rewrites=rewrites)
+        own = self._seal_own(round_, copies.get(self._rank), rewrites=rewrites)
+        self._call_probe("send", version)
+        begun = {shard: copy.slot for shard, copy in copies.items()}
+        audits = self._rotation.messages(round_.turn, found)
+        arrived = self._exchange.exchange(own, begun, lambda source: self._stamp(version, source), audits)
         self.stats.sent_bytes = self._exchange.sent_bytes
-        self._call_probe("agree", round_.version)
-        vote = self._vote(written.keys() == self._rings.keys())
+        written, differing = self._seal_arrived(arrived, copies)
+        if own is not None:
+            written[self._rank] = own.slot
+            if self._rotation.differs(round_.turn, audits[1], own.slot.bulk, self._early):
+                differing.append(self._rank)
+        self._call_probe("agree", version)
+        is_complete = written.keys() == self._rings.keys() and self.difference is None
+        vote = replace(self._vote(is_complete), no_difference=not differing and self.difference is None)
         outcome = vote.combine(self._transport.vote)
         if outcome.accepted_intervals is not None and self.interval_after is None:
-            self.interval_after = round_.version, outcome.accepted_intervals
-        if outcome.complete:
-            self._commit(written, round_.version)
+            self.interval_after = version, outcome.accepted_intervals
+        if not outcome.no_difference:
+            self._discard(version, written, differing)
+        elif outcome.complete:
+            self._commit(written, version)
         else:
             self.stats.aborted += 1
         if outcome.stop is not None and not self.stop.is_agreed:
             self.stop.agree(self._transport.gather, outcome.stop)
-        if not outcome.no_rewind and not self.rewind.is_agreed:
+        if not (outcome.no_rewind and outcome.no_difference) and not self.rewind.is_agreed:
             self.rewind.agree(self._transport.gather)
         self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
 
-    def _stage(self, round_: Round) -> OutgoingShard | None:
-        """Fill the own slot and seal it; None if there is nothing to seal."""
-        pending, slot = round_.pending, round_.slot
-        if pending is None or slot is None:
-            return None
+    def _rewrites_static(self) -> bool:
         slots = self._settings.slots
-        is_rewritten = self.stats.rounds % (REWRITE_ROUNDS * slots) >= (REWRITE_ROUNDS - 1) * slots
-        if is_rewritten:
-            pending.static.forget()
-        unwritten_bytes = self._stager.finish(pending, lambda: self._call_probe("stage", round_.version))
-        torn = pending.changed()
+        return self.stats.rounds % (REWRITE_ROUNDS * slots) >= (REWRITE_ROUNDS - 1) * slots
+
+    def _stage(self, round_: Round, *, rewrites: bool) -> tuple[dict[int, ShardCopy], str]:
+        """Complete the copies of this rank's tensors.
+
+        Returns:
+            The copies by shard, none if they are torn, and the digest of what is compared for another rank.
+        """
+        copies, round_.copies = round_.copies, ()
+        if not copies:
+            return {}, ""
+        version = round_.version
+        staged_bytes = self._copier.finish(copies, lambda: self._call_probe("stage", version), rewrites=rewrites)
+        found = round_.audited.digest()
+        torn = next((name for copy in copies if (name := copy.pending.changed()) is not None), None)
         self.stats.last_stage_s = perf_counter() - round_.began_at
         round_.staged.set_result(None)
-        round_.pending = None
         if torn is not None:
             self.stats.torn += 1
-            self._stage_blocking_from_now(torn, f"while {round_.version} was copied, so this version is discarded")
-            return None
-        self.stats.staged_bytes += slot.bulk_bytes - unwritten_bytes
-        pending.static.settle()
-        static = KnownPrefix(self._layout.static_bytes(self._rank), pending.static.digest)
-        checksum = self._checksum_of(slot, static, round_.pack())
-        slot.seal(self._stamp(round_.version, self._rank), round_.pack(), checksum)
-        return OutgoingShard(slot, round_.pack(), static, repeats_static=is_rewritten)
+            self.torn = version
+            self._stage_blocking_from_now(torn, f"while {version} was copied, so this version is discarded")
+            return {}, ""
+        self.stats.staged_bytes += staged_bytes
+        return {copy.shard: copy for copy in copies}, found
 
-    def _checksum_of(self, slot: Slot, static: KnownPrefix, blob: bytes) -> str:
+    def _seal_own(self, round_: Round, copy: ShardCopy | None, *, rewrites: bool) -> OutgoingShard | None:
+        if copy is None:
+            return None
+        blob, checksum, static = round_.pack(), *self._checksum_of(copy, round_.pack())
+        copy.slot.seal(self._stamp(round_.version, self._rank), blob, checksum)
+        return OutgoingShard(copy.slot, blob, static, repeats_static=rewrites)
+
+    def _checksum_of(self, copy: ShardCopy, blob: bytes | memoryview) -> tuple[str, KnownPrefix]:
+        """The checksum of a slot that this rank has filled, and its static part."""
+        copy.pending.static.settle()
+        static = KnownPrefix(self._layout.static_bytes(copy.shard), copy.pending.static.digest)
         if self._settings.checksum == NO_CHECKSUM:
-            return ""
-        changed = bytes_of(slot.bulk[static.length_bytes :]), blob
+            return "", static
+        changed = bytes_of(copy.slot.bulk[static.length_bytes :]), blob
         rest = digest(self._settings.checksum, changed, threads=self._settings.threads)
-        return joined(static.length_bytes, static.digest, rest)
+        return joined(static.length_bytes, static.digest, rest), static
+
+    def _seal_arrived(
+        self, arrived: Mapping[int, ArrivedShard], copies: Mapping[int, ShardCopy]
+    ) -> tuple[dict[int, Slot], list[int]]:
+        """Seal the slots held for other ranks; returns them, and the shards whose source has other bytes."""
+        written: dict[int, Slot] = {}
+        differing: list[int] = []
+        for shard, arriving in arrived.items():
+            slot, blob, checksum = arriving.slot, bytes_of(arriving.blob), arriving.page.header.checksum
+            if self._verifies:
+                if shard not in copies:
+                    continue  # The vote fails: this rank has no data in this round.
+                if arriving.wrote_static:
+                    copies[shard].pending.static.received()
+                found, _ = self._checksum_of(copies[shard], blob)
+                # A source with another number of threads writes the same digest in another form.
+                if found != checksum and not matches(checksum, (bytes_of(slot.bulk), blob)):
+                    checksum = found
+                    differing.append(shard)
+            slot.seal(replace(arriving.page.header.stamp, holder=self._rank), blob, checksum)
+            written[shard] = slot
+        return written, differing
+
+    def _discard(self, version: Version, written: Mapping[int, Slot], differing: Collection[int]) -> None:
+        """Discard a version whose replicas differ, or that follows from one, and find out where they differ."""
+        self.stats.differing += 1
+        self.stats.aborted += 1
+        if self.difference is None:
+            self.difference = locate_difference(version, differing, written, self._layout, self._transport)
+        for slot in written.values():
+            slot.discard()
 
     def _stage_blocking_from_now(self, name: str, when: str) -> None:
         if not self._blocking:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 
-_COMPLETE, _NO_END, _NO_HAND_OVER, _HAS_INTERVALS, _NO_REWIND = 1, 2, 4, 8, 16
-_INTERVALS_SHIFT = 5
+_COMPLETE, _NO_END, _NO_HAND_OVER, _HAS_INTERVALS, _NO_REWIND, _NO_DIFFERENCE = 1, 2, 4, 8, 16, 32
+_INTERVALS_SHIFT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +25,22 @@ class RoundVote:
     | 2 | `stop` is not `HAND_OVER` | the rank was not asked to hand over | the same |
     | 3 | `accepted_intervals` is not None | the rank knows which intervals it accepts | every rank knows |
     | 4 | `no_rewind` | the rank asks for no rewind | no rank does; otherwise all stop at one point to decide |
-    | 5 and up | `accepted_intervals` | one bit per interval that it accepts | the intervals that all accept |
+    | 5 | `no_difference` | what the rank has filled in for others agrees with its source | no replica differs |
+    | 6 and up | `accepted_intervals` | one bit per interval that it accepts | the intervals that all accept |
 
     Args:
         complete: see the table.
         stop: why the ranks are to stop; None if they may continue.
         accepted_intervals: intervals between versions, as bits (see `protocol.mirror_interval`); None if unknown.
         no_rewind: see the table.
+        no_difference: see the table.
     """
 
     complete: bool
     stop: StopPurpose | None = None
     accepted_intervals: int | None = None
     no_rewind: bool = True
+    no_difference: bool = True
 
     def encode(self) -> int:
         """Convert to bits."""
@@ -45,6 +48,7 @@ class RoundVote:
         bits |= 0 if self.stop is StopPurpose.END else _NO_END
         bits |= 0 if self.stop is StopPurpose.HAND_OVER else _NO_HAND_OVER
         bits |= _NO_REWIND if self.no_rewind else 0
+        bits |= _NO_DIFFERENCE if self.no_difference else 0
         if self.accepted_intervals is not None:
             bits |= _HAS_INTERVALS | self.accepted_intervals << _INTERVALS_SHIFT
         return bits
@@ -55,7 +59,7 @@ class RoundVote:
         intervals = bits >> _INTERVALS_SHIFT if bits & _HAS_INTERVALS else None
         stop = None if bits & _NO_HAND_OVER else StopPurpose.HAND_OVER
         stop = stop if bits & _NO_END else StopPurpose.END
-        return cls(bool(bits & _COMPLETE), stop, intervals, bool(bits & _NO_REWIND))
+        return cls(bool(bits & _COMPLETE), stop, intervals, bool(bits & _NO_REWIND), bool(bits & _NO_DIFFERENCE))
 
     def combine(self, conjunction: Callable[[int], int]) -> RoundVote:
         """Combine with the votes of the other ranks. Collective.

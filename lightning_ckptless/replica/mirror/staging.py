@@ -24,7 +24,7 @@ import torch
 
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.internals.torch_internals import foreach_copy, version_counters
-from lightning_ckptless.replica.layout.layout import Layout, live_views, local_name, slot_views
+from lightning_ckptless.replica.layout.layout import Layout, live_views, local_name, pieces_for, slot_views
 from lightning_ckptless.replica.mirror.device_copy import DeviceCopier
 from lightning_ckptless.replica.mirror.static import Pair, StaticPart
 
@@ -77,7 +77,7 @@ class PendingCopy:
 
 @dataclass
 class _Sources:
-    """Live views of the own shard, valid as long as the tensors have the same memory, shapes and strides.
+    """Live views of the pieces, valid as long as the tensors have the same memory, shapes and strides.
 
     Addresses are compared before each copy. Shapes and strides take twice as long to read, and change without the
     address only if a script assigns to `tensor.data`: they are compared after it, in the mirror thread.
@@ -119,17 +119,20 @@ class _CopyPlan:
 
 
 class Stager:
-    """Fills slots with a rank's own shard.
+    """Fills slots with the pieces of a shard that a rank's tensors contain: of its own shard, all of them.
 
     Args:
         layout: layout of the state.
         rank: this rank.
+        shard: index of the shard; None for the rank's own.
     """
 
-    def __init__(self, layout: Layout, rank: int) -> None:
+    def __init__(self, layout: Layout, rank: int, shard: int | None = None) -> None:
         self._layout = layout
         self._rank = rank
-        self._names = [local_name(chunk, rank) for chunk in layout.of(rank)]
+        self._shard = rank if shard is None else shard
+        self._pieces = pieces_for(layout, self._shard, rank)
+        self._names = [local_name(chunk, rank) for chunk in self._pieces]
         self._sources = _Sources()
         self._targets: dict[int, list[torch.Tensor]] = {}
         self._plans: dict[int, _CopyPlan] = {}
@@ -199,10 +202,13 @@ class Stager:
     def _static_part(
         self, bulk: torch.Tensor, pairs: Sequence[tuple[str, torch.Tensor, torch.Tensor]], early: frozenset[str]
     ) -> StaticPart:
-        chunks = [chunk for chunk in self._layout.of(self._rank) if chunk.static]
+        chunks = [chunk for chunk in self._pieces if chunk.static]
         first = pairs[: len(chunks)]
         return StaticPart(
-            chunks, bulk, [(target, source) for _, target, source in first], [name not in early for name, _, _ in first]
+            chunks,
+            bulk[: self._layout.static_bytes(self._shard)],
+            [(target, source) for _, target, source in first],
+            [name not in early for name, _, _ in first],
         )
 
     def _copy_now(self, pairs: list[Pair], pending: PendingCopy) -> None:
@@ -269,14 +275,14 @@ class Stager:
                         f"rank {self._rank}: {name} is {tensor.dtype}{list(tensor.shape)}, expected {held[name]}: the "
                         "layout of the state must not change during training"
                     )
-            views = live_views(self._layout, self._rank, self._rank, tensors)
+            views = live_views(self._layout, self._shard, self._rank, tensors)
             self._sources = _Sources(self._names, addresses, _shapes_of(own), views)
         return self._sources
 
     def _views_of(self, bulk: torch.Tensor) -> list[torch.Tensor]:
         at = bulk.data_ptr()
         if at not in self._targets:
-            self._targets[at] = slot_views(self._layout, self._rank, bulk)
+            self._targets[at] = slot_views(self._layout, self._shard, bulk, rank=self._rank)
         return self._targets[at]
 
 

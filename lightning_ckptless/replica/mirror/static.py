@@ -1,8 +1,9 @@
 """The static part of a shard: tensors expected not to change, such as frozen weights. Only changed data is written.
 
 A slot still contains what was written into it before. At every version the live tensors are compared with that by a
-128-bit digest, and only tensors that differ are copied. A holder that already has the static part is not sent it again
-either. So a wrong guess about which tensors are static costs time, but never correctness.
+128-bit digest, and only tensors that differ are copied. What a holder cannot copy from its own tensors is not sent to
+it again either while the static part is the same. So a wrong guess about which tensors are static costs time, but never
+correctness.
 
 Cheaper criteria do not suffice. torch counts in-place writes per tensor, but neither writes through `.data`, which are
 common for averaged copies of a model, nor those of fused optimizers on CPUs. Disabled gradients do not exclude either.
@@ -21,7 +22,7 @@ from itertools import groupby
 import torch
 
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.layout.layout import Chunk, aligned
+from lightning_ckptless.replica.layout.layout import Chunk
 
 ALGORITHM = "xxh3"
 LEAST_BYTES = 64 * 1024
@@ -49,11 +50,11 @@ class _Span:
 
 
 class StaticPart:
-    """The static part of the own shard in one slot.
+    """The static part of a shard in one slot.
 
     Args:
-        chunks: its pieces, ordered by offset.
-        bulk: tensor state of the slot: uint8 of shape [bulk bytes].
+        chunks: its pieces that this rank's tensors contain, ordered by offset.
+        in_slot: the bytes of the whole part in the slot: uint8 of shape [static bytes].
         pairs: target and source of each piece.
         late: whether each piece is copied late.
 
@@ -64,20 +65,20 @@ class StaticPart:
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk], bulk: torch.Tensor, pairs: Sequence[Pair], late: Sequence[bool]
+        self, chunks: Sequence[Chunk], in_slot: torch.Tensor, pairs: Sequence[Pair], late: Sequence[bool]
     ) -> None:
         live = [_readable(source) if is_late else None for (_, source), is_late in zip(pairs, late, strict=True)]
         self.compared = frozenset(index for index, readable in enumerate(live) if readable is not None)
         self.compared_bytes = sum(chunks[index].nbytes for index in self.compared)
         self.digest = ""
         self._spans: list[_Span] = []
-        self._in_slot = bulk[: max((aligned(chunk.at + chunk.nbytes) for chunk in chunks), default=0)]
+        self._in_slot = in_slot
         for is_compared, group in groupby(range(len(chunks)), key=lambda index: index in self.compared):
             run = list(group)
             # Consecutive pieces that are always copied are digested in one call.
             for first, last in zip(run, run, strict=True) if is_compared else [(run[0], run[-1])]:
-                in_slot = bulk[chunks[first].at : chunks[last].at + chunks[last].nbytes]
-                self._spans.append(_Span(in_slot, live[first], pairs[first] if is_compared else None))
+                span = in_slot[chunks[first].at : chunks[last].at + chunks[last].nbytes]
+                self._spans.append(_Span(span, live[first], pairs[first] if is_compared else None))
 
     def outdated(self) -> list[Pair]:
         """The compared pieces that have to be copied. Their digests are unknown until `settle`."""
@@ -100,6 +101,10 @@ class StaticPart:
                 span.digest = found
         if not same:
             self.digest = _digest(self._in_slot)
+
+    def received(self) -> None:
+        """Take note that pieces which this rank's tensors do not contain were written into the slot."""
+        self.digest = ""
 
     def forget(self) -> None:
         """Force all pieces to be written again, so that damage in shared memory is repaired."""

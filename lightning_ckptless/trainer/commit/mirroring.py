@@ -21,13 +21,15 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
-from lightning_ckptless.replica.mirror.mirror import Blob, Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rank_state import RankState
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
 from lightning_ckptless.trainer.commit.run_end import RunEnd
+from lightning_ckptless.trainer.rewind.audit import Audit
 from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.checkpoint_recipe import recipe_of
@@ -62,6 +64,7 @@ class Mirroring:
         rank_state: captures what a version contains besides tensors.
         end: ends the run with a version.
         rewinding: the rewinds that this rank asks for.
+        audit: decides what follows if replicas differ.
         probe: called in the mirror thread with the moment of a round and its version.
         since: version that the run starts from; None if it starts from its beginning or joins a run in progress.
 
@@ -77,6 +80,7 @@ class Mirroring:
         rank_state: RankState,
         end: RunEnd,
         rewinding: Rewinding,
+        audit: Audit,
         probe: Callable[[str, Version], None],
         since: Version | None = None,
     ) -> None:
@@ -90,6 +94,7 @@ class Mirroring:
         self._rank_state = rank_state
         self._end = end
         self._rewinding = rewinding
+        self._audit = audit
         self._probe = probe
         self._ends_here = False
         self._mirror: Mirror | None = None
@@ -182,10 +187,30 @@ class Mirroring:
         Raises:
             GoBackError: all ranks go back to an earlier version instead.
             RewindError: they were to go back, and cannot.
+            DivergenceError: replicas differ, and the run must not go on.
         """
-        self._rewinding.stop_if_due(self._mirror)
+        self.stop_if_due()
         self._ends_here = self._end.is_with(self._mirror)
         return self._ends_here
+
+    def stop_if_due(self, *, at_end: bool = False) -> None:
+        """Called by all ranks between two steps: go back, or act on replicas that differ, if they have agreed to.
+
+        Args:
+            at_end: whether no step follows.
+
+        Raises:
+            GoBackError: all ranks go back to an earlier version.
+            RewindError: they were to go back, and cannot.
+            DivergenceError: replicas differ, and the run must not go on.
+        """
+        planned, mirror = self._planned, self._mirror
+        if planned is None or mirror is None:
+            return
+        verified = not self._audit.sends
+        self._rewinding.stop_if_due(mirror, planned.index.read, at_end=at_end)
+        if verified and self._audit.sends:
+            self._mirror = self._open(planned, committed=mirror.committed)
 
     def end_if_asked(self) -> None:
         """End the run after a batch if all ranks have agreed to.
@@ -307,8 +332,9 @@ class Mirroring:
         planned = self._planned = Planned(layout, index)
         if self._seen is None:
             self._require_room_for_history(layout)
-        committed = self._mirror.committed if self._mirror is not None else None
-        mirror = self._mirror = self._open(planned, committed=committed)
+        previous = self._mirror
+        mirror = self._mirror = self._open(planned, committed=None if previous is None else previous.committed)
+        mirror.difference = None if previous is None else previous.difference
         self._keep_recipe(planned)
         return planned, mirror
 
@@ -350,9 +376,10 @@ class Mirroring:
             settings=MirrorSettings(
                 options.checksum,
                 threads_of_a_rank(len(ranks), beside_training=True),
-                options.staging,
+                "blocking" if self._audit.stages_blocking else options.staging,
                 slots,
                 options.history_every,
+                verifies=options.verifies_replicas and not self._audit.sends,
             ),
             committed=committed,
             probe=self._probe,

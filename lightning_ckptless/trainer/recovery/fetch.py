@@ -18,7 +18,12 @@ from lightning_ckptless.trainer.state.trust import host_state_of
 
 
 def fetch_version(
-    session: Session, virtual_ranks: VirtualRanks, found: Complete, *, goes_back: bool = False
+    session: Session,
+    virtual_ranks: VirtualRanks,
+    found: Complete,
+    *,
+    goes_back: bool = False,
+    abandons_files: bool = False,
 ) -> Restoration:
     """Fetch a version and roll the checkpoint files back to it. All ranks call it together.
 
@@ -28,7 +33,8 @@ def fetch_version(
         session: session of this rank.
         virtual_ranks: the virtual ranks that this rank runs; their number becomes that of the version.
         found: the version.
-        goes_back: whether all ranks rewind to it, rather than recover: checkpoint files written since stay.
+        goes_back: whether all ranks rewind to it, rather than recover.
+        abandons_files: whether checkpoint files written since stay.
 
     Raises:
         LaunchError: under a foreign agent: the limit on recoveries has been reached.
@@ -49,7 +55,7 @@ def fetch_version(
     # Set before the state is restored: the dataloaders are set up first, and depend on it.
     virtual_ranks.count = restoration.host_state["virtual_ranks"]["count"]
     session.report.fetched(found, moved, step_in_flight(arena.path, transport))
-    if session.trainer.is_global_zero and goes_back:
+    if session.trainer.is_global_zero and abandons_files:
         session.files.abandon(version)
     elif session.trainer.is_global_zero:
         session.files.roll_back(version)

@@ -17,6 +17,7 @@ from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.results import show_on_progress_bar
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
+from lightning_ckptless.protocol.divergence import MOST_NAMED, Finding, Judgement
 from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases, phases_from
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan
 from lightning_ckptless.protocol.mtbf import Mtbf, observed_mtbf
@@ -438,6 +439,25 @@ class RunReport:
         if self.is_reporter:
             self.ledger.record("rewind_refused", reason=reason)
             self._say(f"not rewound: {reason}")
+
+    def diverged(self, finding: Finding, found: Judgement) -> None:
+        """Report that replicas differ, and what follows."""
+        if self.is_reporter:
+            difference = finding.difference
+            self.ledger.record(
+                "divergence",
+                step=difference.version.optimizer_step,
+                version=str(difference.version),
+                committed=-1 if finding.committed is None else finding.committed.optimizer_step,
+                tensors=[str(piece) for piece in finding.pieces[:MOST_NAMED]],
+                ranks=list(finding.ranks),
+                wrong=list(finding.wrong),
+                consequence=found.consequence.name.lower(),
+                in_a_row=found.past.count,
+            )
+            if found.version is None:
+                # Otherwise the reason is that of the rewind.
+                self._say(f"replicas differ: {found.reason}")
 
     # ------------------------------------------------------------------ recoveries
 

@@ -47,8 +47,9 @@ class GoingBack:
         Raises:
             GoBackError: all ranks go back.
             RewindError: they cannot, and the run must not go on.
+            DivergenceError: replicas differ, and the run must not go on.
         """
-        self._running.rewinding.stop_if_due(self._running.mirroring.mirror, at_end=True)
+        self._running.mirroring.stop_if_due(at_end=True)
 
     def carry_out(self, plan: RewindPlan) -> Version:
         """Go back to the version of a plan. All ranks call it together, between two steps.
@@ -72,7 +73,9 @@ class GoingBack:
         found = choose(members.arena, members.transport, members.nodes, newest=plan.version)
         if not isinstance(found, Complete):
             raise StateMissingError(f"rank {session.rank}: {plan.reason}: {found.reason}")
-        restoration = fetch_version(session, self._data.virtual_ranks, found, goes_back=True)
+        restoration = fetch_version(
+            session, self._data.virtual_ranks, found, goes_back=True, abandons_files=plan.is_answer
+        )
         restoration.is_mirrored_next, state = True, restoration.host_state
         state["rewinds"] = carried_out(state["rewinds"], plan)
         skipped = 0

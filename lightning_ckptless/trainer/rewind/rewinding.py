@@ -9,12 +9,15 @@ What the script has asked for is part of the versions: a fault before the decisi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
+
 from lightning_ckptless.errors import OptionsError, RewindError
 from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.protocol.divergence import Difference
 from lightning_ckptless.protocol.rewind import (
     PastRewinds,
     RewindAsked,
@@ -27,6 +30,7 @@ from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.restore import gather_inventory
 from lightning_ckptless.trainer.data.skipping import obstacle_to_skipping
+from lightning_ckptless.trainer.rewind.audit import Audit
 from lightning_ckptless.trainer.session.session import Session
 
 
@@ -53,12 +57,14 @@ class Rewinding:
         session: session of this rank.
         loops: loops of the trainer.
         decided: called when a request from another terminal is decided.
+        audit: decides what follows if replicas differ.
     """
 
-    def __init__(self, session: Session, loops: FitLoops, decided: Decided) -> None:
+    def __init__(self, session: Session, loops: FitLoops, decided: Decided, audit: Audit) -> None:
         self._session = session
         self._loops = loops
         self._decided = decided
+        self._audit = audit
         self._asked: list[RewindAsked] = []
         self.past = PastRewinds()
         self._captured = RewindState(), RewindState().to_dict()
@@ -113,16 +119,21 @@ class Rewinding:
         """Whether this rank asks for a rewind; read in the mirror thread."""
         return bool(self._asked)
 
-    def stop_if_due(self, mirror: Mirror | None, *, at_end: bool = False) -> None:
+    def stop_if_due(
+        self, mirror: Mirror | None, tensors: Callable[[], Mapping[str, Tensor]], *, at_end: bool = False
+    ) -> None:
         """Called by all ranks between two steps: decide if all ranks have agreed to stop here.
 
         Args:
             mirror: mirror of the generation; None before its first version.
+            tensors: returns this rank's live tensors, by name.
             at_end: whether no step follows, so that this is the last chance.
 
         Raises:
             GoBackError: all ranks go back.
             RewindError: they cannot, and the run must not go on.
+            DivergenceError: replicas differ, and the run must not go on.
+            TransportError: a rank is replaced, because its replicas differ again.
         """
         if mirror is None:
             return
@@ -130,13 +141,25 @@ class Rewinding:
             mirror.settle()
         if mirror.rewind.is_agreed if at_end else mirror.rewind.passes():
             mirror.settle()
+            if mirror.difference is not None:
+                self._heal(mirror, mirror.difference, tensors())
             self._decide(mirror)
             mirror.rewind = CoordinatedStop()
+
+    def _heal(self, mirror: Mirror, difference: Difference, tensors: Mapping[str, Tensor]) -> None:
+        found = self._audit.settle(mirror, difference, tensors)
+        mirror.difference = None
+        if found.version is not None:
+            step = int(self._session.trainer.global_step)
+            reason = f"from step {step} back to {found.version}: {found.reason}"
+            raise GoBackError(RewindPlan(found.version, step, 0, 0, self.past, reason, is_answer=False))
 
     def _decide(self, mirror: Mirror) -> None:
         members, layout = self._session.members, mirror.layout
         mine, self._asked = self._asked, []
         asked = [RewindAsked(**each) for told in members.gather([asdict(each) for each in mine]) for each in told]
+        if not asked:
+            return
         inventory = gather_inventory(members.arena, members.transport, reads=members.rank == members.ranks_of_node[0])
         kept = complete_versions(inventory, world_size=members.world_size, layout=layout.digest)
         committed = mirror.committed
@@ -156,7 +179,7 @@ class Rewinding:
     def capture(self) -> dict[str, Any]:
         """Return what a version contains about rewinds; as long as that stays the same, the same object."""
         asked = tuple(each for each in self._asked if not each.request)
-        state = RewindState(asked, self.past)
+        state = RewindState(asked, self.past, self._audit.sends)
         if state != self._captured[0]:
             self._captured = state, state.to_dict()
         return self._captured[1]
@@ -165,9 +188,10 @@ class Rewinding:
         """Restore what `capture` returned; requests from another terminal stay."""
         state = RewindState.from_dict(saved)
         self._asked = [*state.asked, *(each for each in self._asked if each.request)]
-        self.past = state.past
+        self.past, self._audit.sends = state.past, state.sends_replicas
 
 
 def carried_out(saved: dict[str, Any], plan: RewindPlan) -> dict[str, Any]:
     """The state of rewinds in the version that the ranks go back to."""
-    return replace(RewindState.from_dict(saved), asked=(), past=plan.past).to_dict()
+    state = RewindState.from_dict(saved)
+    return replace(state, asked=() if plan.is_answer else state.asked, past=plan.past).to_dict()

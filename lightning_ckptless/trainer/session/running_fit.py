@@ -21,6 +21,7 @@ from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
+from lightning_ckptless.trainer.rewind.audit import Audit
 from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.rate_search import RateSearches
 from lightning_ckptless.trainer.session.session import Session
@@ -61,9 +62,12 @@ class RunningFit:
         every_step = session.options.mirror_every_n_steps == 1
         self.batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
         self.end = RunEnd(trainer, watcher)
-        self.rewinding = Rewinding(session, loops, self._answer)
+        audit = Audit(session, since)
+        self.rewinding = Rewinding(session, loops, self._answer, audit)
         self.rank_state = RankState(session, data, self.batches, self.rewinding)
-        mirroring = self.mirroring = Mirroring(session, self.rank_state, self.end, self.rewinding, self._probe, since)
+        mirroring = self.mirroring = Mirroring(
+            session, self.rank_state, self.end, self.rewinding, audit, self._probe, since
+        )
         self.boundaries = StepBoundaries(
             loops,
             self._commit,

@@ -18,8 +18,10 @@ from lightning_ckptless.options import (
     Checksum,
     ElasticBatch,
     EveryNSteps,
+    OnDivergence,
     OnLate,
     OnUnrecoverable,
+    Replicas,
     Staging,
 )
 from lightning_ckptless.trainer.state.gradient_buckets import note_summed
@@ -82,6 +84,8 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         health_check_every_s: float | None = None,
         drain_stragglers_after_s: float | None = None,
         straggler_factor: float = 1.5,
+        replicas: Replicas | None = None,
+        on_divergence: OnDivergence = "heal",
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

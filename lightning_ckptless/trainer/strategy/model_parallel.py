@@ -33,8 +33,10 @@ from lightning_ckptless.options import (
     Checksum,
     ElasticBatch,
     EveryNSteps,
+    OnDivergence,
     OnLate,
     OnUnrecoverable,
+    Replicas,
     Staging,
 )
 from lightning_ckptless.trainer.elastic.world_change import resize_sharded_state
@@ -95,6 +97,8 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         health_check_every_s: float | None = None,
         drain_stragglers_after_s: float | None = None,
         straggler_factor: float = 1.5,
+        replicas: Replicas | None = None,
+        on_divergence: OnDivergence = "heal",
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,

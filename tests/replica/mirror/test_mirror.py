@@ -61,15 +61,18 @@ def test_the_two_slots_alternate(world: MakeWorld) -> None:
     assert held == [3, 4]
 
 
-def test_stats_count_what_was_done(world: MakeWorld) -> None:
-    ranks = world(2).begin()
+@pytest.mark.parametrize("verifies", [True, False])
+def test_stats_count_what_was_done(world: MakeWorld, verifies: bool) -> None:
+    ranks = world(2).begin(verifies=verifies)
     for step in (1, 2):
         ranks.submit(step)
     ranks.settle()
     stats = ranks.mirrors[0].stats
     own_bytes = ranks.layout().bulk_bytes(0)
+    # A holder has all but the private tensor.
+    sent_bytes = 9 * 4 if verifies else own_bytes
     assert (stats.rounds, stats.committed, stats.aborted, stats.torn) == (2, 2, 0, 0)
-    assert stats.staged_bytes == 2 * own_bytes and stats.sent_bytes == 2 * (own_bytes + len(b"blob 0 1"))
+    assert stats.staged_bytes == 2 * own_bytes and stats.sent_bytes == 2 * (sent_bytes + len(b"blob 0 1"))
     assert stats.last_round_s >= stats.last_stage_s > 0
 
 

@@ -65,7 +65,7 @@ def test_the_static_part_comes_first_and_both_parts_are_balanced() -> None:
 @pytest.mark.parametrize("checksum", ["xxh3", "none"])
 def test_frozen_bytes_are_sent_once(world: MakeWorld, checksum: str, staging: str) -> None:
     layout = tuned_layout(2)
-    ranks = world(2).begin(layout=layout, checksum=checksum, staging=staging)
+    ranks = world(2).begin(layout=layout, checksum=checksum, staging=staging, verifies=False)
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 11))
     bulk, still = layout.bulk_bytes(0), layout.static_bytes(0)
@@ -75,6 +75,29 @@ def test_frozen_bytes_are_sent_once(world: MakeWorld, checksum: str, staging: st
     staged = ranks.mirrors[0].stats.staged_bytes
     # Late tensors are compared in place; non-contiguous or small ones are copied anyway.
     assert staged == 10 * bulk if staging == "blocking" else staged < 2 * bulk + 8 * 0.25 * bulk
+
+
+def test_frozen_private_bytes_are_sent_once_to_a_holder_that_fills_in_the_rest(world: MakeWorld) -> None:
+    layout = plan_layout([
+        (
+            *describe({"frozen": tuned(0)["frozen"]}, replicated=True),
+            *(replace(d, static=True) for d in describe({"mask": torch.ones(5000)}, replicated=False)),
+            *describe({"mean": tuned(0)["mean"]}, replicated=False),
+        )
+    ] * 2)  # fmt: skip
+    ranks = world(2).begin(layout=layout, slots=3)
+    for arena in ranks.arenas:
+        arena.write_layout(layout)
+    states = [tuned(0) | {"mask": torch.full((5000,), float(rank + 20))} for rank in range(2)]
+    train(ranks, states, range(1, 8))
+    blobs = sum(len(f"blob 0 {step}") for step in range(1, 8))
+    assert ranks.mirrors[0].stats.sent_bytes == states[0]["mask"].nbytes + 7 * states[0]["mean"].nbytes + blobs
+    for lost in range(2):
+        assert ranks.values(without=[lost]) == {1.0, 7.0, 20.0, 21.0}
+    states[1]["mask"].fill_(22)
+    train(ranks, states, range(8, 12))
+    for lost in range(2):
+        assert ranks.values(without=[lost]) == {1.0, 11.0, 20.0, 22.0}
 
 
 def _in_place(tensor: torch.Tensor) -> None:
@@ -150,12 +173,12 @@ def test_a_torn_round_is_not_relied_on(world: MakeWorld) -> None:
 
 
 def test_a_new_generation_assumes_no_known_prefix(world: MakeWorld) -> None:
-    ranks = world(2).begin(layout=(layout := tuned_layout(2)))
+    ranks = world(2).begin(layout=(layout := tuned_layout(2)), verifies=False)
     for arena in ranks.arenas:
         arena.write_layout(layout)
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 4))
-    ranks.begin(layout=layout, committed=Version(3, True))
+    ranks.begin(layout=layout, committed=Version(3, True), verifies=False)
     for state in states:
         state["frozen"].fill_(4)
     train(ranks, states, range(4, 6))
@@ -180,14 +203,14 @@ def test_damage_to_the_static_part_is_detected_and_repaired(world: MakeWorld, mo
 
 
 def test_a_holder_whose_ring_is_at_another_slot_copies_the_frozen_bytes_itself(world: MakeWorld) -> None:
-    ranks = world(2).begin(layout=(layout := tuned_layout(2)), slots=4)
+    ranks = world(2).begin(layout=(layout := tuned_layout(2)), slots=4, verifies=False)
     for arena in ranks.arenas:
         arena.write_layout(layout)
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 6))
     for path in ranks.arenas[1].path.glob("shard-0000.*"):
         path.unlink()
-    ranks.begin(layout=layout, committed=Version(5, True), slots=4)
+    ranks.begin(layout=layout, committed=Version(5, True), slots=4, verifies=False)
     train(ranks, states, range(6, 12))
     blobs = sum(len(f"blob 0 {step}") for step in range(6, 12))
     still = layout.static_bytes(0)
