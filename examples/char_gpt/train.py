@@ -226,8 +226,9 @@ def strategy(mesh: str, **options: Any) -> Any:
     if not mesh:
         return lightning_ckptless.CkptlessStrategy(**options)
     data, tensor = (int(size) for size in mesh.split("x"))
-    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor}
-    return lightning_ckptless.CkptlessModelParallelStrategy(**sizes, **options)
+    return lightning_ckptless.CkptlessModelParallelStrategy(
+        data_parallel_size=data, tensor_parallel_size=tensor, **options
+    )
 
 
 def main() -> None:
