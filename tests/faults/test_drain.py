@@ -101,8 +101,8 @@ def test_a_preemption_notice_ends_a_run_whose_work_nothing_can_take(job: Run) ->
 def test_a_straggler_hands_over_to_another_process(
     factor: float, job: Run, undisturbed: Callable[[Options], Variant]
 ) -> None:
-    asked = {"drain_stragglers_after_s": 1.0, "straggler_factor": factor}
-    options = replace(LONG, callback="dragging", strategy_options=repr(asked))
+    asked = {"drain_stragglers_after_s": 3.0, "straggler_factor": factor}
+    options = replace(LONG, epochs=2 if factor < 2 else 1, callback="dragging", strategy_options=repr(asked))
     slow = replace(options, slow_mirror_s=0.1, slow_until=str(job.folder / "swift"))
     assert job.start(slow if factor < 2 else options, "kill:rank=1:step=9999").exit_code == 0, job.output
     drained = [event.fields for event in job.events("drained")]

@@ -260,7 +260,7 @@ def dragging(distribution: Any) -> Any:
                 if not first.exists():
                     first.write_text(str(os.getpid()))
                 if first.read_text() == str(os.getpid()):
-                    threading.Event().wait(0.1)
+                    threading.Event().wait(0.3)
                 else:
                     Path("swift").touch()
 

@@ -13,6 +13,7 @@ from lightning_ckptless.errors import ProtocolError
 from lightning_ckptless.protocol import messages
 from lightning_ckptless.protocol.messages import (
     AGENT_MESSAGES,
+    SIDECAR_MESSAGES,
     WORKER_MESSAGES,
     EnteredLoop,
     Message,
@@ -23,7 +24,7 @@ from lightning_ckptless.protocol.messages import (
 )
 from lightning_ckptless.protocol.uneven_steps import WhyEnded
 
-ALL = (*WORKER_MESSAGES, *AGENT_MESSAGES)
+ALL = (*WORKER_MESSAGES, *SIDECAR_MESSAGES, *AGENT_MESSAGES)
 FAULT = {"rank": 1, "signal_name": "SIGKILL", "died_at": 1.5, "earlier": ["rank 0 died"], "hung": ""}
 SAMPLES: dict[object, st.SearchStrategy[Any]] = {
     dict[str, Any]: st.just(FAULT),
