@@ -33,7 +33,7 @@ from lightning_ckptless.replica.arena_space import MAKE_ROOM
 from lightning_ckptless.replica.slot_stamp import CHECKSUM, STAMP, Stamp, slot_state
 from lightning_ckptless.system.memory_files import open_file
 
-FORMAT = 2
+FORMAT = 3
 HEADER_BYTES = 4096
 _MAGIC = b"ckptless"
 _SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
