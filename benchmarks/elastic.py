@@ -25,7 +25,7 @@ from benchmarks.harness.nodes import MAX_NODES, Bound, Nodes, NodesLostError, Se
 from benchmarks.harness.processes import Scratch, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
 from benchmarks.harness.samples import Rows, Step, finished, first_of, tally
-from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of
+from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95
 from benchmarks.recovery import PHASES, phase
 from lightning_ckptless.ledger import Event
 
@@ -33,6 +33,8 @@ EVERY = 50
 """Steps between two checkpoint files in torchrun's row."""
 START_S = 180.0
 TIMEOUT_S = 120.0
+THEIRS = Bound()
+"""How long a node of torchrun's row may be silent."""
 SPARE_STEPS = 10
 """Steps that the job makes after a change before the next event."""
 RANDOM_STEPS = 50
@@ -44,6 +46,9 @@ SETUPS = (
     Setup('DDP, in place, elastic_batch="scale"', ("--strategy-options={'elastic_batch': 'scale'}",)),
     Setup(f"torchrun, ddp + ModelCheckpoint({EVERY})", checkpoint_every=EVERY),
 )
+MARKS = {"noticed_s": "node_lost", "met_s": "move", "told_s": "fault", "restored_s": "restored"}
+"""Moments of a loss, and the events that the ledger recorded first at each."""
+LOSS_PHASES = ("notice", "meet", "tell the workers", "regroup and restore", "first step")
 Found = dict[str, Any]
 
 
@@ -96,7 +101,8 @@ def train(setup: Setup, args: Namespace, place: Scratch, chance: random.Random, 
     folder = place.files / f"job-{SETUPS.index(setup)}"
     folder.mkdir()
     found: Found = {"cycles": [], "failed": ""}
-    with Nodes(setup, folder, place.arenas, size_of(args), bound_of(args)) as nodes:
+    bound = THEIRS if setup.checkpoint_every else bound_of(args)
+    with Nodes(setup, folder, place.arenas, size_of(args), bound) as nodes:
         try:
             for number in range(MAX_NODES):
                 nodes.start(number)
@@ -117,7 +123,10 @@ def train(setup: Setup, args: Namespace, place: Scratch, chance: random.Random, 
     return found
 
 
-def bound_of(args: Namespace) -> Bound:
+def bound_of(args: Namespace) -> Bound | None:
+    """Return how long our nodes may be silent; None for the defaults."""
+    if args.keep_alive_interval is None:
+        return None
     return Bound(args.keep_alive_interval, args.keep_alive_max_attempt)
 
 
@@ -185,11 +194,20 @@ def add_ledger(cycles: list[Found], events: tuple[Event, ...]) -> None:
         kinds = {"shrink": (found["killed_at"], found["came_at"]), "grow": (found["came_at"], found["full_at"] + 5.0)}
         for kind, (begin, end) in kinds.items():
             within = [(event, event.at - begin) for event in events if begin < event.at < end]
-            noticed = [at for event, at in within if event.event == "node_lost"]
             accounts = [event.fields for event, _ in within if event.event == "recovery"]
             found[kind]["events"] = [(event.event, round(at, 3), event.fields.get("node")) for event, at in within]
-            found[kind] |= {"noticed_s": min(noticed)} if noticed else {}
+            for mark, name in MARKS.items():
+                moments = [at for event, at in within if event.event == name]
+                found[kind] |= {mark: min(moments)} if moments else {}
             found[kind] |= {"ledger": accounts[0]} if accounts else {}
+
+
+def phases_of(lost: Found) -> Found:
+    """Return the time of each phase of a loss in seconds, from the moments that the ledger recorded."""
+    moments = [0.0, *(lost.get(mark) for mark in MARKS), lost["seconds"]]
+    if None in moments:
+        return {}
+    return dict(zip(LOSS_PHASES, (end - begin for begin, end in pairwise(moments)), strict=True))
 
 
 def furthest(left: Path, right: Path) -> float:
@@ -231,12 +249,24 @@ SHRINK = (
     HOW,
     Column("kills", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
+    Column("p95 s", each("seconds"), ".2f", p95),
     Column("max s", each("seconds"), ".2f", max),
     Column("detected after p50 s", each("noticed_s"), ".2f", median),
     Column("from there p50 s", beyond_s, ".2f", median),
     Column("max s", beyond_s, ".2f", max),
     Column("one step s", each("step_s"), ".2f", median),
     *REPLAYED,
+)
+LOSS = (
+    Column("phase", name_of),
+    Column("kills", count_of),
+    Column("p50 s", lambda group: group.items, ".2f", median),
+    Column("p95 s", lambda group: group.items, ".2f", p95),
+    Column("max s", lambda group: group.items, ".2f", max),
+)
+LOSS_NOTE = (
+    "notice: from the kill until another agent considers the node lost. meet: until the agents have re-rendezvoused. "
+    "tell the workers: until they receive their new ranks. first step: replay included."
 )
 LEDGER = (
     HOW,
@@ -274,19 +304,30 @@ SAMPLES_NOTE = (
 )
 
 
-def shrink_notes(setups: Mapping[str, Found], bound: Bound) -> list[str]:
-    lost = (
-        f"A node is lost after {bound.interval_s * (bound.attempts + 1)} s without a heartbeat: "
-        f"keep_alive_interval={bound.interval_s} x keep_alive_max_attempt={bound.attempts} plus one interval, counted "
-        f"from its last heartbeat. Detected: the ledger's `node_lost`. {bound.last_call_s} s of the time from there is "
-        "last_call_timeout, during which the rendezvous waits for another node; its agents poll once a second."
+def shrink_notes(setups: Mapping[str, Found], bound: Bound | None) -> list[str]:
+    limit = "the defaults"
+    if bound is not None:
+        limit = f"keep_alive_interval={bound.interval_s} x keep_alive_max_attempt={bound.attempts}"
+    ours = (
+        f"A node whose agent's connection was closed is lost after at least 1 s without a heartbeat, any other after "
+        f"the limit ({limit}) plus one interval. Detected: the ledger's `node_lost`."
     )
     theirs = (
         "torchrun's agents do not report when they detect the loss: their workers fail immediately, and the rendezvous "
-        f"waits {bound.interval_s * bound.attempts} s before it removes the lost node."
+        f"waits {THEIRS.interval_s * THEIRS.attempts} s before it removes the lost node."
     )
     failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
-    return [lost, theirs, *failed]
+    return [ours, theirs, *failed]
+
+
+def loss_phases(losses_of: list[Group]) -> list[tuple[str, list[Group]]]:
+    """Return the phases of the losses of each setup that has a ledger."""
+    found = []
+    for group in losses_of:
+        if phases := [phases for lost in group.items if (phases := phases_of(lost))]:
+            rows = [Group(phase, [each_of[phase] for each_of in phases]) for phase in LOSS_PHASES]
+            found.append((group.name, rows))
+    return found
 
 
 def tables(args: Namespace, results: Results) -> list[Table]:
@@ -308,6 +349,10 @@ def tables(args: Namespace, results: Results) -> list[Table]:
     paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
     return [
         Table.of(kill, losses_of, *SHRINK, notes=shrink_notes(setups, bound_of(args))),
+        *(
+            Table.of(f"Phases of a loss: {name}", rows, *LOSS, notes=[LOSS_NOTE])
+            for name, rows in loss_phases(losses_of)
+        ),
         Table.of("Phases according to the ledger, medians in s", ledger, *LEDGER, notes=[LEDGER_NOTE]),
         Table.of("The node rejoins", returned, *GROW, notes=[paused]),
         Table.of(samples, counted, *SAMPLES, notes=[SAMPLES_NOTE]),
@@ -319,8 +364,9 @@ def options(parser: ArgumentParser) -> None:
     add_count(parser, "--steps", 300, "steps per epoch")
     about = "seconds between two steps while a node is missing (default: %(default)s)"
     parser.add_argument("--pace", type=float, default=0.1, help=about)
-    add_count(parser, "--keep-alive-interval", 1, "keep_alive_interval of the rendezvous, in s")
-    add_count(parser, "--keep-alive-max-attempt", 4, "keep_alive_max_attempt of the rendezvous")
+    about = "keep_alive_interval of the rendezvous, in s (default: that of ckptless run)"
+    parser.add_argument("--keep-alive-interval", type=int, help=about)
+    add_count(parser, "--keep-alive-max-attempt", 3, "keep_alive_max_attempt, together with --keep-alive-interval")
     add_count(parser, "--seed", 1, "seed of the moments")
     add_choice(parser, "--only", [setup.name for setup in SETUPS], "setups")
 

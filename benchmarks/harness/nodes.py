@@ -46,9 +46,9 @@ class Bound:
 
     @property
     def conf(self) -> str:
-        """The value of `--rdzv-conf`; the benchmark itself hosts the rendezvous, so that any node may be lost."""
+        """Settings for `--rdzv-conf`."""
         return (
-            f"is_host=no,keep_alive_interval={self.interval_s},keep_alive_max_attempt={self.attempts},"
+            f"keep_alive_interval={self.interval_s},keep_alive_max_attempt={self.attempts},"
             f"last_call_timeout={self.last_call_s}"
         )
 
@@ -89,10 +89,12 @@ class Nodes:
         folder: empty folder for everything that the job writes.
         arenas: folder in shared memory.
         size: options of the script that say how much it trains.
-        bound: how long a node may be silent.
+        bound: how long a node may be silent; None for our defaults.
     """
 
-    def __init__(self, setup: Setup, folder: Path, arenas: Path, size: tuple[str, ...], bound: Bound) -> None:
+    def __init__(
+        self, setup: Setup, folder: Path, arenas: Path, size: tuple[str, ...], bound: Bound | None = None
+    ) -> None:
         self.setup, self.folder, self.arenas, self.size, self.bound = setup, folder, arenas, size, bound
         self.seen = Rows(folder)
         self._meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -112,10 +114,12 @@ class Nodes:
     def _command(self, number: int) -> list[str]:
         theirs = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--max-restarts=100"]
         ours = [*our_launcher(self.folder, self.arenas), *self.setup.flags]
+        # The benchmark itself hosts the rendezvous, so that any node may be lost.
+        conf = ",".join(["is_host=no", *([] if self.bound is None else [self.bound.conf])])
         return [
             *(theirs if self.setup.checkpoint_every else ours),
             f"--nnodes={MAX_NODES - 1}:{MAX_NODES}", "--nproc-per-node=1", f"--rdzv-id={RUN}",
-            f"--rdzv-endpoint=127.0.0.1:{self._meeting.port}", f"--rdzv-conf={self.bound.conf}",
+            f"--rdzv-endpoint=127.0.0.1:{self._meeting.port}", f"--rdzv-conf={conf}",
             f"--local-addr=127.0.0.{number + 1}", *self.setup.script(self.folder, MAX_NODES, 1, *self.size),
         ]  # fmt: skip
 

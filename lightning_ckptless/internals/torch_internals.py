@@ -1,4 +1,4 @@
-"""All uses of private torch names, except those for sharded models.
+"""All uses of private torch names, except those for sharded models and for the rendezvous.
 
 Each has a test in `tests/internals/test_torch_internals.py` that fails if a new version lacks the name.
 """
@@ -6,21 +6,16 @@ Each has a test in `tests/internals/test_torch_internals.py` that fails if a new
 from __future__ import annotations
 
 import importlib
-import json
-import pickle
 import sys
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed import HashStore, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousExitOp, _RendezvousState
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
@@ -30,9 +25,6 @@ from torch.utils.data.dataloader import (
     _MultiProcessingDataLoaderIter,
     _SingleProcessDataLoaderIter,
 )
-
-_T = TypeVar("_T")
-_LEAVE_S = 10.0
 
 
 def version_counter(tensor: torch.Tensor) -> int:
@@ -188,93 +180,6 @@ def _tails_since_2_10(workers: Any) -> list[Any]:
 
 def _tails_until_2_9(workers: Any) -> list[Any]:
     return [workers._stdout_tail, workers._stderr_tail]
-
-
-def forget_worker_store(handler: Any) -> None:
-    """Make an elastic rendezvous create a new store for the workers of its next round.
-
-    Otherwise it uses the same store for every round, which still has keys of dead workers, and an agent that joins
-    later waits for an address that is not published again.
-    """
-    handler._bootstrap_store_info = None
-    handler._shared_tcp_store_server = None
-
-
-def leave_rendezvous(handler: Any) -> None:
-    """Make a node leave an elastic rendezvous that is complete: the others can complete the next round without it."""
-    handler._stop_heartbeats()
-    handler._op_executor.run(_RendezvousExitOp(), time.monotonic() + _LEAVE_S)
-
-
-def nodes_beside(handler: Any) -> int:
-    """How many nodes wait for a place in an elastic rendezvous, as of its last synchronization."""
-    state: _RendezvousState = handler._state_holder.state
-    return len(state.wait_list) + len(state.redundancy_list)
-
-
-def rendezvous_state_to_json(pickled: bytes) -> bytes:
-    """Convert the state of an elastic rendezvous to JSON.
-
-    Args:
-        pickled: state pickled by torch elastic in this process; never data from elsewhere.
-    """
-    state: _RendezvousState = pickle.loads(pickled)
-    fields = {
-        "round": state.round,
-        "complete": state.complete,
-        "deadline": None if state.deadline is None else state.deadline.isoformat(),
-        "closed": state.closed,
-        "participants": [[_node_fields(node), rank] for node, rank in state.participants.items()],
-        "wait_list": [_node_fields(node) for node in sorted(state.wait_list)],
-        "redundancy_list": [_node_fields(node) for node in sorted(state.redundancy_list)],
-        "last_heartbeats": [[_node_fields(node), at.isoformat()] for node, at in state.last_heartbeats.items()],
-    }
-    assert fields.keys() == vars(state).keys(), f"a rendezvous state with the fields {sorted(vars(state))}"
-    return json.dumps(fields).encode()
-
-
-def _node_fields(node: _NodeDesc) -> list[Any]:
-    return [node.addr, node.pid, node.local_id]
-
-
-def rendezvous_state_from_json(text: bytes) -> bytes:
-    """Convert untrusted JSON to the pickled state that torch elastic expects.
-
-    Raises:
-        ValueError: the JSON is not a valid state.
-    """
-    try:
-        fields = json.loads(text)
-        state = _RendezvousState()
-        state.round = _of_type(int, fields["round"])
-        state.complete = _of_type(bool, fields["complete"])
-        state.closed = _of_type(bool, fields["closed"])
-        state.deadline = None if fields["deadline"] is None else _time(fields["deadline"])
-        state.participants = {_node_of(node): _of_type(int, rank) for node, rank in fields["participants"]}
-        state.wait_list = {_node_of(node) for node in fields["wait_list"]}
-        state.redundancy_list = {_node_of(node) for node in fields["redundancy_list"]}
-        state.last_heartbeats = {_node_of(node): _time(at) for node, at in fields["last_heartbeats"]}
-    except (TypeError, LookupError, RecursionError) as error:
-        raise ValueError(f"invalid rendezvous state: {error!r}") from error
-    return pickle.dumps(state)
-
-
-def _node_of(fields: Any) -> _NodeDesc:
-    addr, pid, local_id = fields
-    return _NodeDesc(_of_type(str, addr), _of_type(int, pid), _of_type(int, local_id))
-
-
-def _time(text: Any) -> datetime:
-    at = datetime.fromisoformat(_of_type(str, text))
-    if at.tzinfo is None:
-        raise ValueError(f"a time without a time zone: {text!r}")
-    return at
-
-
-def _of_type(kind: type[_T], value: Any) -> _T:
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, found {value!r}")
-    return value
 
 
 def is_this_machine(host: str) -> bool:

@@ -61,12 +61,21 @@ AGENT = {
         _start_workers _stop_workers
     """,
     f"{_ELASTIC}.multiprocessing.api:PContext": "_close _poll _start start",
-    f"{_ELASTIC}.rendezvous.dynamic_rendezvous": "_NodeDesc _RendezvousExitOp _RendezvousState",
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous": """
+        _Action _BackendRendezvousStateHolder _DistributedRendezvousOpExecutor _NodeDesc _RendezvousContext
+        _RendezvousExitOp _RendezvousJoinOp _RendezvousState _remove_participant_epilogue
+    """,
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_Action": """
+        ERROR_TIMEOUT FINISH KEEP_ALIVE MARK_RENDEZVOUS_COMPLETE SYNC
+    """,
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_BackendRendezvousStateHolder": "_backend _last_sync_time",
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_DistributedRendezvousOpExecutor": "_state _state_holder",
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_RendezvousState": """
         closed complete deadline last_heartbeats participants redundancy_list round wait_list
     """,
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler": """
-        _bootstrap_store_info _op_executor _shared_tcp_store_server _state_holder _stop_heartbeats
+        _bootstrap_store_info _create_tcp_store_server _heartbeat_lock _op_executor _shared_tcp_store_server
+        _state_holder _stop_heartbeats _this_node
     """,
     f"{_ELASTIC}.rendezvous.utils": "_matches_machine_hostname",
 }

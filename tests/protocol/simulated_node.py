@@ -430,7 +430,7 @@ def _parts(
         draining=draining,
         faults=faults,
         recovery=Recovery(settings, run, in_place, draining, faults, reports, lambda: "", report, clock),
-        guard=PartitionGuard(settings.name, Bound(1.0, 3), faults, report, clock),
+        guard=PartitionGuard(settings.name, Bound(1.0, 3), one_machine("run", 1, 3), faults, report, clock),
         hangs=HangWatch(_NOWHERE, report, clock),
         late_exits=LateExits(_NOWHERE, settings.exit_grace_s, clock),
         memory=HeldMemory(settings.name, report),

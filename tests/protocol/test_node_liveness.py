@@ -11,20 +11,27 @@ from lightning_ckptless.protocol.node_liveness import (
     Bound,
     CutOff,
     Finding,
+    Heard,
     Liveness,
     NodesLost,
     judge,
+    longest_pause_s,
     watched_by,
 )
 
 BOUND = Bound(2.0, 3)
 
 
-def after(silent_s: float, *, own_s: float = 0.0, looked_s: float = 0.4) -> Finding:
-    """The finding when node 3 and the rendezvous have been silent for these seconds."""
-    now = 100.0
-    liveness = Liveness(now - looked_s, now - own_s, {3: now - silent_s, 0: now - 1})
-    return judge(liveness, BOUND, now=now, endpoint="head:29400")
+NOW = 100.0
+
+
+def after(
+    silent_s: float, *, own_s: float = 0.0, looked_s: float = 0.4, closed_s: float | None = None, pause_s: float = 0.6
+) -> Finding:
+    """The finding when node 3 and the rendezvous have been silent, and its connection closed, for these seconds."""
+    silent = Heard(NOW - silent_s, None if closed_s is None else NOW - closed_s, pause_s)
+    liveness = Liveness(NOW - looked_s, NOW - own_s, {3: silent, 0: Heard(NOW - 1)})
+    return judge(liveness, BOUND, now=NOW, endpoint="head:29400")
 
 
 def test_the_bounds() -> None:
@@ -45,6 +52,44 @@ def test_another_node_is_lost() -> None:
         "node 3 of the round has been silent for 8.1 s, limit 8 s (keep_alive_interval=2 x "
         "keep_alive_max_attempt=3, plus one interval)"
     )
+
+
+def test_a_closed_connection_shortens_the_silence_that_is_required() -> None:
+    assert after(1.1, closed_s=1.0) == AllAlive()
+    found = after(1.3, closed_s=1.0)
+    assert isinstance(found, NodesLost) and found.nodes == (3,)
+    assert found.reason == (
+        "node 3 of the round has been silent for 1.3 s, limit 1.2 s (its agent's connection was closed; its "
+        "heartbeats were at most 0.60 s apart)"
+    )
+    assert after(1.3) == AllAlive()
+
+
+def test_a_closed_connection_means_nothing_while_heartbeats_arrive() -> None:
+    assert after(0.1, closed_s=5.0) == AllAlive()
+    # The connection was closed while the node lived on: from now on its silence counts as any other's.
+    assert after(7.9, closed_s=20.0) == AllAlive()
+
+
+@given(st.floats(0, 100), st.floats(0, 60), st.floats(0, 60))
+def test_the_required_silence_is_never_longer_than_without_a_closed_connection(
+    silent_s: float, closed_s: float, pause_s: float
+) -> None:
+    assert 1.0 <= BOUND.closed_s(pause_s) <= BOUND.lost_s
+    if silent_s > BOUND.lost_s:
+        assert isinstance(after(silent_s, closed_s=closed_s, pause_s=pause_s), NodesLost)
+    if silent_s <= max(1.0, min(2 * pause_s, BOUND.lost_s)):
+        assert after(silent_s, closed_s=closed_s, pause_s=pause_s) == AllAlive()
+
+
+def test_an_agent_that_is_not_answered_considers_no_other_node_lost() -> None:
+    """Its own silence could not tell it of their heartbeats."""
+    assert after(6.0, own_s=5.9, closed_s=5.9) == AllAlive()
+
+
+def test_the_longest_pause_needs_some_pauses() -> None:
+    assert longest_pause_s([0.5] * 9) == 0.0
+    assert longest_pause_s([0.5] * 9 + [0.8]) == 0.8
 
 
 def test_without_an_answer_this_node_is_cut_off() -> None:

@@ -245,7 +245,7 @@ class NodeAgent:
         if plan.stay:
             move = NodesMoved(self._settings.name, list(plan.stay), list(plan.come), plan.reason)
             self._events.report(move)
-        self._guard.begin_round(rendezvous)
+        self._guard.begin_round(rendezvous, plan)
 
     def keeps_training(self) -> bool:
         """Whether the workers train on while the nodes rendezvous; tells them so."""

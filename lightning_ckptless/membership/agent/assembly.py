@@ -6,6 +6,7 @@ Apart from the agent, because the simulation of recovery assembles another one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from lightning_ckptless.membership.agent.agent import AgentParts
 from lightning_ckptless.membership.agent.clock import Clock
@@ -16,7 +17,7 @@ from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.notices import Notices
-from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
+from lightning_ckptless.membership.agent.partition_guard import Membership, PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
@@ -30,6 +31,10 @@ from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.system.control_groups import OomKills
 
 
+class Place(Seat, Membership, Protocol):
+    """A node's place in the rendezvous, as the parts of its agent use it."""
+
+
 def assemble(
     settings: NodeSettings,
     run: NodeRun,
@@ -38,7 +43,7 @@ def assemble(
     logs: LogFiles,
     memory: HeldMemory,
     bound: Bound,
-    seat: Seat,
+    seat: Place,
     notices: Notices,
     report: Report,
     clock: Clock,
@@ -82,7 +87,7 @@ def assemble(
         draining=draining,
         faults=faults,
         recovery=Recovery(settings, run, in_place, draining, faults, reports, oom_kills.news, report, clock),
-        guard=PartitionGuard(settings.name, bound, faults, report, clock),
+        guard=PartitionGuard(settings.name, bound, seat, faults, report, clock),
         hangs=HangWatch(folder, report, clock),
         late_exits=LateExits(folder, settings.exit_grace_s, clock),
         memory=memory,

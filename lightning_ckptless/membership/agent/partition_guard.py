@@ -6,6 +6,9 @@ another node falls silent, the remaining nodes rendezvous again, with as many as
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
@@ -15,6 +18,18 @@ from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.events import NodeCut, NodeLost, Report
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.node_liveness import Bound, CutOff, NodesLost
+from lightning_ckptless.protocol.reconfiguration import MovePlan
+
+
+class Membership(Protocol):
+    """This node's place in the rendezvous; see `handlers.py`."""
+
+    @property
+    def address(self) -> str:
+        """Host name or address under which other nodes reach this one."""
+
+    def expel(self, places: Collection[int]) -> None:
+        """Remove nodes that are lost from the round, by their places in the order in which the nodes have met."""
 
 
 class PartitionGuard:
@@ -23,14 +38,19 @@ class PartitionGuard:
     Args:
         node: its name.
         bound: how much silence is tolerated.
+        membership: this node's place in the rendezvous.
         faults: of this node.
         report: receives events.
         clock: of this node.
     """
 
-    def __init__(self, node: str, bound: Bound, faults: FaultLog, report: Report, clock: Clock) -> None:
+    def __init__(
+        self, node: str, bound: Bound, membership: Membership, faults: FaultLog, report: Report, clock: Clock
+    ) -> None:
         self._node = node
-        self._heartbeat = Heartbeat(bound, clock.monotonic)
+        self._membership = membership
+        self._heartbeat = Heartbeat(bound, membership.address, clock.monotonic)
+        self._node_ranks: Sequence[int] = ()
         self._faults = faults
         self._report = report
         self._clock = clock
@@ -41,8 +61,14 @@ class PartitionGuard:
         found = self._heartbeat.finding
         return found.reason if isinstance(found, CutOff) else ""
 
-    def begin_round(self, rendezvous: Round) -> None:
-        """Exchange heartbeats with the nodes that have met."""
+    def begin_round(self, rendezvous: Round, plan: MovePlan) -> None:
+        """Exchange heartbeats with the nodes that have met.
+
+        Args:
+            rendezvous: the round.
+            plan: which number each node has.
+        """
+        self._node_ranks = plan.node_ranks
         store = rendezvous.store.underlying_store
         if rendezvous.nodes < 2 or not isinstance(store, TCPStore):
             # There is no other node, or no network in between: they rendezvous in a file.
@@ -63,7 +89,7 @@ class PartitionGuard:
             has_workers: whether workers of this node run; without any, the loss of another node changes nothing.
 
         Raises:
-            RendezvousConnectionError: this node is partitioned.
+            RendezvousError: this node is partitioned, or has lost the rendezvous.
         """
         found = self._heartbeat.finding
         if isinstance(found, CutOff):
@@ -72,6 +98,7 @@ class PartitionGuard:
             return ""
         self._report(NodeLost(self._node, list(found.nodes), found.reason))
         self._faults.lost_at = self._clock.wall() - found.silent_s
+        self._membership.expel([self._node_ranks.index(node) for node in found.nodes])
         return found.reason
 
     def leave(self) -> None:

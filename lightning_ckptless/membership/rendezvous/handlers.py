@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, FileStore, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -28,24 +29,23 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT, C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
-    DynamicRendezvousHandler,
     RendezvousBackend,
     RendezvousSettings,
     RendezvousTimeout,
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from lightning_ckptless.internals.torch_internals import (
-    forget_worker_store,
-    is_this_machine,
-    leave_rendezvous,
-    nodes_beside,
+from lightning_ckptless.internals.rendezvous_internals import (
+    Node,
+    PromptRendezvous,
     rendezvous_state_from_json,
     rendezvous_state_to_json,
 )
+from lightning_ckptless.internals.torch_internals import is_this_machine
 
 LOOPBACK = "127.0.0.1"
 _READ_TIMEOUT_S = 60
+_GONE = "ckptless/gone/{}"
 _BACKLOG = 4096
 """Connections that have not been accepted yet; the kernel may limit it further."""
 
@@ -72,7 +72,7 @@ def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
     handler: DataRendezvous = DataRendezvous.from_backend(
         parameters.run_id,
         store,
-        DataBackend(C10dRendezvousBackend(store, parameters.run_id)),
+        DataBackend(C10dRendezvousBackend(store, parameters.run_id), Changes(store, parameters.run_id)),
         parameters.min_nodes,
         parameters.max_nodes,
         parameters.local_addr,
@@ -134,6 +134,7 @@ class SingleNode(RendezvousHandler):
         return self.settings.run_id
 
     hosts = True
+    address = LOOPBACK
 
     def leave(self) -> None:
         """End the run: there is no other node."""
@@ -143,6 +144,9 @@ class SingleNode(RendezvousHandler):
         """How many nodes wait for a place: there is no other."""
         return 0
 
+    def expel(self, places: Collection[int]) -> None:
+        """Remove other nodes: there is none."""
+
     def shutdown(self) -> bool:
         """End the run, and close the store of its workers."""
         self._is_closed = True
@@ -150,8 +154,12 @@ class SingleNode(RendezvousHandler):
         return True
 
 
-class DataRendezvous(DynamicRendezvousHandler):
+class DataRendezvous(PromptRendezvous):
     """torch elastic's rendezvous, with a separate store for the workers of every round, on one address.
+
+    A node that is gone for good is noted in the store of the round. So the others know when all that are left have come
+    to the next round, and complete it without a last call. A node is expected until it is gone: it first leaves the
+    round that it is in, and that round lasts until then.
 
     Attributes:
         hosts: whether the store that the nodes meet in is in this process.
@@ -159,15 +167,22 @@ class DataRendezvous(DynamicRendezvousHandler):
 
     hosts = False
     _has_left = False
+    _number = -1
 
     def leave(self) -> None:
         """Leave the round, so that the other nodes can complete the next one without this node."""
         self._has_left = True
-        leave_rendezvous(self)
+        self._note_gone([self._places[self._this_node]])
+        super().leave()
 
-    def spare_nodes(self) -> int:
-        """How many nodes wait for a place."""
-        return nodes_beside(self)
+    def expel(self, places: Collection[int]) -> None:
+        """Remove nodes that are lost from the round, so that the other nodes can complete the next one without them.
+
+        Args:
+            places: of the nodes, in the order in which they have met.
+        """
+        self._note_gone(places)
+        self._remove(self._number, [node for node, place in self._places.items() if place in places])
 
     def num_nodes_waiting(self) -> int:
         """How many nodes wait for the next round; none for a node that has left."""
@@ -175,11 +190,57 @@ class DataRendezvous(DynamicRendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Rendezvous with the other nodes; see `RendezvousHandler`."""
-        forget_worker_store(self)
-        return super().next_rendezvous()
+        info = super().next_rendezvous()
+        self._number, self._places = self._round()
+        self._round_store = info.store
+        return info
+
+    def _note_gone(self, places: Collection[int]) -> None:
+        for place in places:
+            self._round_store.set(_GONE.format(place), "1")
+
+    def _have_all_come(self, participants: Collection[Node]) -> bool:
+        """Whether all nodes of the last round that are not gone are here, where some are gone."""
+        if self._number < 0:
+            return False
+        absent = [_GONE.format(place) for node, place in self._places.items() if node not in participants]
+        return bool(absent) and bool(self._round_store.check(absent))
 
     def _create_tcp_store_server(self, master_addr: str, master_port: int) -> TCPStore:
         return listening_store(master_addr, master_port)
+
+
+class Changes:
+    """Announces changes of the nodes in a rendezvous, so that they need not read its state to learn of them.
+
+    The state has an entry for every node. An announcement is one key, and the next one is checked for.
+
+    Args:
+        store: that the nodes meet in.
+        run_id: of the run.
+    """
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self._store = PrefixStore(f"ckptless/changes/{run_id}", store)
+        self._next = 0
+
+    def announce(self) -> None:
+        """Announce that this node has changed the state."""
+        self._store.set(str(self._store.add("count", 1)), "")
+
+    def has_news(self) -> bool:
+        """Whether a change was announced since the last call; called before the state is read.
+
+        Raises:
+            RendezvousConnectionError: the store does not answer.
+        """
+        try:
+            if self._next and not self._store.check([str(self._next)]):
+                return False
+            self._next = self._store.add("count", 0) + 1
+        except DistError as error:
+            raise RendezvousConnectionError(f"the store of the rendezvous does not answer: {error}") from error
+        return True
 
 
 class DataBackend(RendezvousBackend):
@@ -189,10 +250,13 @@ class DataBackend(RendezvousBackend):
 
     Args:
         inner: stores bytes.
+        changes: of the nodes.
     """
 
-    def __init__(self, inner: RendezvousBackend) -> None:
+    def __init__(self, inner: RendezvousBackend, changes: Changes) -> None:
         self._inner = inner
+        self._changes = changes
+        self._known: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
@@ -206,7 +270,11 @@ class DataBackend(RendezvousBackend):
             RendezvousStateError: the store holds no valid state.
         """
         found = self._inner.get_state()
-        return None if found is None else (_decoded(found[0]), found[1])
+        if found is None:
+            return None
+        state = _decoded(found[0])
+        self._known = _nodes_in(found[0])
+        return state, found[1]
 
     def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
         """Replace the state that belongs to a token; returns the state that is valid now, and whether it is this one.
@@ -215,7 +283,28 @@ class DataBackend(RendezvousBackend):
             RendezvousStateError: the store holds no valid state.
         """
         answer = self._inner.set_state(rendezvous_state_to_json(state), token)
-        return None if answer is None else (_decoded(answer[0]), answer[1], answer[2])
+        if answer is None:
+            return None
+        found = _decoded(answer[0])
+        before, self._known = self._known, _nodes_in(answer[0])
+        if answer[2] and self._known != before:
+            self._changes.announce()
+        return found, answer[1], answer[2]
+
+    def has_changed(self) -> bool:
+        """Whether another node has changed more than the time of its last sign of life since the last call.
+
+        Raises:
+            RendezvousConnectionError: the store does not answer.
+        """
+        return self._changes.has_news()
+
+
+def _nodes_in(text: bytes) -> dict[str, Any]:
+    """Return a valid state without the times of the nodes' last signs of life."""
+    fields: dict[str, Any] = json.loads(text)
+    del fields["last_heartbeats"]
+    return fields
 
 
 def _decoded(text: bytes) -> bytes:

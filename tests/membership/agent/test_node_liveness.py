@@ -67,9 +67,11 @@ def make_store() -> Any:
 
 
 @contextmanager
-def beating(store: TCPStore, node: int, nodes: int, *, worker_store: int = 0) -> Iterator[Heartbeat]:
+def beating(
+    store: TCPStore, node: int, nodes: int, *, worker_store: int = 0, bound: Bound = BOUND
+) -> Iterator[Heartbeat]:
     """A node that beats, over a store that it is connected to."""
-    heartbeat = Heartbeat(BOUND)
+    heartbeat = Heartbeat(bound, "127.0.0.1")
     place = ("127.0.0.1", store.port)
     heartbeat.begin_round(
         PrefixStore("round", store), node=node, nodes=nodes, place=place, worker_store=("127.0.0.1", worker_store or 1)
@@ -128,6 +130,16 @@ def test_a_lost_node_is_detected_and_the_next_round_starts_over() -> None:
         stays.rest()
         threading.Event().wait(2 * BOUND.lost_s)
         assert stays.finding == AllAlive()
+
+
+def test_a_node_whose_connection_is_closed_is_lost_long_before_the_limit() -> None:
+    server, patient = make_store(), Bound(0.05, 6000)
+    with beating(server, 0, 2, bound=patient) as stays:
+        with beating(server.clone(), 1, 2, bound=patient):
+            # Time to connect, and for as many pauses as a node needs to know its longest.
+            threading.Event().wait(1.5)
+        wait_for(stays, NodesLost)
+        assert "its agent's connection was closed" in stays.finding.reason  # type: ignore[union-attr]
 
 
 def test_a_node_that_says_goodbye_does_not_count_as_lost() -> None:

@@ -23,10 +23,11 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from lightning_ckptless.errors import LaunchError
-from lightning_ckptless.internals.torch_internals import rendezvous_state_from_json, rendezvous_state_to_json
+from lightning_ckptless.internals.rendezvous_internals import rendezvous_state_from_json, rendezvous_state_to_json
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.rendezvous.handlers import (
+    Changes,
     DataBackend,
     address_of,
     listener_on,
@@ -95,9 +96,27 @@ def test_an_invalid_state_is_refused(text: bytes) -> None:
         rendezvous_state_from_json(text)
 
 
+def backend_in(store: Any) -> DataBackend:
+    return DataBackend(C10dRendezvousBackend(store, "run"), Changes(store, "run"))
+
+
+def test_a_change_of_the_nodes_is_announced_and_a_sign_of_life_is_not() -> None:
+    store = HashStore()
+    here, there = backend_in(store), backend_in(store)
+    assert there.has_changed() and not there.has_changed()
+    state = state_with_everything()
+    written = here.set_state(pickle.dumps(state))
+    assert written is not None and there.has_changed() and not there.has_changed()
+    state.last_heartbeats = dict.fromkeys(state.last_heartbeats, datetime.now(UTC))
+    written = here.set_state(pickle.dumps(state), written[1])
+    assert written is not None and written[2] and not there.has_changed()
+    state.wait_list = set()
+    assert here.set_state(pickle.dumps(state), written[1]) and there.has_changed()
+
+
 def test_a_pickle_in_the_store_is_not_loaded(tmp_path: Path) -> None:
     store, proof = HashStore(), tmp_path / "proof"
-    backend = DataBackend(C10dRendezvousBackend(store, "run"))
+    backend = backend_in(store)
     assert backend.get_state() is None
     store.set(KEY, planted(proof))
     with pytest.raises(RendezvousStateError, match="not written by an agent of this version"):
@@ -108,7 +127,7 @@ def test_a_pickle_in_the_store_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_a_state_is_replaced_only_with_the_latest_token() -> None:
-    backend = DataBackend(C10dRendezvousBackend(HashStore(), "run"))
+    backend = backend_in(HashStore())
     first = backend.set_state(pickle.dumps(_RendezvousState()))
     assert first is not None and first[2]
     newer = state_with_everything()
