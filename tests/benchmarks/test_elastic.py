@@ -115,8 +115,8 @@ def test_the_tables_show_median_and_maximum() -> None:
         "none": {"cycles": [], "failed": "never began"},
     }
     shrink, _, grow, samples = tables(ARGS, {"setups": setups})
-    assert shrink.rows[0] == ("ours", "2", "10.50", "12.00", "5.50", "5.00", "6.00", "0.10", "1", "1")
-    assert shrink.rows[1][:7] == ("theirs", "1", "9.00", "9.00", "", "", "")
+    assert shrink.rows[0] == ("ours", "2", "10.50", "11.85", "12.00", "5.50", "5.00", "6.00", "0.10", "1", "1")
+    assert shrink.rows[1][:8] == ("theirs", "1", "9.00", "9.00", "9.00", "", "", "")
     assert shrink.rows[2][:3] == ("none", "0", "")
     assert shrink.notes[-2:] == ["theirs: no sign", "none: never began"]
     assert grow.rows[0] == ("ours", "2", "0.40", "0.50", "10.00", "10.00", "50", "50", "0", "0")
@@ -126,3 +126,18 @@ def test_the_tables_show_median_and_maximum() -> None:
 def test_every_setup_has_its_own_command_line() -> None:
     lines = {(tuple(setup.script(Path("folder"), 4, 1)), setup.flags) for setup in SETUPS}
     assert len(lines) == len(SETUPS)
+
+
+def test_the_time_of_a_loss_is_divided_at_the_events_of_the_ledger() -> None:
+    found = cycle()
+    moments = {"node_lost": 101.5, "move": 101.75, "fault": 102.0, "restored": 103.0}
+    events = [Event(name, at + late, None, None, {"node": "a"}) for late in (0.0, 0.1) for name, at in moments.items()]
+    add_ledger([found], tuple(events))
+    _, phases, *_ = tables(ARGS, {"setups": {"ours": {"cycles": [found], "failed": ""}}})
+    assert [(row[0], row[2]) for row in phases.rows] == [
+        ("notice", "1.50"),
+        ("meet", "0.25"),
+        ("tell the workers", "0.25"),
+        ("regroup and restore", "1.00"),
+        ("first step", "6.00"),
+    ]
