@@ -40,7 +40,14 @@ Node = _NodeDesc
 """A node of a rendezvous: one handler in one process."""
 
 
-class _SharedState(_BackendRendezvousStateHolder):
+class _Unrecorded:
+    """Records none of torch's own events: for each of them torch walks the stack and reads the sources on it."""
+
+    def _record(self, *_: object, **__: object) -> None:
+        pass
+
+
+class _SharedState(_Unrecorded, _BackendRendezvousStateHolder):
     """The state of a rendezvous, read again as soon as another node has changed it."""
 
     def sync(self) -> bool | None:
@@ -51,7 +58,7 @@ class _SharedState(_BackendRendezvousStateHolder):
         return super().sync()
 
 
-class _Executor(_DistributedRendezvousOpExecutor):
+class _Executor(_Unrecorded, _DistributedRendezvousOpExecutor):
     """Executes torch's operations, and continues as soon as the state has changed.
 
     Args:
@@ -131,7 +138,7 @@ class _ExpelOp:
         return _Action.KEEP_ALIVE
 
 
-class PromptRendezvous(DynamicRendezvousHandler):
+class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
     """torch elastic's rendezvous, in which a node that waits for others continues as soon as it can.
 
     Its backend has a method `has_changed`: whether another node has changed the state since it was read last.

@@ -68,14 +68,14 @@ AGENT = {
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_Action": """
         ERROR_TIMEOUT FINISH KEEP_ALIVE MARK_RENDEZVOUS_COMPLETE SYNC
     """,
-    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_BackendRendezvousStateHolder": "_backend _last_sync_time",
-    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_DistributedRendezvousOpExecutor": "_state _state_holder",
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_BackendRendezvousStateHolder": "_backend _last_sync_time _record",
+    f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_DistributedRendezvousOpExecutor": "_record _state _state_holder",
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:_RendezvousState": """
         closed complete deadline last_heartbeats participants redundancy_list round wait_list
     """,
     f"{_ELASTIC}.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler": """
-        _bootstrap_store_info _create_tcp_store_server _heartbeat_lock _op_executor _shared_tcp_store_server
-        _state_holder _stop_heartbeats _this_node
+        _bootstrap_store_info _create_tcp_store_server _heartbeat_lock _op_executor _record
+        _shared_tcp_store_server _state_holder _stop_heartbeats _this_node
     """,
     f"{_ELASTIC}.rendezvous.utils": "_matches_machine_hostname",
 }

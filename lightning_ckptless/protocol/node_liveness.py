@@ -134,6 +134,10 @@ class Heard:
         """Whether the connection to its agent was closed, and no heartbeat was sent after that."""
         return self.closed_at is not None and self.at - self.closed_at < _IN_FLIGHT_S
 
+    def limit_s(self, bound: Bound) -> float:
+        """The node is lost after these seconds without a heartbeat."""
+        return bound.closed_s(self.longest_pause_s) if self.seems_dead else bound.lost_s
+
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
@@ -151,16 +155,16 @@ class Liveness:
 
 
 def watched_by(node: int, nodes: int) -> tuple[int, ...]:
-    """The nodes that a node watches: the next one, and the first one, which hosts the workers' store.
+    """The nodes that a node watches: the next two, and the first one, which hosts the workers' store.
 
     The nodes watch each other in a circle, so whichever nodes are lost, a live node precedes them in the circle,
-    notices it and re-rendezvouses. The others follow it.
+    notices it and re-rendezvouses. The others follow it. Two neighbours are often lost together, and found together.
 
     Args:
         node: index of the node in the round.
         nodes: number of nodes.
     """
-    return tuple(sorted({(node + 1) % nodes, 0} - {node}))
+    return tuple(sorted({(node + 1) % nodes, (node + 2) % nodes, 0} - {node}))
 
 
 def judge(liveness: Liveness, bound: Bound, *, now: float, endpoint: str) -> Finding:
@@ -181,19 +185,18 @@ def judge(liveness: Liveness, bound: Bound, *, now: float, endpoint: str) -> Fin
             f"(keep_alive_interval={bound.interval_s:g} x keep_alive_max_attempt={bound.attempts})"
         )
     # As of the last answer: an agent that was not answered since knows no more.
-    silent = {node: (liveness.answered_at - heard.at, heard) for node, heard in liveness.heard.items()}
-    lost = {node: why for node, of in silent.items() if (why := _why_lost(node, *of, bound))}
-    if not lost:
+    silent_of = {node: liveness.answered_at - heard.at for node, heard in liveness.heard.items()}
+    limit_of = {node: heard.limit_s(bound) for node, heard in liveness.heard.items()}
+    lost = [node for node, silent_s in silent_of.items() if silent_s > limit_of[node]]
+    if not lost or any(limit_of[node] < bound.lost_s for node in liveness.heard if node not in lost):
+        # Where several seem to be dead, all are decided on together: the other nodes re-rendezvous once.
         return AllAlive()
-    return NodesLost(tuple(lost), "; ".join(lost.values()), max(silent[node][0] for node in lost))
+    reasons = [_why_lost(node, silent_of[node], liveness.heard[node], bound) for node in lost]
+    return NodesLost(tuple(lost), "; ".join(reasons), max(silent_of[node] for node in lost))
 
 
 def _why_lost(node: int, silent_s: float, heard: Heard, bound: Bound) -> str:
-    """Return why a node is lost; empty where it is not."""
-    limit_s = bound.closed_s(heard.longest_pause_s) if heard.seems_dead else bound.lost_s
-    if silent_s <= limit_s:
-        return ""
-    why = str(bound)
+    limit_s, why = heard.limit_s(bound), str(bound)
     if limit_s < bound.lost_s:
         why = f"its agent's connection was closed; its heartbeats were at most {heard.longest_pause_s:.2f} s apart"
     return f"node {node} of the round has been silent for {silent_s:.1f} s, limit {round(limit_s, 1):g} s ({why})"
