@@ -182,6 +182,7 @@ class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
         return state.round, dict(state.participants)
 
     def _have_all_come(self, participants: Collection[Node]) -> bool:
+        """Whether no further node can come to a round, given its participants so far."""
         raise NotImplementedError
 
     def _remove(self, number: int, nodes: Collection[Node]) -> None:
