@@ -324,9 +324,9 @@ def loss_phases(losses_of: list[Group]) -> list[tuple[str, list[Group]]]:
     """Return the phases of the losses of each setup that has a ledger."""
     found = []
     for group in losses_of:
-        if phases := [phases for lost in group.items if (phases := phases_of(lost))]:
-            rows = [Group(phase, [each_of[phase] for each_of in phases]) for phase in LOSS_PHASES]
-            found.append((group.name, rows))
+        losses = [phases for lost in group.items if (phases := phases_of(lost))]
+        if losses:
+            found.append((group.name, [Group(phase, [one[phase] for one in losses]) for phase in LOSS_PHASES]))
     return found
 
 
