@@ -152,6 +152,11 @@ class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
         self._op_executor = _Executor(node, state, settings, self._have_all_come)
 
     @property
+    def this_node(self) -> Node:
+        """This node."""
+        return self._this_node
+
+    @property
     def address(self) -> str:
         """Host name or address under which other nodes reach this one."""
         return str(self._this_node.addr)
@@ -176,7 +181,7 @@ class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
         self._shared_tcp_store_server = None
         return super().next_rendezvous()
 
-    def _round(self) -> tuple[int, dict[Node, int]]:
+    def current_round(self) -> tuple[int, dict[Node, int]]:
         """Return the number of the current round, and its nodes with their places."""
         state = self._state_holder.state
         return state.round, dict(state.participants)
@@ -185,7 +190,7 @@ class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
         """Whether no further node can come to a round, given its participants so far."""
         raise NotImplementedError
 
-    def _remove(self, number: int, nodes: Collection[Node]) -> None:
+    def remove(self, number: int, nodes: Collection[Node]) -> None:
         """Remove nodes from a complete round, unless the next one has begun."""
         with self._heartbeat_lock:
             self._op_executor.run(_ExpelOp(number, nodes), time.monotonic() + _LEAVE_S)

@@ -172,7 +172,7 @@ class DataRendezvous(PromptRendezvous):
     def leave(self) -> None:
         """Leave the round, so that the other nodes can complete the next one without this node."""
         self._has_left = True
-        self._note_gone([self._places[self._this_node]])
+        self._note_gone([self._places[self.this_node]])
         super().leave()
 
     def expel(self, places: Collection[int]) -> None:
@@ -182,7 +182,7 @@ class DataRendezvous(PromptRendezvous):
             places: of the nodes, in the order in which they have met.
         """
         self._note_gone(places)
-        self._remove(self._number, [node for node, place in self._places.items() if place in places])
+        self.remove(self._number, [node for node, place in self._places.items() if place in places])
 
     def num_nodes_waiting(self) -> int:
         """How many nodes wait for the next round; none for a node that has left."""
@@ -191,7 +191,7 @@ class DataRendezvous(PromptRendezvous):
     def next_rendezvous(self) -> RendezvousInfo:
         """Rendezvous with the other nodes; see `RendezvousHandler`."""
         info = super().next_rendezvous()
-        self._number, self._places = self._round()
+        self._number, self._places = self.current_round()
         self._round_store = info.store
         return info
 
