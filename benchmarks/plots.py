@@ -178,7 +178,8 @@ def plots() -> list[Plot]:
 
 
 def main() -> None:
-    for plot in (*plots(), projection()):
+    drawn: list[Plot | Curves] = [*plots(), projection()]
+    for plot in drawn:
         (IMAGES / f"{plot.name}.svg").write_text(plot.svg())
         print(f"docs/images/{plot.name}.svg")
 

@@ -265,8 +265,8 @@ def law_of(worlds: Sequence[Row], values: Any) -> str:
 def growth_rows(worlds: Sequence[Row]) -> Iterable[tuple[str, str, str, str]]:
     """Yield each quantity with its value in the smallest and the largest world, and its law."""
     for name, values in GROWTH:
-        ends = [f"{median(found):.4g}" if (found := values(row)) else "" for row in (worlds[0], worlds[-1])]
-        yield name, *ends, law_of(worlds, values)
+        low, high = (f"{median(found):.4g}" if (found := values(row)) else "" for row in (worlds[0], worlds[-1]))
+        yield name, low, high, law_of(worlds, values)
 
 
 def tables(_: Namespace, results: Results) -> list[Table]:

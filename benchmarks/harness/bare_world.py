@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.replica.transport import GlooTransport, receive_buffer
 
@@ -54,7 +55,7 @@ def measure_bare_world(ranks: int) -> Figures:
         for worker in workers:
             worker.kill()
             worker.join()
-    kinds = {"wall_s": median, "cpu_s": mean, "bytes": mean}
+    kinds: dict[str, Callable[[list[float]], float]] = {"wall_s": median, "cpu_s": mean, "bytes": mean}
     return {name: {kind: of([each[name][kind] for each in found]) for kind, of in kinds.items()} for name in found[0]}
 
 
@@ -68,7 +69,7 @@ def _answer(pipe: Connection, rank: int) -> Figures:
 def _work(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0)
+    store = TCPStore("127.0.0.1", port, ranks, rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     GlooTransport(None).vote(1)
     figures, group = _creation()

@@ -130,7 +130,7 @@ class ModelledStore(Store):
         self.requests, self.sent_bytes = 0, 0
         self._values: dict[str, str] = {"ckptless/current": "1"}
 
-    def add(self, _key: str, _count: int) -> int:
+    def add(self, key: str, value: int) -> int:  # noqa: ARG002 - the signature of stores
         self.requests += 1
         return 1
 

@@ -100,7 +100,8 @@ class _Meeting:
             while self._published() == number:
                 if self.store.check(hellos):
                     nonces = self.store.multi_get(hellos)
-                    self.store.multi_set([_go_key(number, rank) for rank in range(self.world_size)], nonces)
+                    keys = [_go_key(number, rank) for rank in range(self.world_size)]
+                    self.store.multi_set(keys, nonces)  # type: ignore[attr-defined]  # missing in the stubs
                     return number
                 self._pause(number)
 
