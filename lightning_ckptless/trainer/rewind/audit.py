@@ -87,7 +87,7 @@ class Audit:
         members, committed = self._session.members, mirror.committed
         live = compare_live(difference, mirror.layout, tensors, members.transport)
         every = self._session.options.mirror_every_n_steps
-        reach = 0 if difference.pieces else mirror.turns * (INTERVALS[-1] if every == "auto" else every)
+        reach = 0 if difference.pieces else mirror.turns * (every if isinstance(every, int) else INTERVALS[-1])
         has_agreed = committed is not None and committed.optimizer_step > self._first_step + reach
         past = asdict(self._past) | {"wrong": sorted(self._past.wrong)}
         told = members.gather([mirror.torn == difference.version, has_agreed, past])
