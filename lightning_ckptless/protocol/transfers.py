@@ -119,8 +119,11 @@ class TransferPlan:
 
     def used_on(self, node: str) -> set[Replica]:
         """The replicas in a node's arena that ranks read or send."""
-        ranks = self._ranks_of[node]
-        return {step.replica for rank in ranks for step in (*self.reads(rank), *self.sends(rank))}
+        steps: list[Transfer] = []
+        for rank in self._ranks_of[node]:
+            steps += self.reads(rank)
+            steps += self.sends(rank)
+        return {step.replica for step in steps}
 
     @cached_property
     def _shards_of_node(self) -> dict[str, list[int]]:
