@@ -1,4 +1,4 @@
-"""Data transfer between ranks: one narrow interface, three implementations.
+"""Data transfer between ranks: one narrow interface, and three implementations. `node_transport.py` is the fourth.
 
 Every method blocks until its part is done, and raises `TransportError` if a peer does not answer. A transport is used
 by one thread at a time.
@@ -65,6 +65,9 @@ class Transport(Protocol):
 
     def vote(self, mine: int) -> int:
         """The bitwise AND over all ranks. Collective: no rank returns before the last one has called it.
+
+        Args:
+            mine: not negative, of at most `BALLOT_BITS` bits.
 
         Raises:
             TransportError: a peer is lost or does not answer in time.
@@ -192,7 +195,7 @@ class LoopbackTransport:
 
     def vote(self, mine: int) -> int:
         """See `Transport.vote`."""
-        return reduce(and_, (vote[0] for vote in self.gather(bytes([mine]))))
+        return reduce(and_, map(int, self.gather(str(mine).encode())))
 
     def agree(self, mine: bool) -> bool:
         """See `Transport.agree`."""
@@ -234,7 +237,7 @@ class GlooTransport:
 
     def vote(self, mine: int) -> int:
         """See `Transport.vote`."""
-        ballot = torch.tensor([mine], dtype=torch.int32)
+        ballot = torch.tensor([mine], dtype=torch.int64)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.BAND)
         with self._describing_errors("vote"):

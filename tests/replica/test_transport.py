@@ -9,7 +9,9 @@ import sys
 import textwrap
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar, cast
 
 import pytest
@@ -17,6 +19,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
+from lightning_ckptless.protocol.ballots import BALLOT_BITS
+from lightning_ckptless.replica.ballot_box import BallotBox
+from lightning_ckptless.replica.node_transport import share_votes
 from lightning_ckptless.replica.transport import GlooTransport, LoopbackTransport, SoloTransport, Transport
 from tests.replica.conftest import Together
 
@@ -48,6 +53,28 @@ def solo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
     return lambda rank: SoloTransport()
 
 
+def nodes(names: str, world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+    """Ranks that vote in memory of their nodes.
+
+    Args:
+        names: node of each rank, one letter each.
+        world_size: number of ranks.
+        timeout_s: longest wait for a peer, in seconds.
+    """
+    messages, arenas = LoopbackTransport.world(world_size, timeout_s=timeout_s), TemporaryDirectory()
+    boxes = list[BallotBox]()
+
+    def join(rank: int) -> Transport:
+        folder = Path(arenas.name, names[rank])
+        folder.mkdir(exist_ok=True)
+        shared = share_votes(messages[rank], names, folder, timeout_s=timeout_s, when_open=boxes.append)
+        messages[rank].gather(b"")
+        assert list(folder.iterdir()) == [], "another meeting could find the ballots of this one"
+        return shared
+
+    return join
+
+
 CASES: list[tuple[Kind, int]] = [
     (solo, 1),
     (loopback, 1),
@@ -56,7 +83,12 @@ CASES: list[tuple[Kind, int]] = [
     (gloo, 1),
     (gloo, 2),
     (gloo, 4),
+    *((partial(nodes, names), len(names)) for names in ("aa", "aaaa", "abba", "abc", "abbbcab")),
 ]
+
+
+def name_of(kind: Kind) -> str:
+    return f"{kind.func.__name__}-{kind.args[0]}" if isinstance(kind, partial) else kind.__name__
 
 
 class Ranks:
@@ -79,7 +111,7 @@ class Ranks:
         return self._together(self.size, one)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+@pytest.fixture(params=CASES, ids=lambda case: f"{name_of(case[0])}-{case[1]}")
 def world(request: pytest.FixtureRequest, together: Together) -> Ranks:
     """A world of several ranks over one of the transports."""
     kind, size = request.param
@@ -151,6 +183,14 @@ def test_all_must_agree(world: Ranks, against: int | str | None) -> None:
     assert world(lambda transport: transport.agree(transport.rank != dissenter)) == [against is None] * world.size
 
 
+def test_a_vote_has_many_bits(world: Ranks) -> None:
+    def body(transport: Transport) -> list[int]:
+        return [transport.vote(((1 << BALLOT_BITS) - 1) ^ (1 << (bit + transport.rank))) for bit in range(10)]
+
+    cleared = [sum(1 << bit + rank for rank in range(world.size)) for bit in range(10)]
+    assert world(body) == [[((1 << BALLOT_BITS) - 1) ^ bits for bits in cleared]] * world.size
+
+
 def test_every_rank_gets_all_payloads(world: Ranks) -> None:
     payloads = [bytes([rank]) * (rank * 1000) for rank in range(world.size)]
     assert world(lambda transport: transport.gather(payloads[transport.rank])) == [payloads] * world.size
@@ -174,7 +214,7 @@ def ask(transport: Transport, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["exchange", "agree", "gather"])
-@pytest.mark.parametrize("kind", [loopback, gloo])
+@pytest.mark.parametrize("kind", [loopback, gloo, partial(nodes, "aa"), partial(nodes, "ab")], ids=name_of)
 def test_a_silent_peer_is_an_error(kind: Kind, what: str, together: Together) -> None:
     join = kind(2, timeout_s=0.3)
     ranks = together(2, join)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,13 @@ class MeetingStore:
         return self._store
 
 
+class Wait(Protocol):
+    """A wait for other ranks that no connection ends."""
+
+    def abort(self) -> None:
+        """End it with an error, in whichever thread it is."""
+
+
 class World:
     """The process groups that a worker trains in.
 
@@ -87,6 +95,7 @@ class World:
         self._leaving = threading.Lock()
         self._own: set[int] = set()
         self._retired: list[Any] = []
+        self._waits: WeakSet[Wait] = WeakSet()
 
     def open(
         self,
@@ -172,6 +181,11 @@ class World:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         return group if isinstance(group, dist.ProcessGroup) else None
 
+    def abort_with_groups(self, wait: Wait) -> None:
+        """Abort a wait whenever the groups of this generation are, for as long as the object exists."""
+        with self._leaving:
+            self._waits.add(wait)
+
     @property
     def is_open(self) -> bool:
         """Whether there is a default process group."""
@@ -202,6 +216,8 @@ class World:
             How many connections were aborted; each communicator of a device counts as one.
         """
         with self._leaving:
+            for wait in self._waits:
+                wait.abort()
             return abort_device_groups() + self._connections.abort()
 
     def leave(self) -> None:
@@ -212,6 +228,7 @@ class World:
             if dist.is_initialized():
                 dist.destroy_process_group()
             self._own.clear()
+            self._waits.clear()
             if self._connections.has_aborted(self._meeting_store.sockets):
                 self._meeting_store = MeetingStore()
             self._connections.forget()

@@ -15,7 +15,7 @@ handles neither `rx_` nor the unbound buffers of `tx_`):
 No call of torch frees such a thread before the time-out of its group, which is half an hour. `connections.py` ensures
 that no rank does this to another one, but a rank that died, or a full pipe, still may. So the process is killed and
 replaced, as a lost one is. It is certain once every connection is closed and the thread sleeps inside torch and has
-used no processor time since.
+used no processor time since. A thread that waits for a vote in shared memory is woken in any case.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from lightning_ckptless.membership.worker.stuck_evidence import python_threads
 from lightning_ckptless.protocol.hang_detection import SleepingThread, find_stuck_collective, unchanged_since
 from lightning_ckptless.system.procfs import stat_fields
 
-_WAITS_FOR_PEERS = (
+_WAITS_IN_TORCH = (
     "torch._ops",
     "torch.autograd.graph",
     "torch.distributed",
     "torch.nn.parallel",
     "lightning_ckptless.replica.transport",
 )
-"""Modules whose functions sleep only to wait for other ranks."""
+"""Modules whose functions sleep only to wait for other ranks, in code of torch."""
+_WAITS_IN_SHARED_MEMORY = "lightning_ckptless.system.futex"
 _MEETS_PEERS = "lightning_ckptless.membership.rendezvous.generation"
 _WAITS_FOR_THE_STORE = "torch.distributed.rendezvous"
 """This wait ends once a slow server answers: it is no wait for another rank."""
@@ -54,7 +55,7 @@ class StuckCollectives:
             connections: how many connections to other ranks still exist.
             now: seconds of any clock.
         """
-        self._since = unchanged_since(self._since, {} if connections else _sleeping_threads(), now)
+        self._since = unchanged_since(self._since, {} if connections else _sleeping_threads(_WAITS_IN_TORCH), now)
         return find_stuck_collective(self._since, now)
 
 
@@ -65,15 +66,15 @@ def main_thread_waits() -> bool:
         if frame.f_globals.get("__name__") == _MEETS_PEERS:
             return True
         frame = frame.f_back
-    return os.getpid() in _sleeping_threads()
+    return os.getpid() in _sleeping_threads((*_WAITS_IN_TORCH, _WAITS_IN_SHARED_MEMORY))
 
 
-def _sleeping_threads() -> dict[int, SleepingThread]:
-    """Return where threads sleep in one of those modules, by thread id."""
+def _sleeping_threads(modules: tuple[str, ...]) -> dict[int, SleepingThread]:
+    """Return where threads sleep in one of these modules, by thread id."""
     found = {}
     for number, thread, frame in python_threads():
         module = str(frame.f_globals.get("__name__", ""))
-        if not module.startswith(_WAITS_FOR_PEERS) or module == _WAITS_FOR_THE_STORE:
+        if not module.startswith(modules) or module == _WAITS_FOR_THE_STORE:
             continue
         fields = stat_fields(os.getpid(), number)
         if fields is not None and fields[0] == "S":

@@ -47,6 +47,7 @@ def enter_together(
     """
     transport = session.connect()
     nodes = session.open(transport, ckpt_path)
+    transport = session.share_votes(transport, nodes)
     relaunched, states = session.generation > 1, session.durable.states(transport)
     members = session.meet(transport, nodes, after=max((state.snapshot.generation for state in states), default=0))
     session.folders.adopt(members.noted.folders, session.rank)

@@ -26,6 +26,7 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
+from lightning_ckptless.replica.node_transport import share_votes
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.system.reaper import MARKER
 from lightning_ckptless.trainer.commit.durable import DurableRung
@@ -107,6 +108,21 @@ class Session:
         if self.trainer.world_size == 1:
             return SoloTransport()
         return GlooTransport(self.world.host_group(COMMIT_TIMEOUT_S))
+
+    def share_votes(self, transport: Transport, nodes: tuple[str, ...]) -> Transport:
+        """Let the ranks of each node vote in the memory of its arena. All ranks call it together.
+
+        Args:
+            transport: connects all ranks.
+            nodes: node name of each rank.
+
+        Returns:
+            The transport for the generation.
+        """
+        if transport.world_size == 1:
+            return transport
+        waits = self.world.abort_with_groups
+        return share_votes(transport, nodes, self.arena.path, timeout_s=COMMIT_TIMEOUT_S, when_open=waits)
 
     def probe(self, moment: str, version: Version) -> None:
         """Notify the probes of a moment."""

@@ -1,0 +1,201 @@
+"""Votes in shared memory: among real processes, some of which die in a vote; aborted, and late."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.errors import ArenaError, TransportError
+from lightning_ckptless.protocol.ballots import CELLS_PER_LINE
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_owner import Owner
+from lightning_ckptless.replica.ballot_box import BallotBox, Mate, make_ballots, map_ballots
+from lightning_ckptless.system import futex
+
+# A rank of a node: it prints what it is, is told what the others are, and does what the test asks for.
+RANK = """
+    import json, os, random, signal, sys, time
+    from dataclasses import asdict
+    from pathlib import Path
+    from lightning_ckptless.errors import TransportError
+    from lightning_ckptless.replica.arena_owner import Owner
+    from lightning_ckptless.replica.ballot_box import BallotBox, Mate, map_ballots
+    from lightning_ckptless.system import futex
+
+    path, rank, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    print(json.dumps(asdict(Owner.of(os.getpid()))), flush=True)
+    mates = [Mate(other, Owner(**fields)) for other, fields in enumerate(json.loads(sys.stdin.readline()))]
+    box = BallotBox(map_ballots(Path(path)), mates, rank, is_led=False, timeout_s=60.0)
+
+    def die(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        outcomes = [box.collect(7)]
+        if what == "rounds":
+            own, everyone = random.Random(f"delays of {rank}"), random.Random("votes")
+            for _ in range(1000):
+                votes = [everyone.getrandbits(48) | everyone.getrandbits(48) for _ in mates]
+                if own.random() < 0.1:
+                    time.sleep(own.random() * 0.002)
+                expected = (1 << 48) - 1
+                for vote in votes:
+                    expected &= vote
+                assert box.collect(votes[rank]) == expected
+        elif what == "before":
+            box._store = die
+        elif what == "after storing":
+            futex.wake = die
+        elif what == "after voting":
+            futex.wait = die
+        elif what == "last":
+            sys.stdin.readline()
+        for vote in (6, 5):
+            outcomes.append(box.collect(vote))
+    except TransportError as error:
+        outcomes.append(str(error))
+    print(json.dumps(outcomes), flush=True)
+"""
+
+StartNode = Callable[..., list[subprocess.Popen[str]]]
+
+
+@pytest.fixture
+def start_node(tmp_path: Path) -> Iterator[StartNode]:
+    """Starts one process per role, as the ranks of a node."""
+    with ExitStack() as stack:
+
+        def start(*roles: str) -> list[subprocess.Popen[str]]:
+            path = make_ballots(tmp_path, len(roles))
+            env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            command = [sys.executable, "-c", textwrap.dedent(RANK), str(path)]
+            ranks = [
+                stack.enter_context(
+                    subprocess.Popen(
+                        [*command, str(rank), role], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    )
+                )
+                for rank, role in enumerate(roles)
+            ]
+            for rank in ranks:
+                stack.callback(rank.kill)
+            owners = [json.loads(said(rank)) for rank in ranks]
+            for rank in ranks:
+                tell(rank, json.dumps(owners))
+            return ranks
+
+        yield start
+
+
+def tell(rank: subprocess.Popen[str], line: str) -> None:
+    assert rank.stdin is not None
+    rank.stdin.write(f"{line}\n")
+    rank.stdin.flush()
+
+
+def said(rank: subprocess.Popen[str]) -> str:
+    assert rank.stdout is not None
+    return rank.stdout.readline()
+
+
+def test_vote_of_four_processes_with_random_delays(start_node: StartNode) -> None:
+    for rank in start_node(*["rounds"] * 4):
+        assert json.loads(said(rank)) == [7, 6, 5]
+        assert rank.wait(30) == 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("moment", ["before", "after storing", "after voting"])
+def test_vote(start_node: StartNode, moment: str, victim: int) -> None:
+    """What a rank has voted counts, and its death ends the wait of the others without anyone telling them."""
+    others = ["last", "waits"]
+    ranks = start_node(*others[:victim], moment, *others[victim:])
+    assert ranks[victim].wait(30) == -signal.SIGKILL
+    survivors = {rank: process for rank, process in enumerate(ranks) if rank != victim}
+    # The third rank votes only when the victim is dead, and the round may still be complete.
+    tell(survivors[min(survivors)], "the victim is dead")
+    lost = f"vote with peers failed: rank {victim} (process {ranks[victim].pid}) has exited"
+    voted = [7] if moment == "before" else [7, 6]
+    for rank, process in survivors.items():
+        assert json.loads(said(process)) == [*voted, f"rank {rank}: {lost}"]
+        assert process.wait(30) == 0
+
+
+@pytest.fixture
+def boxes() -> list[BallotBox]:
+    """The ballot boxes of two ranks in this process, which wait 0.3 s for each other."""
+    memory = mmap.mmap(-1, 3 * CELLS_PER_LINE * 8)
+    mates = [Mate(rank, Owner.of(os.getpid())) for rank in (0, 1)]
+    return [
+        BallotBox(memory, mates, rank, is_led=False, timeout_s=timeout_s) for rank, timeout_s in ((0, 60), (1, 0.3))
+    ]
+
+
+def test_a_vote_is_aborted_while_it_waits(boxes: list[BallotBox], monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeps, errors = threading.Event(), list[str]()
+    wait = futex.wait
+
+    def note_and_wait(address: int, seen: int, timeout_s: float) -> None:
+        sleeps.set()
+        wait(address, seen, 60.0)
+
+    def vote() -> None:
+        with pytest.raises(TransportError) as raised:
+            boxes[0].collect(1)
+        errors.append(str(raised.value))
+
+    monkeypatch.setattr(futex, "wait", note_and_wait)
+    thread = threading.Thread(target=vote)
+    thread.start()
+    assert sleeps.wait(30)
+    while thread.is_alive():
+        # As the watcher does: the first call may come between the last look and the sleep.
+        boxes[0].abort()
+        thread.join(0.01)
+    why = "rank 0: vote with peers failed: this rank was told that the ranks regroup, or an earlier vote has failed"
+    assert errors == [why]
+    with pytest.raises(TransportError, match="an earlier vote has failed"):
+        boxes[0].collect(1)
+
+
+def test_a_silent_rank_is_an_error(boxes: list[BallotBox]) -> None:
+    with pytest.raises(TransportError, match=r"rank 1: .*: no vote of rank 0 of this node within 0\.3 s"):
+        boxes[1].collect(1)
+    # Rank 0 may have counted the vote: this rank must not go on as if it had not been cast.
+    with pytest.raises(TransportError, match="an earlier vote has failed"):
+        boxes[1].collect(1)
+
+
+def test_a_machine_without_the_call_polls(boxes: list[BallotBox], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(futex, "_NUMBER", None)
+    outcomes = list[int]()
+    thread = threading.Thread(target=lambda: outcomes.append(boxes[0].collect(6)))
+    thread.start()
+    outcomes.append(boxes[1].collect(3))
+    thread.join()
+    assert outcomes == [2, 2]
+
+
+def test_memory_for_votes_is_private_and_removed_with_the_arena(arena: Arena) -> None:
+    path = make_ballots(arena.path, 3)
+    assert (path.stat().st_mode & 0o777, path.stat().st_blocks > 0) == (0o600, True)
+    map_ballots(path)
+    assert arena.inventory() == ()
+    arena.remove()
+    assert not path.exists()
+
+
+def test_memory_for_votes_needs_room(tmp_path: Path) -> None:
+    with pytest.raises(ArenaError, match="cannot create the memory for votes"):
+        make_ballots(tmp_path / "missing", 3)
