@@ -59,7 +59,7 @@ class BallotBox:
     """One rank's access to the ballots of its node. After an error, every further vote raises one.
 
     Args:
-        memory: the mapped file.
+        memory: the mapped file; closed with this object.
         mates: the ranks of the node, this one included, in order. The first of them leads.
         rank: this rank.
         is_led: whether the outcome is announced by the leader, because there are other nodes.
@@ -74,6 +74,7 @@ class BallotBox:
         self._voter = Voter(ranks.index(rank), [announcement] if is_led and rank != ranks[0] else everyone)
         self._announcer = Voter(announcement, ())
         self._mates = (*mates, mates[0])
+        self._memory = memory
         self._cells = memoryview(memory).cast("Q")
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._sleeps_on = 0
@@ -109,6 +110,12 @@ class BallotBox:
         self._is_aborted = True
         if self._sleeps_on:
             futex.wake(self._sleeps_on)
+
+    def close(self) -> None:
+        """Release the memory. A thread that still votes gets an error."""
+        self.abort()
+        self._cells.release()
+        self._memory.close()
 
     def _store(self, cell: int, contents: int) -> None:
         self._cells[cell] = contents

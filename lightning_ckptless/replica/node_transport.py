@@ -35,7 +35,7 @@ class NodeTransport:
 
     Args:
         messages: carries messages between all ranks; closed with this transport.
-        box: the ballots of this node.
+        box: the ballots of this node; closed with this transport.
         leaders: the lowest rank of each node, in ascending order.
     """
 
@@ -68,7 +68,7 @@ class NodeTransport:
 
     def close(self) -> None:
         """Close the transport. A thread that still votes gets an error."""
-        self._box.abort()
+        self._box.close()
         self._messages.close()
 
     def _combine(self, bits: int) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar, cast
 
 import pytest
@@ -32,12 +31,12 @@ Kind = Callable[..., Join]
 TIMEOUT_S = 20.0
 
 
-def loopback(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def loopback(world_size: int, folder: Path, timeout_s: float = TIMEOUT_S) -> Join:
     ranks = LoopbackTransport.world(world_size, timeout_s=timeout_s)
     return ranks.__getitem__
 
 
-def gloo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def gloo(world_size: int, folder: Path, timeout_s: float = TIMEOUT_S) -> Join:
     store = dist.HashStore()  # type: ignore[attr-defined]
 
     def join(rank: int) -> Transport:
@@ -48,28 +47,27 @@ def gloo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
     return join
 
 
-def solo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def solo(world_size: int, folder: Path) -> Join:
     assert world_size == 1
     return lambda rank: SoloTransport()
 
 
-def nodes(names: str, world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+def nodes(names: str, world_size: int, folder: Path) -> Join:
     """Ranks that vote in memory of their nodes.
 
     Args:
         names: node of each rank, one letter each.
         world_size: number of ranks.
-        timeout_s: longest wait for a peer, in seconds.
+        folder: contains the arenas.
     """
-    messages, arenas = LoopbackTransport.world(world_size, timeout_s=timeout_s), TemporaryDirectory()
-    boxes = list[BallotBox]()
+    messages, boxes = LoopbackTransport.world(world_size, timeout_s=TIMEOUT_S), list[BallotBox]()
 
     def join(rank: int) -> Transport:
-        folder = Path(arenas.name, names[rank])
-        folder.mkdir(exist_ok=True)
-        shared = share_votes(messages[rank], names, folder, timeout_s=timeout_s, when_open=boxes.append)
+        arena = folder / names[rank]
+        arena.mkdir(exist_ok=True)
+        shared = share_votes(messages[rank], names, arena, timeout_s=TIMEOUT_S, when_open=boxes.append)
         messages[rank].gather(b"")
-        assert list(folder.iterdir()) == [], "another meeting could find the ballots of this one"
+        assert list(arena.iterdir()) == [], "another meeting could find the ballots of this one"
         return shared
 
     return join
@@ -94,9 +92,9 @@ def name_of(kind: Kind) -> str:
 class Ranks:
     """Runs one function on every rank's transport."""
 
-    def __init__(self, kind: Kind, size: int, together: Together) -> None:
+    def __init__(self, kind: Kind, size: int, folder: Path, together: Together) -> None:
         self.size = size
-        self._join, self._together = kind(size), together
+        self._join, self._together = kind(size, folder), together
 
     def __call__(self, body: Callable[[Transport], T]) -> list[T]:
         def one(rank: int) -> T:
@@ -112,10 +110,10 @@ class Ranks:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{name_of(case[0])}-{case[1]}")
-def world(request: pytest.FixtureRequest, together: Together) -> Ranks:
+def world(request: pytest.FixtureRequest, tmp_path: Path, together: Together) -> Ranks:
     """A world of several ranks over one of the transports."""
     kind, size = request.param
-    return Ranks(kind, size, together)
+    return Ranks(kind, size, tmp_path, together)
 
 
 def parcel(source: int, target: int, length: int) -> torch.Tensor:
@@ -214,9 +212,9 @@ def ask(transport: Transport, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["exchange", "agree", "gather"])
-@pytest.mark.parametrize("kind", [loopback, gloo, partial(nodes, "aa"), partial(nodes, "ab")], ids=name_of)
-def test_a_silent_peer_is_an_error(kind: Kind, what: str, together: Together) -> None:
-    join = kind(2, timeout_s=0.3)
+@pytest.mark.parametrize("kind", [loopback, gloo])
+def test_a_silent_peer_is_an_error(kind: Kind, what: str, tmp_path: Path, together: Together) -> None:
+    join = kind(2, tmp_path, timeout_s=0.3)
     ranks = together(2, join)
     with pytest.raises(TransportError, match="rank 0"):
         ask(ranks[0], what)

@@ -199,7 +199,7 @@ class Session:
         """Form the member set of a generation. All ranks call it together.
 
         Args:
-            transport: connects all ranks.
+            transport: connects all ranks; that of the generation before is closed, unless it is the same.
             nodes: node name of each rank.
             after: generation that wrote the newest state stored outside the arenas.
 
@@ -216,6 +216,8 @@ class Session:
             after=after,
             mesh=self._mesh_sizes(),
         )
+        if self._members is not None and self._members.transport is not transport:
+            self._members.transport.close()
         self._members, self._outgoing = members, OutgoingCheck(self.options, members)
         return members
 
