@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.membership.forkserver.client import Forked, ForkServer
 from lightning_ckptless.membership.worker.startup import Job
-from lightning_ckptless.membership.worker.stuck_collectives import StuckCollectives
+from lightning_ckptless.membership.worker.stuck_collectives import StuckCollectives, main_thread_waits
+from lightning_ckptless.system import futex
 from tests.membership.conftest import finish, script, start, worker_env
 
 # Rank 1 is ready to receive, and stops. Rank 0's data fills the pipe; then its connections are aborted.
@@ -92,3 +95,22 @@ def test_a_thread_stuck_in_gloo_is_reported(parent: ForkServer, ranks: list[tupl
 def test_a_thread_that_sleeps_elsewhere_is_not_stuck() -> None:
     waits = StuckCollectives()
     assert [waits.poll(0, now) for now in (0.0, 1.0, 2.0)] == [None] * 3
+
+
+def test_a_vote_in_shared_memory_is_a_wait_and_cannot_be_stuck() -> None:
+    """`main_thread_waits` tells an agent that a silent rank waits for others: it must not be blamed for that."""
+    word, found, waits = ctypes.c_uint64(), list[str | None](), StuckCollectives()
+
+    def look() -> None:
+        while not main_thread_waits():
+            pass
+        found.extend(waits.poll(0, now) for now in (0.0, 1.0, 2.0))
+        word.value = 1
+        futex.wake(ctypes.addressof(word))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    while not word.value:
+        futex.wait(ctypes.addressof(word), 0, 30.0)
+    thread.join()
+    assert found == [None, None, None]

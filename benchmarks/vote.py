@@ -1,0 +1,102 @@
+"""What a vote costs: in shared memory, on one node and on two, and over gloo, as one all-reduce of all ranks.
+
+The ranks only vote, one vote after the other, in blocks that alternate between the ways. Every process of a node has
+its own interpreter, as in training. Takes half a minute.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.harness.report import Default, Program, Results, Steps, add_count
+from benchmarks.harness.table import Column, Group, Table, each, name_of
+from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_group
+from lightning_ckptless.replica.ballot_box import BallotBox
+from lightning_ckptless.replica.node_transport import share_votes
+from lightning_ckptless.replica.transport import GlooTransport, Transport
+
+RANKS = (2, 4)
+WAYS = ("gloo", "two nodes", "one node")
+_WARM_UP_VOTES = 50
+_TIMEOUT_S = 60.0
+
+
+def rank_main(rank: int, ranks: int, folder: Path, votes: int, rounds: int, results: Any) -> None:
+    """Vote in turns over each transport, and report the seconds and CPU seconds per vote of each block."""
+    torch.set_num_threads(1)
+    use_loopback_on_one_node(ranks, ranks)
+    dist.init_process_group("gloo", f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
+    gloo, boxes = GlooTransport(world_group()), list[BallotBox]()
+    transports: dict[str, Transport] = {"gloo": gloo}
+    for way, nodes in (
+        ("two nodes", [f"n{other * 2 // ranks}" for other in range(ranks)]),
+        ("one node", ["n"] * ranks),
+    ):
+        transports[way] = share_votes(gloo, nodes, folder, timeout_s=_TIMEOUT_S, when_open=boxes.append)
+    blocks = []
+    for number in range(rounds + 1):
+        for way, transport in transports.items():
+            gloo.gather(b"")
+            began_at, used_s, count = time.perf_counter(), time.process_time(), votes if number else _WARM_UP_VOTES
+            for _ in range(count):
+                transport.vote(1)
+            took_s, used_s = time.perf_counter() - began_at, time.process_time() - used_s
+            blocks.append({"way": way, "us": took_s / count * 1e6, "cpu_us": used_s / count * 1e6})
+    results.put((rank, blocks[len(WAYS) :]))
+    gloo.gather(b"")
+    dist.destroy_process_group()
+
+
+def measure(args: Namespace, results: Results, steps: Steps) -> None:
+    """Let each number of ranks vote."""
+    spawn = get_context("spawn")
+    steps.expect(len(RANKS))
+    for ranks in RANKS:
+        steps.begin(f"{ranks} ranks")
+        answers: Any = spawn.SimpleQueue()
+        with TemporaryDirectory(dir="/dev/shm", prefix="ckptless-bench-") as folder:
+            common = ranks, Path(folder), args.votes, args.rounds, answers
+            processes = [spawn.Process(target=rank_main, args=(rank, *common)) for rank in range(ranks)]
+            for process in processes:
+                process.start()
+            found = dict(answers.get() for _ in processes)
+            for process in processes:
+                process.join()
+        results[str(ranks)] = [found[rank] for rank in range(ranks)]
+        steps.done()
+
+
+def tables(_: Namespace, results: Results) -> list[Table]:
+    """Return one row per number of ranks and way."""
+    rows = [
+        Group(f"{ranks} ranks, {way}", [block for blocks in found for block in blocks if block["way"] == way])
+        for ranks, found in results.items()
+        for way in WAYS
+    ]
+    columns = (
+        Column("vote", name_of),
+        Column("us per vote", each("us"), ".0f", median),
+        Column("us of CPU per rank", each("cpu_us"), ".1f", median),
+    )
+    notes = ["Medians over the blocks of all ranks. The CPU time is that of all threads of the process."]
+    return [Table.of("Cost of a vote", rows, *columns, notes=notes)]
+
+
+def options(parser: ArgumentParser) -> None:
+    add_count(parser, "--votes", Default(2000, 100), "votes of a block")
+    add_count(parser, "--rounds", Default(5, 1), "blocks of each way")
+
+
+PROGRAM = Program(__doc__, measure, tables, options)
+
+if __name__ == "__main__":
+    PROGRAM.main()
