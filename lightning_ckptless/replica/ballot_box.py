@@ -23,8 +23,7 @@ import ctypes
 import mmap
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -71,6 +70,7 @@ class BallotBox:
         announcement, everyone = len(mates), range(len(mates))
         self._rank = rank
         self._timeout_s = timeout_s
+        self._look_every_s = min(_LOOK_EVERY_S, timeout_s)
         self._voter = Voter(ranks.index(rank), [announcement] if is_led and rank != ranks[0] else everyone)
         self._announcer = Voter(announcement, ())
         self._mates = (*mates, mates[0])
@@ -86,24 +86,24 @@ class BallotBox:
         Raises:
             TransportError: another rank has exited or does not vote in time, or `abort` was called.
         """
-        with self._unless_aborted():
+        self._require_not_aborted()
+        try:
             self._store(*self._voter.cast(bits))
-            began = looked = monotonic()
-            while (cell := self._voter.awaited_cell) is not None:
-                contents = self._cells[cell]
-                if self._voter.take(contents):
-                    continue
-                self._sleep(cell, contents)
-                now = monotonic()
-                if now - looked >= min(_LOOK_EVERY_S, self._timeout_s):
-                    self._look_for_others(now - began)
-                    looked = now
-            return self._voter.outcome
+            self._await_ballots()
+        except BaseException:
+            # The others may have got this vote, so this rank does not know which round they are in.
+            self._is_aborted = True
+            raise
+        return self._voter.outcome
 
     def announce(self, bits: int) -> None:
-        """Announce the outcome of all nodes to this one. Called by the leader after it has collected."""
-        with self._unless_aborted():
-            self._store(*self._announcer.cast(bits))
+        """Announce the outcome of all nodes to this one. Called by the leader after it has collected.
+
+        Raises:
+            TransportError: `abort` was called.
+        """
+        self._require_not_aborted()
+        self._store(*self._announcer.cast(bits))
 
     def abort(self) -> None:
         """End the wait of `collect` with an error. Callable from any thread, and repeatedly."""
@@ -121,10 +121,22 @@ class BallotBox:
         self._cells[cell] = contents
         futex.wake(self._address + cell * _CELL_BYTES)
 
+    def _await_ballots(self) -> None:
+        began = looked = monotonic()
+        while (cell := self._voter.awaited_cell) is not None:
+            contents = self._cells[cell]
+            if self._voter.take(contents):
+                continue
+            self._sleep(cell, contents)
+            now = monotonic()
+            if now - looked >= self._look_every_s:
+                self._look_for_others(now - began)
+                looked = now
+
     def _sleep(self, cell: int, contents: int) -> None:
         self._sleeps_on = self._address + cell * _CELL_BYTES
         self._require_not_aborted()
-        futex.wait(self._sleeps_on, contents, min(_LOOK_EVERY_S, self._timeout_s))
+        futex.wait(self._sleeps_on, contents, self._look_every_s)
         self._require_not_aborted()
 
     def _look_for_others(self, waited_s: float) -> None:
@@ -143,16 +155,6 @@ class BallotBox:
 
     def _error(self, why: str) -> TransportError:
         return TransportError(f"rank {self._rank}: vote with peers failed: {why}")
-
-    @contextmanager
-    def _unless_aborted(self) -> Iterator[None]:
-        self._require_not_aborted()
-        try:
-            yield
-        except BaseException:
-            # The others may have got this vote, so this rank does not know which round they are in.
-            self._is_aborted = True
-            raise
 
 
 def make_ballots(folder: Path, voters: int) -> Path:

@@ -58,7 +58,12 @@ class NodeTransport:
         """See `Transport.vote`."""
         outcome = self._box.collect(mine)
         if len(self._leaders) > 1 and self.rank in self._leaders:
-            outcome = self._combine(outcome)
+            try:
+                outcome = self._combine(outcome)
+            except BaseException:
+                # Without an announcement, this rank is no longer in the same round as its node.
+                self._box.abort()
+                raise
             self._box.announce(outcome)
         return outcome
 
