@@ -9,6 +9,7 @@ from pathlib import Path
 
 PROGRAMS = (
     "steady_state",
+    "vote",
     "recovery",
     "growth",
     "detection",
