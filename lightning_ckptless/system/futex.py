@@ -2,6 +2,8 @@
 
 The kernel compares the word with what the caller has seen before it puts the caller to sleep. So a change in between is
 not missed, if whoever changes the word wakes afterwards. The word is the lower half of an aligned value of 8 bytes.
+
+Apart from `replica/ballot_box.py`, because it calls the kernel by numbers that depend on the processor.
 """
 
 from __future__ import annotations
