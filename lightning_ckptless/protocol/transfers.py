@@ -119,8 +119,11 @@ class TransferPlan:
 
     def used_on(self, node: str) -> set[Replica]:
         """The replicas in a node's arena that ranks read or send."""
-        ranks = self._ranks_of[node]
-        return {step.replica for rank in ranks for step in (*self.reads(rank), *self.sends(rank))}
+        used: set[Replica] = set()
+        for rank in self._ranks_of[node]:
+            used.update(step.replica for step in self.reads(rank))
+            used.update(step.replica for step in self.sends(rank))
+        return used
 
     @cached_property
     def _shards_of_node(self) -> dict[str, list[int]]:
