@@ -36,14 +36,14 @@ Rows = list[dict[str, Any]]
 # ---------------------------------------------------------------------- calibration
 
 
-def _nearest(measured: Iterable[int], ranks: int) -> int:
-    """Return the measured number of ranks that is nearest to one."""
-    return min(measured, key=lambda found: abs(found - ranks))
+def nearest(worlds: Iterable[int], ranks: int) -> int:
+    """Return the measured number of ranks that is nearest to a given one."""
+    return min(worlds, key=lambda measured: abs(measured - ranks))
 
 
 def calibrate(bare: dict[int, Figures], cores: int) -> Network:
     """Return the model of this machine, from a small and a larger world."""
-    few, many = (_nearest(bare, ranks) for ranks in CALIBRATED)
+    few, many = (nearest(bare, ranks) for ranks in CALIBRATED)
 
     def wall_s(name: str, ranks: int) -> float:
         return bare[ranks][name]["wall_s"]
@@ -115,7 +115,7 @@ def modelled_phase(name: str, network: Network, ranks: int, state_bytes: int) ->
 
 def own_part(name: str, real: dict[int, float], here: Network, state_bytes: int) -> Own:
     """Fit what the model does not contain to two small worlds."""
-    few, many = (_nearest(real, ranks) for ranks in CALIBRATED)
+    few, many = (nearest(real, ranks) for ranks in CALIBRATED)
     left = {
         n: max(0.0, real[n] - modelled_phase(name, here.one_machine(n), n, state_bytes).seconds) for n in (few, many)
     }

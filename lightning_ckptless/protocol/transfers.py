@@ -119,11 +119,11 @@ class TransferPlan:
 
     def used_on(self, node: str) -> set[Replica]:
         """The replicas in a node's arena that ranks read or send."""
-        steps: list[Transfer] = []
+        used: set[Replica] = set()
         for rank in self._ranks_of[node]:
-            steps += self.reads(rank)
-            steps += self.sends(rank)
-        return {step.replica for step in steps}
+            used.update(step.replica for step in self.reads(rank))
+            used.update(step.replica for step in self.sends(rank))
+        return used
 
     @cached_property
     def _shards_of_node(self) -> dict[str, list[int]]:
