@@ -82,7 +82,6 @@ def _work(rank: int, ranks: int, port: int, pipe: Connection) -> None:
 
 def _creation() -> tuple[dict[str, float], dist.ProcessGroup]:
     """Create several groups; returns the figures of the quickest and the last group."""
-    group: dist.ProcessGroup | None = None
     walls, cpus, sent = list[float](), list[float](), list[int]()
     group: dist.ProcessGroup | int | None = None
     for _ in range(GROUPS):
