@@ -30,7 +30,14 @@ class TakenVersion:
 
 
 def logged_values(
-    taken: TakenVersion, account: TimeAccount, mtbf: Mtbf, counts: dict[str, int], last: Phases | None
+    taken: TakenVersion,
+    account: TimeAccount,
+    mtbf: Mtbf,
+    last: Phases | None,
+    *,
+    recoveries: int,
+    rewinds: int,
+    steps_replayed: int,
 ) -> dict[str, float]:
     """Return the values by name.
 
@@ -38,14 +45,18 @@ def logged_values(
         taken: the version that was taken last.
         account: the time of the run.
         mtbf: its mean time between failures.
-        counts: what is counted over the run, by name.
         last: phases of the last recovery; None if there was none.
+        recoveries: number of recoveries of the run.
+        rewinds: number of its rewinds.
+        steps_replayed: optimizer steps that faults have undone.
     """
     stats = taken.stats
     values = {
         "goodput": account.goodput,
         "goodput_1h": account.recent_goodput,
-        **{name: float(count) for name, count in counts.items()},
+        "recoveries": float(recoveries),
+        "rewinds": float(rewinds),
+        "steps_replayed": float(steps_replayed),
         "mtbf_s": mtbf.mean_s if mtbf.failures else nan,
         "mtbf_low_s": mtbf.low_s,
         "mtbf_high_s": mtbf.high_s if mtbf.failures else nan,

@@ -336,12 +336,15 @@ class RunReport:
             if not self._is_laid_out:
                 self._is_laid_out = True
                 lay_out(trainer.loggers, PREFIX)
-            counts = {
-                "recoveries": self.recoveries,
-                "rewinds": self.rewinds,
-                "steps_replayed": self.steps_replayed,
-            }
-            values = logged_values(taken, self.account, self.mtbf, counts, self.last_phases)
+            values = logged_values(
+                taken,
+                self.account,
+                self.mtbf,
+                self.last_phases,
+                recoveries=self.recoveries,
+                rewinds=self.rewinds,
+                steps_replayed=self.steps_replayed,
+            )
             prefixed = {f"{PREFIX}{name}": value for name, value in values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(prefixed, step=max(0, stepped - 1))
