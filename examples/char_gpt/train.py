@@ -221,12 +221,14 @@ class BadBatch(Callback):
             batch[1].random_(len(ALPHABET))
 
 
-def strategy(mesh: str, history: int) -> Any:
+def strategy(mesh: str, **options: Any) -> Any:
     """Return the strategy for a mesh such as `2x1`, or for an empty string."""
     if not mesh:
-        return lightning_ckptless.CkptlessStrategy(history=history) if history else "ckptless"
+        return lightning_ckptless.CkptlessStrategy(**options)
     data, tensor = (int(size) for size in mesh.split("x"))
-    return lightning_ckptless.CkptlessModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
+    return lightning_ckptless.CkptlessModelParallelStrategy(
+        data_parallel_size=data, tensor_parallel_size=tensor, **options
+    )
 
 
 def main() -> None:
@@ -245,6 +247,9 @@ def main() -> None:
         default="",
         help="shard the model over DATAxTENSOR ranks, such as 2x1 (default: do not shard)",
     )
+    parser.add_argument(
+        "--failure-domain", default="node", help="unit that fails as a whole, node or rank (default: %(default)s)"
+    )
     parser.add_argument("--bad-batch-at", type=int, default=0, help="step with a bad batch, and rewind (default: none)")
     parser.add_argument("--folder", default=".", help="folder for logs and checkpoint files (default: current folder)")
     args = parser.parse_args()
@@ -257,7 +262,7 @@ def main() -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=args.devices,
-        strategy=strategy(args.mesh, history=8 if args.bad_batch_at else 0),
+        strategy=strategy(args.mesh, failure_domain=args.failure_domain, history=8 if args.bad_batch_at else 0),
         max_steps=args.steps,
         val_check_interval=max(1, args.steps // 4),
         check_val_every_n_epoch=None,

@@ -17,7 +17,6 @@ from tests.lab.kinds import WIDE
 BYTES = "ckptless/mirrored_bytes"
 
 SHORT = replace(BASE, epochs=1)
-COPY_ON_OTHER_RANK = "{'failure_domain': 'rank'}"
 """Each shard is copied to the other rank, so the bytes sent show which tensors were skipped."""
 
 CELLS = {
@@ -43,16 +42,19 @@ CELLS = {
 }
 
 
-def test_kill_with_mostly_frozen_weights(drill: Drill) -> None:
-    cell = Cell("kill:rank=1:step=3:at=backward", replace(BASE, block="adapted", strategy_options=COPY_ON_OTHER_RANK))
+@pytest.mark.parametrize(("replicas", "times"), [("verify", 1), pytest.param("send", 2, marks=pytest.mark.long)])
+def test_kill_with_mostly_frozen_weights(replicas: str, times: int, drill: Drill) -> None:
+    asked = repr({"failure_domain": "rank", "replicas": replicas})
+    cell = Cell("kill:rank=1:step=3:at=backward", replace(BASE, block="adapted", strategy_options=asked))
     report = _assert_survived(cell, drill)
     # Half of the frozen weights, and a buffer of each rank. The trained weights are about a kilobyte.
     shard_bytes = 4 * WIDE * (16 + 16)
     (path,) = (report.faulted.folder / "cwd").rglob("metrics.csv")
     with path.open() as file:
         mirrored = [float(row[BYTES]) for row in csv.DictReader(file) if row.get(BYTES)]
-    # Each is written once into both slots and sent once; later versions copy the buffer and send neither.
-    assert mirrored[-1] < shard_bytes < 2 * shard_bytes < max(mirrored)
+    # Each is written once into both slots, and sent once if a holder does not copy its own; later versions copy the
+    # buffer and send neither.
+    assert mirrored[-1] < shard_bytes <= times * shard_bytes < max(mirrored)
 
 
 @pytest.mark.parametrize(
