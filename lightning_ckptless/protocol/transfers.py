@@ -1,8 +1,8 @@
 """Which rank reads which shard from its own node's arena, and which rank sends it to which.
 
-A shard in the arena of the rank's own node is read there. Any other shard is sent once by a rank whose node has it: the
-one with the fewest bytes to send so far, assigned in order of decreasing size. All ranks compute the same plan from the
-same inventory, so it also defines the order of sends and receives.
+A shard in the arena of the rank's own node, or in its own device memory, is read there. Any other shard is sent once by
+a rank that can read it: the one with the fewest bytes to send so far, assigned in order of decreasing size. All ranks
+compute the same plan from the same inventory, so it also defines the order of sends and receives.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from lightning_ckptless.protocol.versions import Complete, Replica
+from lightning_ckptless.protocol.versions import Complete, Replica, Tier
 
 
 class Part(StrEnum):
@@ -120,17 +120,21 @@ def _routed(complete: Complete, nodes: Sequence[str], needed: Sequence[_Needed])
     plan: list[Transfer] = []
     for rank, shard, part in needed:
         replicas = complete.replicas[shard]
-        local = [replica for replica in replicas if replica.node == nodes[rank]]
+        local = [replica for replica in replicas if replica.is_readable_by(rank, nodes[rank])]
         if local:
             plan.append(Read(rank, min(local, key=lambda replica: replica.holder != rank), part))
             continue
-        offers = [(source, replica) for replica in replicas for source in ranks_of.get(replica.node, ())]
+        offers = [(source, replica) for replica in replicas for source in _readers(replica, ranks_of)]
         assert offers, f"shard {shard} is on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"
         source, replica = min(offers, key=lambda offer: (sent_bytes[offer[0]], offer[0]))
         send = Send(source, rank, shard, replica, part)
         sent_bytes[source] += send.sent_bytes
         plan.append(send)
     return tuple(plan)
+
+
+def _readers(replica: Replica, ranks_of: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    return (replica.holder,) if replica.tier is Tier.DEVICE else ranks_of.get(replica.node, ())
 
 
 def _needed(

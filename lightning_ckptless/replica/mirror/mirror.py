@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
@@ -113,6 +114,16 @@ class MirrorStats:
     last_stage_s: float = 0.0
     last_round_s: float = 0.0
     stall_s: float = 0.0
+
+
+class Job(Protocol):
+    """Work between two rounds, in the mirror thread, with exclusive use of the transport."""
+
+    def run(self) -> None:
+        """Do the work."""
+
+    def fail(self, error: BaseException) -> None:
+        """Raise an error in threads that wait for the work."""
 
 
 log = logging.getLogger(__name__)
@@ -208,7 +219,7 @@ class Mirror:
         self._rings = {shard: self._ring(shard) for shard in (self._rank, *placement.sources(self._rank))}
         self._exchange = ShardExchange(transport, placement.holders[self._rank], self._rings)
         self._stager = Stager(layout, self._rank)
-        self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Round | Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Round | None = None
         self._submitted: Round | None = None
@@ -321,6 +332,11 @@ class Mirror:
         self.stats.skipped += 1
         self._enqueue(Round(version, perf_counter()))
 
+    def then(self, job: Job) -> None:
+        """Run a job in the mirror thread after the rounds that were submitted. All ranks pass the same jobs."""
+        self._raise_failure()
+        self._put(job)
+
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.
 
@@ -384,11 +400,14 @@ class Mirror:
             ring.close()
 
     def _enqueue(self, round_: Round) -> None:
+        self._last = round_
+        self._put(round_)
+
+    def _put(self, item: Round | Job) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="ckptless-mirror", daemon=True)
             self._thread.start()
-        self._last = round_
-        self._queue.put(round_)
+        self._queue.put(item)
 
     def _wait(self, moment: Future[None] | None, timeout_s: float | None = None) -> float:
         self._raise_failure()
@@ -413,13 +432,16 @@ class Mirror:
     # ------------------------------------------------------------------ mirror thread
 
     def _serve(self) -> None:
-        while (round_ := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
             try:
                 self._raise_failure()
-                self._run(round_)
+                if isinstance(item, Round):
+                    self._run(item)
+                else:
+                    item.run()
             except BaseException as error:  # noqa: BLE001 - boundary of the thread: the training thread raises it
                 self._failure = error
-                round_.fail(error)
+                item.fail(error)
 
     def _run(self, round_: Round) -> None:
         self.stats.rounds += 1

@@ -72,7 +72,7 @@ class GoingBack:
         found = choose(members.arena, members.transport, members.nodes, newest=plan.version)
         if not isinstance(found, Complete):
             raise StateMissingError(f"rank {session.rank}: {plan.reason}: {found.reason}")
-        restoration = fetch_version(session, self._data.virtual_ranks, found, goes_back=True)
+        restoration = fetch_version(session, self._data.virtual_ranks, found, found, goes_back=True)
         restoration.is_mirrored_next, state = True, restoration.host_state
         state["rewinds"] = carried_out(state["rewinds"], plan)
         skipped = 0

@@ -58,7 +58,7 @@ class RunningFit:
         trainer, loops = session.trainer, data.loops
         self.progress = StepProgress(session, loops, watcher)
         # Twice the batches of a step: the previous step's copy may still be in progress.
-        every_step = session.options.mirror_every_n_steps == 1
+        every_step = session.options.mirror_every_n_steps == 1 or session.device_tier is not None
         self.batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
         self.end = RunEnd(trainer, watcher)
         self.rewinding = Rewinding(session, loops, self._answer)
@@ -67,7 +67,7 @@ class RunningFit:
         self.boundaries = StepBoundaries(
             loops,
             self._commit,
-            every_n_steps=lambda: mirroring.mirror_interval.interval,
+            every_n_steps=mirroring.every_n_steps,
             since=since,
             before_batch=self._before_batch,
             ends_here=mirroring.ends_here,

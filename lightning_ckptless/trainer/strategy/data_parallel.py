@@ -16,6 +16,7 @@ from lightning_ckptless.membership.worker.process_groups import world_group
 from lightning_ckptless.options import (
     CheckpointHooks,
     Checksum,
+    DeviceTierMode,
     ElasticBatch,
     EveryNSteps,
     OnLate,
@@ -79,6 +80,7 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         trusted_classes: Sequence[str] = (),
         history: int = 0,
         history_every: int = 1,
+        device_tier: DeviceTierMode = "off",
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

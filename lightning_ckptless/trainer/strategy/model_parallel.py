@@ -31,6 +31,7 @@ from lightning_ckptless.internals.mesh_internals import (
 from lightning_ckptless.options import (
     CheckpointHooks,
     Checksum,
+    DeviceTierMode,
     ElasticBatch,
     EveryNSteps,
     OnLate,
@@ -92,6 +93,7 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         trusted_classes: Sequence[str] = (),
         history: int = 0,
         history_every: int = 1,
+        device_tier: DeviceTierMode = "off",
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,
@@ -139,6 +141,11 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         if (precision := precision_of(self)) not in PRECISIONS:
             raise OptionsError(
                 f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
+            )
+        if self.options.device_tier == "on":
+            raise OptionsError(
+                f"device_tier='on' needs a state that all ranks replicate, but {type(self).__name__} shards the model: "
+                "set device_tier='off', or use CkptlessStrategy"
             )
         if self.options.checkpoint_hooks != "never":
             raise OptionsError(

@@ -1,0 +1,57 @@
+"""The device tier: after a fault, a version that is newer than any in the arenas, and the same result bit for bit."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+
+import pytest
+
+from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
+from lightning_ckptless.testing.drill import DrillReport
+from lightning_ckptless.testing.starters import Ladder
+from tests.faults.conftest import Drill
+from tests.faults.matrix import CELLS, Cell, is_version
+
+IN_PLACE = Ladder(max_restarts=5)
+TELLING = ("rank=0-during=backward",)
+"""Cells that are part of every run of the suite."""
+
+
+def with_device_tier(cell: Cell) -> Cell:
+    """The cell with a device tier, and with arenas that are brought up to date only every five steps."""
+    given = ast.literal_eval(cell.options.strategy_options or "{}")
+    options = {"mirror_every_n_steps": 5} | given | {"device_tier": "on"}
+    return replace(cell, options=replace(cell.options, strategy_options=repr(options)))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.long) for name in CELLS]
+)
+def test_kill(name: str, drill: Drill) -> None:
+    cell = with_device_tier(CELLS[name])
+    report = drill(cell, IN_PLACE)
+    assert report.problems == ()
+    assert report.identical
+    if "rank=all" in cell.faults:
+        # No device memory is left.
+        assert all(not recovery.sources.get("device tier") for recovery in report.recoveries)
+        return
+    assert report.in_place == len(report.recoveries) == cell.recoveries
+    for recovery, expected in zip(report.recoveries, cell.restored, strict=False):
+        assert is_version(recovery.version, expected)
+    for version, newest_in_arenas, sources in restored(report):
+        assert sources["device tier"] > 0 or version == newest_in_arenas
+        assert step_of(version) >= step_of(newest_in_arenas)
+
+
+def restored(report: DrillReport) -> list[tuple[str, str, dict[str, int]]]:
+    """Each restored version, the newest version in the arenas at that time, and where its shards came from."""
+    assert report.faulted.run_folder is not None
+    events = read_ledger(report.faulted.run_folder / LEDGER_NAME, only="restored").events
+    return [(e.fields["version"], e.fields["newest_in_arenas"], e.fields["sources"]) for e in events]
+
+
+def step_of(version: str) -> int:
+    return int(re.findall(r"\d+", version)[0])
