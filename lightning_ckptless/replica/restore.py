@@ -119,8 +119,8 @@ def choose(
     """
     rank = transport.rank
     neighbours = [other for other, node in enumerate(nodes) if node == nodes[rank]]
-    mine = (*(arena.inventory() if rank == neighbours[0] else ()), *device)
-    inventory = restorable(gather_replicas(mine, transport))
+    readable = (*(arena.inventory() if rank == neighbours[0] else ()), *device)
+    inventory = restorable(gather_replicas(readable, transport))
     inventory = tuple(replica for replica in inventory if newest is None or replica.version <= newest)
     threads = threads_of_a_rank(len(neighbours), beside_training=False)
     bad: set[Replica] = set()
@@ -185,7 +185,7 @@ def fetch(
                 got[step.shard, part] = receive_buffer(length)
                 receives.append((step.source_rank, _tag(step.shard, part), got[step.shard, part]))
     transport.exchange(sends, receives)
-    mine = [*reads, *(step for step in _sends(plan) if step.target_rank == rank)]
+    mine: list[Transfer] = [*reads, *(step for step in _sends(plan) if step.target_rank == rank)]
     sources = Counter(_source(step) for step in mine if Part.BULK in _parts(step))
     return Fetched(
         bulks={shard: data for (shard, part), data in got.items() if part is Part.BULK},

@@ -85,6 +85,15 @@ class DeviceTier:
         self._live = LiveVersion(snapshot, plan, tensors, counters(plan.watched, tensors), early, blob, ready)
         return self._live
 
+    def await_round(self) -> None:
+        """Wait until the round of the last version is over, and the ranks' transport is free.
+
+        Raises:
+            TransportError: a peer is lost.
+        """
+        if self._live is not None:
+            self._live.known.result()
+
     def save(self) -> float:
         """Copy the live tensors into the slots, which may change from then on; does nothing if they have before.
 
@@ -98,7 +107,7 @@ class DeviceTier:
         if live is None:
             return 0.0
         began_at = perf_counter()
-        live.known.result()
+        self.await_round()
         waited_s = perf_counter() - began_at
         if (name := live.changed()) is None:
             self._copy(live)

@@ -96,6 +96,14 @@ class DeviceVersions:
         live = self._tier.take(snapshot, plan, tensors, blob)
         mirror.then(Delivery(live, members.transport, self._opened.placement.holders[plan.rank]))
 
+    def await_round(self) -> None:
+        """Wait until the round of the last version is over: only then may another thread use the ranks' transport.
+
+        Raises:
+            TransportError: a peer is lost.
+        """
+        self._tier.await_round()
+
     def save(self) -> float:
         """Copy the version that was taken last into device memory: its tensors are about to change.
 

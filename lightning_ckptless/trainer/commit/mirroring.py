@@ -333,6 +333,8 @@ class Mirroring:
         return not self._trainer.strategy.replicates and self._seen is not None and self._seen.optimizer_step == 0
 
     def _replan(self) -> tuple[Planned, Mirror]:
+        if self._device is not None:
+            self._device.await_round()
         if self._mirror is not None:
             self._mirror.settle()
         require_room(self._trainer)

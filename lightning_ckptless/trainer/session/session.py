@@ -256,3 +256,5 @@ class Session:
             self._members.transport.close()
         if self._arena is not None:
             self._arena.close()
+        if self._device_tier is not None:
+            self._device_tier.drop()
