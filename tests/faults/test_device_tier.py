@@ -12,7 +12,7 @@ from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 from lightning_ckptless.testing.drill import DrillReport
 from lightning_ckptless.testing.starters import Ladder
 from tests.faults.conftest import Drill
-from tests.faults.matrix import CELLS, Cell, is_version
+from tests.faults.matrix import CELLS, FOUR, Cell, is_version
 
 IN_PLACE = Ladder(max_restarts=5)
 TELLING = ("rank=0-during=backward",)
@@ -55,3 +55,14 @@ def restored(report: DrillReport) -> list[tuple[str, str, dict[str, int]]]:
 
 def step_of(version: str) -> int:
     return int(re.findall(r"\d+", version)[0])
+
+
+@pytest.mark.long
+def test_the_arenas_are_left_when_all_holders_of_a_shard_are_lost(drill: Drill) -> None:
+    options = replace(FOUR, strategy_options=repr({"mirror_every_n_steps": 3, "device_tier": "on"}))
+    report = drill(Cell("kill:rank=0:step=6,kill:rank=1:step=6", options), IN_PLACE)
+    assert report.problems == ()
+    assert report.identical
+    assert report.in_place >= 1
+    version, newest_in_arenas, sources = restored(report)[0]
+    assert (version, newest_in_arenas, sources["device tier"]) == ("step 3", "step 3", 0)
