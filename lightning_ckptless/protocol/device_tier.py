@@ -90,7 +90,7 @@ class DeviceState:
             offered.append((Source.LIVE, self.live, state))
         return tuple(offered)
 
-    def is_saved_for(self, found: Snapshot) -> bool:
+    def must_save_for(self, found: Snapshot) -> bool:
         """Whether a rank that restores a version has to save its live tensors first, which are about to be filled."""
         return self.live == found
 
@@ -113,7 +113,7 @@ def place_on_devices(placement: Placement, copies: int) -> Placement:
     ranks = len(placement.holders)
     if placement.copies or ranks == 1:
         return placement
-    return place(_names(ranks), min(copies, ranks - 1), kind="rank")
+    return place([f"rank {rank}" for rank in range(ranks)], min(copies, ranks - 1), kind="rank")
 
 
 def kept_on_devices(placement: Placement) -> dict[int, tuple[int, ...]]:
@@ -124,7 +124,3 @@ def kept_on_devices(placement: Placement) -> dict[int, tuple[int, ...]]:
 def slot_bytes(placement: Placement, rank: int, shard_bytes: Sequence[int]) -> int:
     """Device memory that the slots of a rank need: about `(1 + copies) / ranks` of the state."""
     return sum(shard_bytes[shard] for shard in (rank, *placement.sources(rank)))
-
-
-def _names(ranks: int) -> list[str]:
-    return [f"rank {rank}" for rank in range(ranks)]

@@ -180,7 +180,11 @@ def restores(game: Game, world: World, rank: int, me: Rank) -> Iterator[Rank]:
     assert found is not None
     if me.stage == 0:
         live = me.live
-        if live is not None and DeviceState(live=live.version).is_saved_for(found) and game.rule is not Rule.FILL_FIRST:
+        if (
+            live is not None
+            and DeviceState(live=live.version).must_save_for(found)
+            and game.rule is not Rule.FILL_FIRST
+        ):
             yield me._replace(saved=live, live=None, stage=1)
         else:
             yield me._replace(live=None, stage=1)

@@ -146,7 +146,9 @@ def _packed(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Pieces one after another, in host memory. Those on a device are complete: no later work is waited for."""
     if not pieces:
         return receive_buffer(0)
-    device = pieces[0].device
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    device = next((piece.device for piece in pieces if piece.is_cuda), None)
+    stream = None if device is None else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        return torch.cat([piece.cpu().contiguous().reshape(-1).view(torch.uint8) for piece in pieces])
+        # The stored bytes of a lazy conjugate or negation are not its values.
+        plain = [piece.cpu().resolve_conj().resolve_neg().contiguous() for piece in pieces]
+        return torch.cat([piece.reshape(-1).view(torch.uint8) for piece in plain])

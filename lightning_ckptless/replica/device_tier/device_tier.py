@@ -174,7 +174,7 @@ class DeviceTier:
         Args:
             found: the version.
         """
-        if self._live is not None and self.state.is_saved_for(found):
+        if self._live is not None and self.state.must_save_for(found):
             self._copy(self._live)
         self._live = None
 

@@ -11,7 +11,7 @@
 
 If a rank has no data for a round (nothing submitted, or a copy torn by a write), the vote fails: all ranks abort the
 round and keep the previous version. Rounds use a transport of their own, so they are not ordered against collectives of
-training.
+training. What else needs this transport during training runs between rounds, as a job.
 """
 
 from __future__ import annotations

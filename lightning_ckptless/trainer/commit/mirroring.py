@@ -186,6 +186,8 @@ class Mirroring:
         """Wait until the last version is committed."""
         with self._report.time.spending(Bucket.MIRROR_STALL):
             self._await_rereplication()
+            if self._device is not None:
+                self._device.await_round()
             if self._mirror is not None:
                 self._mirror.settle()
 

@@ -18,7 +18,7 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.mirror.mirror import Mirror
-from lightning_ckptless.replica.transport import SoloTransport
+from lightning_ckptless.replica.transport import SoloTransport, Transport
 from tests.replica.world import MakeWorld, State, StopError, stop_at, wait_for
 
 # ------------------------------------------------------------------ rounds that are committed
@@ -329,3 +329,47 @@ def test_a_new_layout_keeps_the_old_version_until_its_own_is_committed(world: Ma
     assert ranks.settle() == [Version(2, True)] * 2 and ranks.values() == {2.0}
     for arena in ranks.arenas:
         assert {line.layout for line in arena.inventory()} == {layout.digest}
+
+
+# ------------------------------------------------------------------ jobs between rounds
+
+
+class _Job:
+    """Votes over the transport of the rounds, and notes what is committed then."""
+
+    def __init__(self, mirror: Mirror, transport: Transport) -> None:
+        self.mirror, self.transport = mirror, transport
+        self.committed: Version | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        assert self.transport.agree(True)
+        self.committed = self.mirror.committed
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+
+
+def test_a_job_runs_between_two_rounds(world: MakeWorld) -> None:
+    ranks = world(2).begin()
+    jobs = [_Job(mirror, transport) for mirror, transport in zip(ranks.mirrors, ranks.transports, strict=True)]
+    ranks.submit(1)
+    for mirror, job in zip(ranks.mirrors, jobs, strict=True):
+        mirror.then(job)
+    ranks.submit(2)
+    ranks.settle()
+    assert [job.committed for job in jobs] == [Version(1, True)] * 2
+    assert [job.error for job in jobs] == [None] * 2
+
+
+def test_a_job_that_fails_ends_the_mirror(world: MakeWorld) -> None:
+    ranks = world(2).begin()
+    ranks.transports[1].close()
+    mirror = ranks.mirrors[0]
+    job, next_job = _Job(mirror, ranks.transports[0]), _Job(mirror, ranks.transports[0])
+    mirror.then(job)
+    wait_for(lambda: job.error is not None)
+    assert isinstance(job.error, TransportError)
+    with pytest.raises(TransportError):
+        mirror.then(next_job)
+    assert next_job.committed is None
