@@ -341,6 +341,7 @@ class _Job:
         self.mirror, self.transport = mirror, transport
         self.committed: Version | None = None
         self.error: BaseException | None = None
+        self.has_failed = threading.Event()
 
     def run(self) -> None:
         assert self.transport.agree(True)
@@ -348,6 +349,7 @@ class _Job:
 
     def fail(self, error: BaseException) -> None:
         self.error = error
+        self.has_failed.set()
 
 
 def test_a_job_runs_between_two_rounds(world: MakeWorld) -> None:
@@ -368,7 +370,7 @@ def test_a_job_that_fails_ends_the_mirror(world: MakeWorld) -> None:
     mirror = ranks.mirrors[0]
     job, next_job = _Job(mirror, ranks.transports[0]), _Job(mirror, ranks.transports[0])
     mirror.then(job)
-    wait_for(lambda: job.error is not None)
+    assert job.has_failed.wait(20)
     assert isinstance(job.error, TransportError)
     with pytest.raises(TransportError):
         mirror.then(next_job)
