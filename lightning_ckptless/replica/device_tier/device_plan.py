@@ -1,8 +1,9 @@
 """What a rank keeps in device memory: the shards, and which of their pieces its own live tensors contain.
 
 Most pieces stay in the live tensors until the next optimizer step, equal on all ranks. *Early* pieces do not: buffers,
-which a forward pass changes and which differ between ranks; parameters that a hook writes to; and tensors that are not
-on the device, such as step counters. They are copied at the commit point and travel with the host state.
+which a forward pass changes and which differ between ranks; parameters that a hook writes to; tensors that only some
+ranks have; and tensors that are not on the device, such as step counters. They are copied at the commit point and travel
+with the host state.
 """
 
 from __future__ import annotations
@@ -67,16 +68,14 @@ class DevicePlan:
 
     def is_same(self, other: DevicePlan | None) -> bool:
         """Whether slots that were made for another plan fit this one."""
-        return other is not None and (self.layout.digest, self.rank, self.shards, self.device) == (
-            other.layout.digest,
-            other.rank,
-            other.shards,
-            other.device,
-        )
+        return other is not None and self._key == other._key
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self.layout.digest, self.rank, self.shards, self.hooked, self.off_device, self.device
 
     def _is_early(self, chunk: Chunk) -> bool:
-        is_private = chunk.holders != () and local_name(chunk, chunk.shard) != chunk.name
-        return is_private or chunk.name in self.hooked or chunk.name in self.off_device
+        return chunk.holders != () or chunk.name in self.hooked or chunk.name in self.off_device
 
 
 class DeviceSlots:
