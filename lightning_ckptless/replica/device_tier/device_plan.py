@@ -2,8 +2,8 @@
 
 Most pieces stay in the live tensors until the next optimizer step, equal on all ranks. *Early* pieces do not: buffers,
 which a forward pass changes and which differ between ranks; parameters that a hook writes to; tensors that only some
-ranks have; and tensors that are not on the device, such as step counters. They are copied at the commit point and travel
-with the host state.
+ranks have; and tensors that are not on the device, such as step counters. They are copied at the commit point and
+travel with the host state.
 """
 
 from __future__ import annotations
