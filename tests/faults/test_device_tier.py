@@ -12,7 +12,7 @@ from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 from lightning_ckptless.testing.drill import DrillReport
 from lightning_ckptless.testing.starters import Ladder
 from tests.faults.conftest import Drill
-from tests.faults.matrix import CELLS, FOUR, Cell, is_version
+from tests.faults.matrix import CELLS, FOUR, Cell
 
 IN_PLACE = Ladder(max_restarts=5)
 TELLING = ("rank=0-during=backward",)
@@ -40,7 +40,8 @@ def test_kill(name: str, drill: Drill) -> None:
         return
     assert report.in_place == len(report.recoveries) == cell.recoveries
     for recovery, expected in zip(report.recoveries, cell.restored, strict=False):
-        assert is_version(recovery.version, expected)
+        # A version is in device memory before its round of the mirror, in which a fault may strike.
+        assert step_of(recovery.version) >= step_of(expected) - 1
     for version, newest_in_arenas, sources in restored(report):
         assert sources["device tier"] > 0 or version == newest_in_arenas
         assert step_of(version) >= step_of(newest_in_arenas)
@@ -60,7 +61,9 @@ def step_of(version: str) -> int:
 @pytest.mark.long
 def test_the_arenas_are_left_when_all_holders_of_a_shard_are_lost(drill: Drill) -> None:
     options = replace(FOUR, strategy_options=repr({"mirror_every_n_steps": 3, "device_tier": "on"}))
-    report = drill(Cell("kill:rank=0:step=6,kill:rank=1:step=6", options), IN_PLACE)
+    # Both have the gradients of the step, so neither waits for the other any more.
+    faults = "kill:rank=0:step=6:at=optimizer_step,kill:rank=1:step=6:at=optimizer_step"
+    report = drill(Cell(faults, options), IN_PLACE)
     assert report.problems == ()
     assert report.identical
     assert report.in_place >= 1

@@ -19,9 +19,11 @@ from lightning_ckptless.replica.device_tier.delivery import Delivery
 from lightning_ckptless.replica.device_tier.device_plan import DevicePlan
 from lightning_ckptless.replica.device_tier.device_room import require_room, room_bytes
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
+from lightning_ckptless.replica.layout.layout import live_views, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.restore import Fetched, choose, fetch, fill
+from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 T = TypeVar("T")
@@ -86,6 +88,20 @@ class Ranks:
             rounds = [self.step(rank, step) for rank in range(self.size)]
             self.run(lambda rank, rounds=rounds: rounds[rank].run())  # type: ignore[misc]
             self.run(lambda rank: self.tiers[rank].save())
+
+    def mirror(self, rank: int, step: int) -> None:
+        """Put a rank's own shard into the arena."""
+        shard_bytes = self.layout.bulk_bytes(rank)
+        ring = self.arena.slots(rank, rank, shard_bytes, layout=self.layout.digest)
+        stamp = Stamp(Version(step, True), self.generation, self.size, self.layout.digest, rank, rank)
+        ring[0].begin(stamp)
+        live = live_views(self.layout, rank, rank, state_at(rank, step))
+        for target, source in zip(slot_views(self.layout, rank, ring[0].bulk), live, strict=True):
+            target.copy_(source)
+        ring[0].seal(stamp, f"host state of {rank} at {step}".encode(), "")
+        ring[0].commit()
+        for slot in ring:
+            slot.close()
 
     def lose(self, *ranks: int) -> None:
         """New processes take the ranks, and all meet."""
@@ -178,6 +194,26 @@ def test_what_was_restored_survives_the_next_loss_at_once(ranks: Ranks) -> None:
     ranks.steps(3)
     ranks.lose(ranks.size - 1)
     ranks.assert_restored(3)
+
+
+def test_the_arenas_are_left_if_all_holders_of_a_shard_are_lost(tmp_path: Path, owner: Owner) -> None:
+    ranks = Ranks(tmp_path, owner, 4)
+    ranks.steps(1)
+    for rank in range(4):
+        ranks.mirror(rank, 1)
+    ranks.steps(2)
+    ranks.lose(0)
+    assert ranks.chosen().snapshot.version == Version(2, True)
+    ranks.lose(0, 1)
+    for rank, fetched in enumerate(ranks.restore()):
+        assert fetched.blobs[rank] == f"host state of {rank} at 1".encode()
+        assert fetched.sources == {"own arena": 4, "peer": 0, "device tier": 0}
+        assert torch.equal(ranks.live[rank]["weight"], state_at(rank, 1)["weight"])
+    # Device memory has the restored version as well from now on.
+    ranks.arena.clear()
+    ranks.arena.write_layout(ranks.layout)
+    ranks.lose(2)
+    ranks.assert_restored(1)
 
 
 def test_an_error_of_the_round_is_raised_before_the_tensors_change(ranks: Ranks) -> None:

@@ -286,8 +286,12 @@ class Mirroring:
             self._device.take(version, tensors, blob, mirror)
         if not is_mirrored:
             return 0.0
+        stall_s = mirror.submit(version, tensors, blob, blocking_names=planned.index.private)
+        if self._device is not None and not self._has_mirrored:
+            # As long as the arenas contain no version, a loss may leave none at all.
+            mirror.settle()
         self._has_mirrored = True
-        return mirror.submit(version, tensors, blob, blocking_names=planned.index.private)
+        return stall_s
 
     def _blob(self, version: Version, tensors: Mapping[str, Tensor]) -> Blob:
         blob = pack_late(self._rank_state.capture(version, tensors, self.mirror_interval.chosen))
