@@ -56,6 +56,7 @@ class Ranks:
         self.tiers = [DeviceTier() for _ in range(size)]
         self.live = [state_at(rank, 0) for rank in range(size)]
         self.generation = 0
+        self.known: list[tuple[int, int]] = []
         self.meet()
 
     def meet(self) -> None:
@@ -80,7 +81,9 @@ class Ranks:
         # What a forward pass and a hook of the next batch do.
         self.live[rank]["mean"].add_(1000.0)
         self.live[rank]["average"].add_(1000.0)
-        return Delivery(live, self.transports[rank], self.placement.holders[rank])
+        return Delivery(
+            live, self.transports[rank], self.placement.holders[rank], lambda: self.known.append((rank, step))
+        )
 
     def steps(self, *steps: int) -> None:
         """Make whole steps on all ranks; the last one is saved as well."""
@@ -156,6 +159,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path: Path, owner: Owner) -> Ranks
 
 def test_a_saved_version_is_restored_without_an_arena(ranks: Ranks) -> None:
     ranks.steps(1, 2)
+    assert sorted(ranks.known) == [(rank, step) for rank in range(ranks.size) for step in (1, 2)]
     for tensors in ranks.live:
         # The next step has begun.
         tensors["weight"].fill_(-1.0)

@@ -92,12 +92,16 @@ class Delivery:
         live: the version.
         transport: transport that only this round uses while it runs.
         holders: ranks that keep this rank's shard.
+        when_known: called when this rank knows that all have voted.
     """
 
-    def __init__(self, live: LiveVersion, transport: Transport, holders: Sequence[int]) -> None:
+    def __init__(
+        self, live: LiveVersion, transport: Transport, holders: Sequence[int], when_known: Callable[[], None]
+    ) -> None:
         self._live = live
         self._transport = transport
         self._holders = holders
+        self._when_known = when_known
 
     def run(self) -> None:
         """Deliver the host state and vote.
@@ -114,6 +118,7 @@ class Delivery:
         self._exchange(own)
         self._transport.agree(True)
         live.known.set_result(None)
+        self._when_known()
 
     def fail(self, error: BaseException) -> None:
         """Raise an error in the thread that waits for the round."""

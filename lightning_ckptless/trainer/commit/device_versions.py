@@ -42,11 +42,13 @@ class DeviceVersions:
     Args:
         session: session of this rank.
         tier: device tier of this rank.
+        probe: called in the mirror thread with `known` and a version that all ranks have voted for.
     """
 
-    def __init__(self, session: Session, tier: DeviceTier) -> None:
+    def __init__(self, session: Session, tier: DeviceTier, probe: Callable[[str, Version], None]) -> None:
         self._session = session
         self._tier = tier
+        self._probe = probe
         self._opened: _Opened | None = None
 
     def open(self, layout: Layout, tensors: Mapping[str, Tensor], hooked: frozenset[str]) -> None:
@@ -94,7 +96,8 @@ class DeviceVersions:
         plan, members = self._opened.plan, self._session.members
         snapshot = Snapshot(version, self._opened.generation, plan.layout.world_size, plan.layout.digest)
         live = self._tier.take(snapshot, plan, tensors, blob)
-        mirror.then(Delivery(live, members.transport, self._opened.placement.holders[plan.rank]))
+        holders = self._opened.placement.holders[plan.rank]
+        mirror.then(Delivery(live, members.transport, holders, lambda: self._probe("known", version)))
 
     def await_round(self) -> None:
         """Wait until the round of the last version is over: only then may another thread use the ranks' transport.

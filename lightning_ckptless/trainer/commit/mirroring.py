@@ -100,7 +100,7 @@ class Mirroring:
         self._static = StaticWatch()
         self._protected = since
         self._has_mirrored = since is not None
-        self._device = None if session.device_tier is None else DeviceVersions(session, session.device_tier)
+        self._device = None if session.device_tier is None else DeviceVersions(session, session.device_tier, probe)
 
     def every_n_steps(self) -> int:
         """Optimizer steps between two versions."""

@@ -148,7 +148,9 @@ class RunningFit:
 
     def _probe(self, moment: str, version: Version) -> None:
         session = self._session
-        if moment == "committed" and session.report.committed(version):
+        # A version in device memory counts once the arenas contain one: a relaunch has nothing else.
+        is_committed = moment == "committed" or (moment == "known" and self.mirroring.committed is not None)
+        if is_committed and session.report.committed(version):
             mark_begun(session.rank)
             # Done here because it waits for gloo's threads, and training does not wait for this thread.
             session.world.release()
