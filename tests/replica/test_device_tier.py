@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -153,8 +153,10 @@ class Ranks:
 
 
 @pytest.fixture(params=[2, 4, 5])
-def ranks(request: pytest.FixtureRequest, tmp_path: Path, owner: Owner) -> Ranks:
-    return Ranks(tmp_path, owner, request.param)
+def ranks(request: pytest.FixtureRequest, tmp_path: Path, owner: Owner) -> Iterator[Ranks]:
+    made = Ranks(tmp_path, owner, request.param)
+    yield made
+    made.arena.close()
 
 
 def test_a_saved_version_is_restored_without_an_arena(ranks: Ranks) -> None:
@@ -200,8 +202,8 @@ def test_what_was_restored_survives_the_next_loss_at_once(ranks: Ranks) -> None:
     ranks.assert_restored(3)
 
 
-def test_the_arenas_are_left_if_all_holders_of_a_shard_are_lost(tmp_path: Path, owner: Owner) -> None:
-    ranks = Ranks(tmp_path, owner, 4)
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_the_arenas_are_left_if_all_holders_of_a_shard_are_lost(ranks: Ranks) -> None:
     ranks.steps(1)
     for rank in range(4):
         ranks.mirror(rank, 1)
