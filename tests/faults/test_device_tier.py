@@ -20,9 +20,11 @@ TELLING = ("rank=0-during=backward",)
 
 
 def with_device_tier(cell: Cell) -> Cell:
-    """The cell with a device tier, and with arenas that are brought up to date only every five steps."""
+    """The cell with a device tier, and with arenas that usually get a version only every five steps."""
     given = ast.literal_eval(cell.options.strategy_options or "{}")
-    options = {"mirror_every_n_steps": 5} | given | {"device_tier": "on"}
+    # That validation waits for the commit of each version before it.
+    every = 1 if cell.options.validate_after_commit else 5
+    options = {"mirror_every_n_steps": every} | given | {"device_tier": "on"}
     return replace(cell, options=replace(cell.options, strategy_options=repr(options)))
 
 
