@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -36,9 +36,14 @@ Rows = list[dict[str, Any]]
 # ---------------------------------------------------------------------- calibration
 
 
+def nearest(worlds: Iterable[int], ranks: int) -> int:
+    """Return the measured number of ranks that is nearest to a given one."""
+    return min(worlds, key=lambda measured: abs(measured - ranks))
+
+
 def calibrate(bare: dict[int, Figures], cores: int) -> Network:
     """Return the model of this machine, from a small and a larger world."""
-    few, many = (min(bare, key=lambda n, near=near: abs(n - near)) for near in CALIBRATED)
+    few, many = (nearest(bare, ranks) for ranks in CALIBRATED)
 
     def wall_s(name: str, ranks: int) -> float:
         return bare[ranks][name]["wall_s"]
@@ -110,7 +115,7 @@ def modelled_phase(name: str, network: Network, ranks: int, state_bytes: int) ->
 
 def own_part(name: str, real: dict[int, float], here: Network, state_bytes: int) -> Own:
     """Fit what the model does not contain to two small worlds."""
-    few, many = (min(real, key=lambda n, near=near: abs(n - near)) for near in CALIBRATED)
+    few, many = (nearest(real, ranks) for ranks in CALIBRATED)
     left = {
         n: max(0.0, real[n] - modelled_phase(name, here.one_machine(n), n, state_bytes).seconds) for n in (few, many)
     }

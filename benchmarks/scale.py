@@ -121,7 +121,7 @@ def measure_world(ranks: int, args: Namespace, place: Scratch, chance: random.Ra
 
 def kills_of(watch: Watch, scenario: Scenario, args: Namespace, chance: random.Random, folder: Path) -> list[Kill]:
     """Kill ranks of a job, and return what each recovery took, with its phases according to the ledger."""
-    found = []
+    found: list[Kill] = []
     for _ in range(args.repeats):
         try:
             kill = kill_one(watch, chance, every_n_steps=scenario.every, within_s=STEP_S, timeout_s=args.timeout)

@@ -83,6 +83,7 @@ def _work(rank: int, ranks: int, port: int, pipe: Connection) -> None:
 def _creation() -> tuple[dict[str, float], dist.ProcessGroup]:
     """Create several groups; returns the figures of the quickest and the last group."""
     walls, cpus, sent = list[float](), list[float](), list[int]()
+    group: dist.ProcessGroup | int | None = None
     for _ in range(GROUPS):
         sockets, began, cpu = _sockets(), time.perf_counter(), time.process_time()
         before = _sent_bytes(sockets)

@@ -122,10 +122,11 @@ class TransferPlan:
 
     def used_on(self, node: str) -> set[Replica]:
         """The replicas in a node's arena that ranks read or send."""
-        steps: list[Transfer] = []
+        used: set[Replica] = set()
         for rank in self._ranks_of[node]:
-            steps += [*self.reads(rank), *self.sends(rank)]
-        return {step.replica for step in steps if step.replica.tier is Tier.HOST}
+            used.update(step.replica for step in self.reads(rank))
+            used.update(step.replica for step in self.sends(rank))
+        return {replica for replica in used if replica.tier is Tier.HOST}
 
     @cached_property
     def _shards_of_node(self) -> dict[str, list[int]]:

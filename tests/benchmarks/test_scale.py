@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from benchmarks import projection, scale
+from benchmarks.harness import bare_world, modelled_rank
 from benchmarks.harness.modelled_rank import regroup, restore, vote, world_of
 from benchmarks.harness.network import Network
 
@@ -63,11 +64,13 @@ def test_a_model_that_is_calibrated_on_its_own_figures_agrees() -> None:
     def figures(ranks: int) -> dict[str, dict[str, float]]:
         one = replace(NETWORK, cores_per_node=2).one_machine(ranks)
         costs = {
-            "vote": one.ring_vote(ranks), "gather": one.gather(ranks, projection.PAGE_BYTES), "group": one.mesh(ranks),
-            "small exchange": one.exchange(ranks, 1, projection.SMALL_BYTES),
-            "large exchange": one.exchange(ranks, 1, projection.LARGE_BYTES),
-        }  # fmt: skip
-        requests = {"wall_s": ranks * projection.REQUESTS * NETWORK.request_s, "cpu_s": 0.0, "bytes": 0.0}
+            "vote": one.ring_vote(ranks),
+            "gather": one.gather(ranks, modelled_rank.PAGE_BYTES),
+            "group": one.mesh(ranks),
+            "small exchange": one.exchange(ranks, 1, bare_world.SMALL_BYTES),
+            "large exchange": one.exchange(ranks, 1, bare_world.LARGE_BYTES),
+        }
+        requests = {"wall_s": ranks * bare_world.REQUESTS * NETWORK.request_s, "cpu_s": 0.0, "bytes": 0.0}
         return {"requests": requests} | {
             name: {"wall_s": cost.seconds, "cpu_s": 0.0, "bytes": cost.sent_bytes} for name, cost in costs.items()
         }

@@ -101,7 +101,7 @@ def test_a_preemption_notice_ends_a_run_whose_work_nothing_can_take(job: Run) ->
 def test_a_straggler_hands_over_to_another_process(
     factor: float, job: Run, undisturbed: Callable[[Options], Variant]
 ) -> None:
-    asked = {"drain_stragglers_after_s": 3.0, "straggler_factor": factor}
+    asked = {"drain_stragglers_after_s": 3.0, "straggler_factor": factor, "broadcast_buffers": False}
     options = replace(LONG, epochs=2 if factor < 2 else 1, callback="dragging", strategy_options=repr(asked))
     slow = replace(options, slow_mirror_s=0.1, slow_until=str(job.folder / "swift"))
     assert job.start(slow if factor < 2 else options, "kill:rank=1:step=9999").exit_code == 0, job.output
@@ -119,6 +119,11 @@ def test_a_straggler_hands_over_to_another_process(
     (recovery,) = (event.fields for event in job.events("recovery"))
     assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
     assert_identical(job, undisturbed(options))
+
+
+def test_stragglers_are_not_drained_where_ranks_wait_in_the_forward_pass(job: Run) -> None:
+    assert job.start(replace(LONG, strategy_options=repr({"drain_stragglers_after_s": 3.0}))).exit_code != 0
+    assert "Set broadcast_buffers=False, or leave the option out" in job.output
 
 
 def test_an_unfit_node_that_cannot_be_drained_is_reported_once(

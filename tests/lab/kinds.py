@@ -254,7 +254,7 @@ def dragging(distribution: Any) -> Any:
     """
 
     class Dragging(distribution.callbacks.Callback):
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        def on_before_zero_grad(self, trainer: Any, *_: Any) -> None:
             if trainer.global_rank == 1 and os.environ.get(environment.FAULTS):
                 first = Path("first_of_rank_1")
                 if not first.exists():

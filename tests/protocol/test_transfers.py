@@ -48,7 +48,11 @@ def worlds(draw: st.DrawFn) -> World:
 
 def transfers(plan: TransferPlan, world_size: int) -> list[Transfer]:
     """Everything that the ranks read and receive."""
-    return [step for rank in range(world_size) for step in (*plan.reads(rank), *plan.receives(rank))]
+    steps: list[Transfer] = []
+    for rank in range(world_size):
+        steps += plan.reads(rank)
+        steps += plan.receives(rank)
+    return steps
 
 
 @given(worlds())

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from lightning_ckptless.protocol.time_account import Bucket, Outage, TimeAccount
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
+from lightning_ckptless.trainer.reporting.logged_values import TakenVersion, logged_values
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.run_clock import RunClock, agent_started_at
 from lightning_ckptless.trainer.reporting.tensorboard_layout import lay_out
@@ -53,21 +53,6 @@ class Moved:
 
     moved_bytes: int
     sources: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """The version that was taken last.
-
-    Args:
-        stall_s: seconds for which the training thread waited for the version before.
-        cost_s: seconds that handing it to the mirror took.
-        mirror: the mirror.
-    """
-
-    stall_s: float
-    cost_s: float
-    mirror: Mirror
 
 
 class RunReport:
@@ -117,7 +102,7 @@ class RunReport:
         self._moved: Moved | None = None
         self._stall_s = 0.0
         self._versions = 0
-        self._taken: _Taken | None = None
+        self._taken: TakenVersion | None = None
         self._is_laid_out = False
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
@@ -348,34 +333,10 @@ class RunReport:
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
         """Note what the version of the step has cost; it has been handed to the mirror."""
         self._versions += 1
-        self._taken = _Taken(stall_s + self._stall_s, cost_s, mirror)
+        self._taken = TakenVersion(stall_s + self._stall_s, cost_s, mirror.stats)
         self._stall_s = 0.0
 
-    def _values(self, taken: _Taken) -> dict[str, float]:
-        stats, mtbf, account = taken.mirror.stats, self.mtbf, self.account
-        values = {
-            "goodput": account.goodput,
-            "goodput_1h": account.recent_goodput,
-            "recoveries": float(self.recoveries),
-            "rewinds": float(self.rewinds),
-            "steps_replayed": float(self.steps_replayed),
-            "mtbf_s": mtbf.mean_s if mtbf.failures else nan,
-            "mtbf_low_s": mtbf.low_s,
-            "mtbf_high_s": mtbf.high_s if mtbf.failures else nan,
-            "mirror_ms": 1e3 * stats.last_round_s,
-            "mirror_stall_ms": 1e3 * taken.stall_s,
-            "mirror_submit_ms": 1e3 * taken.cost_s,
-            "mirror_skipped": float(stats.skipped + stats.aborted),
-            "mirrored_bytes": float(stats.staged_bytes + stats.sent_bytes) / max(1, stats.committed),
-            "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
-        }
-        for name in PHASE_FIELDS:
-            values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
-        for bucket in Bucket:
-            values[f"time_{bucket}_s"] = account.seconds.get(bucket, 0.0)
-        return values
-
-    def _log_values(self, taken: _Taken) -> None:
+    def _log_values(self, taken: TakenVersion) -> None:
         trainer = self.trainer
         if self.recoveries:
             # Until the first recovery the bar shows the same metrics as under DDP.
@@ -386,7 +347,16 @@ class RunReport:
             if not self._is_laid_out:
                 self._is_laid_out = True
                 lay_out(trainer.loggers, PREFIX)
-            prefixed = {f"{PREFIX}{name}": value for name, value in self._values(taken).items()}
+            values = logged_values(
+                taken,
+                self.account,
+                self.mtbf,
+                self.last_phases,
+                recoveries=self.recoveries,
+                rewinds=self.rewinds,
+                steps_replayed=self.steps_replayed,
+            )
+            prefixed = {f"{PREFIX}{name}": value for name, value in values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(prefixed, step=max(0, stepped - 1))
                 logger.save()

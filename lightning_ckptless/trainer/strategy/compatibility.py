@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.ddp import model_averaging_period
 from lightning_ckptless.internals.torch_internals import leaves_of, map_tensors
+from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.data.loader import iterates_in_its_own_way
 from lightning_ckptless.trainer.state.plain_values import is_plain
 from lightning_ckptless.trainer.state.tensors import attributes_of_all_optimizers
@@ -19,19 +21,25 @@ from lightning_ckptless.trainer.state.tensors import attributes_of_all_optimizer
 log = logging.getLogger(__name__)
 
 
-def check_trainer(trainer: Any, stateless_callbacks: Iterable[str] = ()) -> None:
-    """Check the callbacks and optimizers of a trainer that is set up for `fit`.
+def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
+    """Check a trainer that is set up for `fit`.
 
     Args:
         trainer: the trainer.
-        stateless_callbacks: class names that the user gave for that option.
+        options: the user's settings.
 
     Raises:
-        OptionsError: the trainer has state that no version would contain.
+        OptionsError: the trainer has state that no version would contain, or an option does not fit it.
     """
     for finding in _refusals(trainer):
         raise OptionsError(finding)
-    _require_known(stateless_callbacks, trainer.callbacks)
+    _require_known(options.stateless_callbacks, trainer.callbacks)
+    if options.drain_stragglers_after_s is not None and _waits_in_forward(trainer.strategy.model):
+        raise OptionsError(
+            "drain_stragglers_after_s: the model has buffers, which DDP sends from rank 0 to all ranks before each "
+            "forward pass, so a rank that waits there for a slow one looks slow itself, and might be drained in its "
+            "place. Set broadcast_buffers=False, or leave the option out: stragglers are still reported"
+        )
     for index, optimizer in enumerate(trainer.optimizers):
         if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
             log.warning(
@@ -39,6 +47,11 @@ def check_trainer(trainer: Any, stateless_callbacks: Iterable[str] = ()) -> None
                 "values that change in `self.state`, or as numbers in attributes of their own",
                 index, type(optimizer).__name__, ", ".join(names),
             )  # fmt: skip
+
+
+def _waits_in_forward(model: Any) -> bool:
+    is_replicated = isinstance(model, DistributedDataParallel)
+    return is_replicated and model.broadcast_buffers and next(model.module.buffers(), None) is not None
 
 
 def _require_known(names: Iterable[str], callbacks: Iterable[object]) -> None:

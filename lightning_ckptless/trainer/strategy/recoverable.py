@@ -296,7 +296,7 @@ class CkptlessMixin(LightningStrategy):
         """Set up model and optimizers as Lightning does, then attach the engine and the recovery loop."""
         super().setup(trainer)
         if self.engine is not None and trainer.state.fn == "fit":
-            check_trainer(trainer, self.options.stateless_callbacks)
+            check_trainer(trainer, self.options)
             self.engine.attach()
 
     def on_train_start(self) -> None:

@@ -159,7 +159,7 @@ def test_an_unknown_stateless_callback_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(
         OptionsError, match=r"stateless_callbacks contains 'Cuonting', but the trainer's callbacks are Counting"
     ):
-        check_trainer(trainer, ["Counting", "Cuonting"])
+        check_trainer(trainer, CkptlessOptions(stateless_callbacks=("Counting", "Cuonting")))
 
 
 @pytest.mark.parametrize("value", ["Counting", [3]])

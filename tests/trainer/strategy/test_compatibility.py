@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.distribution import module
+from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.strategy.compatibility import check_trainer, warn_of_loaders
 from tests.lab.parts import Numbers, Stream
 from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
@@ -39,7 +40,7 @@ def test_a_common_trainer_is_accepted(distribution: str, tmp_path: Path) -> None
     )
     trainer = trainer_with(tmp_path, distribution, usual)
     trainer.optimizers = [torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())]
-    check_trainer(trainer)
+    check_trainer(trainer, CkptlessOptions())
 
 
 def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         OptionsError, match=r"optimizer 1 is a ZeroRedundancyOptimizer.*use the optimizer that it wraps"
     ):
-        check_trainer(trainer)
+        check_trainer(trainer, CkptlessOptions())
 
 
 class SlowWeights(torch.optim.SGD):
@@ -69,12 +70,12 @@ def test_an_optimizer_that_hides_its_state_is_refused(tmp_path: Path) -> None:
     lbfgs = torch.optim.LBFGS(torch.nn.Linear(2, 1).parameters())
     trainer.optimizers = [lbfgs, SlowWeights(torch.nn.Linear(2, 1).parameters())]
     with pytest.raises(OptionsError, match=r"optimizer 1 \(SlowWeights\) keeps tensors in slow, outside"):
-        check_trainer(trainer)
+        check_trainer(trainer, CkptlessOptions())
 
 
 def test_model_averaging_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match=r"model_averaging_period.*remove this option"):
-        check_trainer(trainer_with(tmp_path, model_averaging_period=4))
+        check_trainer(trainer_with(tmp_path, model_averaging_period=4), CkptlessOptions())
 
 
 # ---------------------------------------------------------------------- loaders
@@ -152,9 +153,9 @@ def test_an_optimizer_that_wraps_another_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         OptionsError, match=r"optimizer 0 \(Wrapper\) wraps another one in kept.*self.state = inner.state"
     ):
-        check_trainer(trainer)
+        check_trainer(trainer, CkptlessOptions())
     trainer.optimizers[0].state = inner.state
-    check_trainer(trainer)
+    check_trainer(trainer, CkptlessOptions())
 
 
 def test_only_attributes_whose_changes_cannot_be_detected_are_warned_of(
@@ -165,8 +166,8 @@ def test_only_attributes_whose_changes_cannot_be_detected_are_warned_of(
     for seen in (3, {"a": [1.0]}, len, list(optimizer.param_groups[0]["params"]), torch.optim.AdamW):
         optimizer.kept = seen
         trainer.optimizers = [optimizer]
-        check_trainer(trainer)
+        check_trainer(trainer, CkptlessOptions())
     assert "ckptless" not in caplog.text
     optimizer.kept = [object()]
-    check_trainer(trainer)
+    check_trainer(trainer, CkptlessOptions())
     assert "optimizer 0 (Wrapper) keeps objects in kept, whose contents are not restored" in caplog.text
