@@ -20,6 +20,7 @@ Replicas = Literal["verify", "send"]
 OnDivergence = Literal["heal", "rewind", "raise", "warn"]
 Staging = Literal["overlap", "blocking"]
 ElasticBatch = Literal["keep", "scale"]
+DeviceTierMode = Literal["on", "off"]
 CheckpointHooks = Literal["never", "every_version"]
 
 _DOTTED = r"[^\W\d]\w*(\.\w+)+"
@@ -76,6 +77,12 @@ class MirrorOptions(Options):
     )
     history_every: int = option(
         1, "optimizer steps between two versions of the history", integer(least=1), unit="optimizer steps"
+    )
+
+    device_tier: DeviceTierMode = option(
+        "off",
+        "whether every version is also kept in device memory, in the ranks' processes; the arenas then need a version "
+        "only every `mirror_every_n_steps`",
     )
 
     def __post_init__(self) -> None:
@@ -255,7 +262,7 @@ class CkptlessOptions(
     """All options of a strategy.
 
     Raises:
-        OptionsError: a value is out of range.
+        OptionsError: a value is out of range, or options exclude each other.
     """
 
     def __post_init__(self) -> None:
@@ -265,3 +272,20 @@ class CkptlessOptions(
                 f"health_check={self.health_check!r} with health_check_every_s={self.health_check_every_s:g}: another "
                 "process calls the function while the script trains, so it has to be in a module of its own"
             )
+        if self.device_tier == "on" and (why_not := self._obstacle_to_device_tier()):
+            raise OptionsError(f"device_tier='on' {why_not}")
+
+    def _obstacle_to_device_tier(self) -> str:
+        if not self.in_place:
+            return "is of no use with in_place=False: what is in device memory ends with the processes"
+        if not self.copies:
+            return "needs copies=1 or more: device memory ends with the process of the lost rank"
+        if not self.verifies_replicas:
+            return "keeps each holder's own tensors, which have to be compared: set replicas='verify', and a checksum"
+        if self.on_divergence == "warn":
+            return "cannot continue with replicas that differ: choose another value than on_divergence='warn'"
+        if self.on_late == "skip":
+            return "takes every version, but with on_late='skip' some are skipped: set on_late='wait'"
+        if self.history:
+            return f"keeps one version, which a rewind would leave behind: set history=0 instead of {self.history}"
+        return ""

@@ -17,6 +17,8 @@ What follows is decided by all ranks with the same function, from what they have
 
 That version is older than the difference: no version that contains or follows it is committed. So the replay is the run
 without it.
+
+With a device tier, in which each rank keeps what it has itself, replicas are not sent: the run ends instead.
 """
 
 from __future__ import annotations
@@ -198,21 +200,26 @@ class Judgement:
     version: Version | None = None
 
 
-def judge(finding: Finding, policy: str, before: Collection[PastDifferences]) -> Judgement:
+def judge(finding: Finding, policy: str, before: Collection[PastDifferences], *, may_send: bool = True) -> Judgement:
     """Decide what follows from a difference.
 
     Args:
         finding: what all ranks have gathered.
         policy: `heal`, `rewind`, `raise` or `warn`.
         before: the past differences of each rank; a rank that has joined since has none.
+        may_send: whether the run could continue with replicas that differ, and are sent; otherwise it ends instead.
     """
     past = max(before, key=lambda each: each.count)
     if past.count and _has_progressed(past, finding):
         past = PastDifferences()
     count, again = past.count + 1, past.wrong & frozenset(finding.wrong)
     consequence = _consequence(finding, policy, count, again)
+    if consequence is Consequence.SEND and not may_send:
+        consequence = Consequence.END
     now = PastDifferences(count, finding.committed, past.wrong | frozenset(finding.wrong))
-    reason = f"{finding}{_explanation(consequence, finding, policy, count)}"
+    setting = "replicas='send'" if may_send else "replicas='send' and device_tier='off'"
+    mixed = f"if ranks run on different hardware or libraries, set {setting}"
+    reason = f"{finding}{_explanation(consequence, finding, policy, count, mixed)}"
     return Judgement(consequence, reason, now, finding.committed if consequence is Consequence.GO_BACK else None)
 
 
@@ -238,20 +245,17 @@ def _consequence(finding: Finding, policy: str, count: int, again: frozenset[int
     return Consequence.END if count > MOST_IN_A_ROW else Consequence.GO_BACK
 
 
-_MIXED = "if ranks run on different hardware or libraries, set replicas='send'"
-
-
-def _explanation(consequence: Consequence, finding: Finding, policy: str, count: int) -> str:
+def _explanation(consequence: Consequence, finding: Finding, policy: str, count: int, mixed: str) -> str:
     if consequence is Consequence.NOTHING:
         if finding.torn and finding.has_vanished:
             return ". A tensor was written to while it was copied, so this version is discarded"
         return ". No version is committed yet, so there is none to go back to"
     if consequence is Consequence.SEND:
         times = f", for the {count}rd time in a row from the beginning" if count == TIMES_UNTIL_SENT else ""
-        return f"{times}. From now on replicas are sent, not compared: {_MIXED}"
+        return f"{times}. From now on replicas are sent, not compared: {mixed}"
     if consequence is Consequence.REPLACE:
         return ", again after a replay from agreeing replicas: it is replaced"
     if consequence is Consequence.END:
         why = "on_divergence='raise'" if policy == "raise" else f"{count} times in a row, also after replays"
-        return f" ({why}). Check the hardware of these ranks; {_MIXED}"
+        return f" ({why}). Check the hardware of these ranks; {mixed}"
     return ""

@@ -1,7 +1,8 @@
 """Which rank reads which shard from its own node's arena, and which rank sends it to which.
 
-A shard in the arena of the rank's own node is read there. Any other shard is sent once by a rank whose node has it. All
-ranks decide from the same inventory.
+A shard in the arena of the rank's own node, or in its own device memory, is read there. Any other shard is sent once by
+a rank that can read it: any rank of the arena's node, but only the holder of what is in device memory. All ranks decide
+from the same inventory.
 
 Every rank may need every shard, so the transfers of a restore grow with the square of the number of ranks. A rank
 computes only those that it takes part in: who sends follows from the shard and the receiver alone, in turn over the
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from lightning_ckptless.protocol.versions import Complete, Replica
+from lightning_ckptless.protocol.versions import Complete, Replica, Tier
 
 
 class Part(StrEnum):
@@ -29,7 +30,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A rank reads a replica in its own node's arena.
+    """A rank reads a replica in its own node's arena, or in its own device memory.
 
     Args:
         rank: rank that reads.
@@ -44,7 +45,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A rank sends a replica from its own node's arena to a rank of another node.
+    """A rank sends a replica that it can read to a rank that cannot.
 
     Args:
         source_rank: rank that sends.
@@ -94,7 +95,7 @@ class TransferPlan:
         self._blobs = None if blobs is None else _quick_to_search(blobs)
 
     def reads(self, rank: int) -> list[Read]:
-        """The transfers of a rank from its own node's arena."""
+        """The transfers of a rank from its own node's arena, and from its own device memory."""
         return [
             Read(rank, _nearest(local, rank), part)
             for shard, part in self._needed(rank)
@@ -110,6 +111,8 @@ class TransferPlan:
         found: list[Send] = []
         for shard in self._shards_of_node.get(self._nodes[rank], ()):
             offers = self._offers(shard)
+            if rank not in offers:
+                continue  # It is in the device memory of another rank of the node.
             first = (list(offers).index(rank) - shard // 2) % len(offers)
             for target in range(first, len(self._nodes), len(offers)):
                 part = self._part(target, shard)
@@ -123,7 +126,7 @@ class TransferPlan:
         for rank in self._ranks_of[node]:
             used.update(step.replica for step in self.reads(rank))
             used.update(step.replica for step in self.sends(rank))
-        return used
+        return {replica for replica in used if replica.tier is Tier.HOST}
 
     @cached_property
     def _shards_of_node(self) -> dict[str, list[int]]:
@@ -134,7 +137,7 @@ class TransferPlan:
         return shards
 
     def _local(self, shard: int, rank: int) -> list[Replica]:
-        return _on(self._nodes[rank], self._complete.replicas[shard])
+        return _readable_by(rank, self._nodes[rank], self._complete.replicas[shard])
 
     def _offers(self, shard: int) -> dict[int, Replica]:
         return _offers(shard, self._complete.replicas[shard], self._ranks_of)
@@ -181,7 +184,7 @@ def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tup
     plan: list[Transfer] = []
     for shard, rank in sorted(absent, key=lambda pair: (-_whole_bytes(complete.replicas[pair[0]][0]), *pair)):
         replicas = complete.replicas[shard]
-        if local := _on(nodes[rank], replicas):
+        if local := _readable_by(rank, nodes[rank], replicas):
             plan.append(Read(rank, _nearest(local, rank), Part.WHOLE))
             continue
         offers = _offers(shard, replicas, ranks_of)
@@ -198,20 +201,24 @@ def _ranks_by_node(nodes: Sequence[str]) -> dict[str, list[int]]:
     return ranks
 
 
-def _on(node: str, replicas: Sequence[Replica]) -> list[Replica]:
-    return [replica for replica in replicas if replica.node == node]
+def _readable_by(rank: int, node: str, replicas: Sequence[Replica]) -> list[Replica]:
+    return [replica for replica in replicas if replica.is_readable_by(rank, node)]
 
 
 def _nearest(local: Sequence[Replica], rank: int) -> Replica:
-    """Of the replicas on a rank's node, the one that it keeps itself, if there is one."""
+    """Of the replicas that a rank can read, the one that it keeps itself, if there is one."""
     return min(local, key=lambda replica: replica.holder != rank)
 
 
 def _offers(shard: int, replicas: Sequence[Replica], ranks_of: Mapping[str, Sequence[int]]) -> dict[int, Replica]:
     """The ranks that can send a shard, ascending, and what each would send."""
-    offers = {source: replica for replica in reversed(replicas) for source in ranks_of.get(replica.node, ())}
+    offers = {source: replica for replica in reversed(replicas) for source in _readers(replica, ranks_of)}
     assert offers, f"shard {shard} is on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"
     return dict(sorted(offers.items()))
+
+
+def _readers(replica: Replica, ranks_of: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    return (replica.holder,) if replica.tier is Tier.DEVICE else ranks_of.get(replica.node, ())
 
 
 def _quick_to_search(need: Mapping[int, Collection[int]]) -> dict[int, Collection[int]]:

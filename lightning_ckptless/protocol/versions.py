@@ -44,6 +44,15 @@ class SlotState(StrEnum):
 READABLE = frozenset({SlotState.STAGED, SlotState.COMMITTED})
 
 
+class Tier(StrEnum):
+    """Where a replica is stored, which decides what it survives and who can read it."""
+
+    HOST = "host"
+    """In an arena: outlives the processes of its node, and every rank of the node reads it."""
+    DEVICE = "device"
+    """In the device memory of a rank: ends with its process, and only this rank reads it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replica:
     """An entry of an inventory: a slot that contains a copy of a shard.
@@ -61,6 +70,7 @@ class Replica:
         bulk_bytes: length of the tensor state.
         blob_bytes: length of the host state.
         checksum: digest of both parts, hexadecimal; empty if checksums are off.
+        tier: where the copy is stored.
     """
 
     shard: int
@@ -75,6 +85,11 @@ class Replica:
     bulk_bytes: int
     blob_bytes: int
     checksum: str
+    tier: Tier = Tier.HOST
+
+    def is_readable_by(self, rank: int, node: str) -> bool:
+        """Whether a rank of a node can read it without another rank's help."""
+        return self.holder == rank if self.tier is Tier.DEVICE else self.node == node
 
     @property
     def snapshot(self) -> Snapshot:

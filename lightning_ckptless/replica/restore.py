@@ -1,4 +1,4 @@
-"""Restore from the arenas: choose a version, fetch its shards, and fill the live tensors in place.
+"""Restore from the arenas and the device tier: choose a version, fetch its shards, and fill the live tensors in place.
 
 All ranks call these functions together, gather the same inventory and compute the same plans, so no leader is needed.
 """
@@ -6,6 +6,7 @@ All ranks call these functions together, gather the same inventory and compute t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import StateMissingError, TransportError
-from lightning_ckptless.formats.schema import BYTES, RANK, SchemaError, integer, record, refused, sequence
+from lightning_ckptless.formats.schema import BYTES, RANK, SchemaError, integer, one_of, record, refused, sequence
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.internals.torch_internals import foreach_copy
-from lightning_ckptless.protocol.transfers import Part, Transfer, TransferPlan
-from lightning_ckptless.protocol.versions import Complete, Missing, Replica, Version, newest_complete
+from lightning_ckptless.protocol.device_tier import restorable
+from lightning_ckptless.protocol.transfers import Part, Read, Transfer, TransferPlan
+from lightning_ckptless.protocol.versions import Complete, Missing, Replica, Tier, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_metadata import NODE
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
+from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
 from lightning_ckptless.replica.layout.layout import Layout, local_name, part_of, pieces_for, slot_view
 from lightning_ckptless.replica.slot_stamp import (
     CHECKSUM,
@@ -37,6 +40,7 @@ from lightning_ckptless.replica.transport import Message, Transport, gather_json
 
 OWN_ARENA = "own arena"
 PEER = "peer"
+DEVICE_TIER = "device tier"
 
 Need = Mapping[int, Collection[int]]
 """The shards that each rank needs, by rank."""
@@ -49,9 +53,9 @@ class Fetched:
     Args:
         bulks: tensor state of each needed shard, mapped from the own arena or received.
         blobs: host state of each requested rank.
-        received: ranks whose host state came from a peer.
+        received: ranks whose host state came from another node.
         moved_bytes: bytes received from peers.
-        sources: number of shards from the `own arena` and from a `peer`.
+        sources: number of shards from the `own arena`, from the arena of a `peer`, and from the `device tier`.
     """
 
     bulks: dict[int, torch.Tensor]
@@ -96,11 +100,12 @@ def choose(
     *,
     need: Need | None = None,
     newest: Version | None = None,
+    device: Iterable[Replica] = (),
 ) -> Complete | Missing:
     """Choose the newest version that is complete and undamaged.
 
     Only the replicas that the restore would use are verified. If one is damaged, the choice is repeated without it. If
-    another number of ranks wrote the version, all shards count as used.
+    another number of ranks wrote the version, all shards count as used. Replicas in device memory have no checksum.
 
     Args:
         arena: arena of this node.
@@ -108,13 +113,15 @@ def choose(
         nodes: name of each rank's node.
         need: shards that each rank needs; None for those that contain its tensors.
         newest: disregard newer versions than this one; None to consider all.
+        device: replicas in the device memory of this rank.
 
     Raises:
         StateMissingError: no arena contains the layout of the version.
     """
     rank = transport.rank
     neighbours = [other for other, node in enumerate(nodes) if node == nodes[rank]]
-    inventory = gather_inventory(arena, transport, reads=rank == neighbours[0])
+    readable = (*(arena.inventory() if rank == neighbours[0] else ()), *device)
+    inventory = restorable(gather_replicas(readable, transport))
     inventory = tuple(replica for replica in inventory if newest is None or replica.version <= newest)
     threads = threads_of_a_rank(len(neighbours), beside_training=False)
     bad: set[Replica] = set()
@@ -145,6 +152,7 @@ def fetch(
     *,
     need: Need,
     blobs: Need | None = None,
+    device: DeviceTier | None = None,
 ) -> Fetched:
     """Fetch the tensor state and host state of a version to every rank that needs them.
 
@@ -155,36 +163,37 @@ def fetch(
         nodes: name of each rank's node.
         need: shards whose tensor state each rank needs, as passed to `choose`.
         blobs: shards whose host state each rank needs; None for its own shard only.
+        device: device tier of this rank; None if there is none.
 
     Raises:
         TransportError: a peer is lost.
     """
     rank = transport.rank
     plan = TransferPlan(complete, nodes, need, blobs)
-    got = {(step.replica.shard, part): _read(arena, step, part) for step in plan.reads(rank) for part in _parts(step)}
-    local = frozenset(got)
+    reads, incoming = plan.reads(rank), plan.receives(rank)
+    got = {(step.replica.shard, part): _read(arena, device, step, part) for step in reads for part in _parts(step)}
     sends = [
-        (step.target_rank, _tag(step.shard, part), _read(arena, step, part))
+        (step.target_rank, _tag(step.shard, part), _read(arena, device, step, part))
         for step in plan.sends(rank)
         for part in _parts(step)
     ]
     receives: list[Message] = []
-    for step in plan.receives(rank):
+    for step in incoming:
         for part in _parts(step):
             length = step.replica.bulk_bytes if part is Part.BULK else step.replica.blob_bytes
             got[step.shard, part] = receive_buffer(length)
             receives.append((step.source_rank, _tag(step.shard, part), got[step.shard, part]))
     transport.exchange(sends, receives)
-    bulks = {shard: data for (shard, part), data in got.items() if part is Part.BULK}
+    mine: list[Transfer] = [*reads, *incoming]
+    sources = Counter(_source(step) for step in mine if Part.BULK in _parts(step))
     return Fetched(
-        bulks=bulks,
+        bulks={shard: data for (shard, part), data in got.items() if part is Part.BULK},
         blobs={shard: bytes(bytes_of(data)) for (shard, part), data in got.items() if part is Part.BLOB},
-        received=frozenset(shard for shard, part in got.keys() - local if part is Part.BLOB),
+        received=frozenset(
+            step.shard for step in incoming if Part.BLOB in _parts(step) and nodes[step.source_rank] != nodes[rank]
+        ),
         moved_bytes=sum(data.numel() for _, _, data in receives),
-        sources={
-            OWN_ARENA: sum(part is Part.BULK for _, part in local),
-            PEER: sum(part is Part.BULK for _, part in got.keys() - local),
-        },
+        sources={name: sources[name] for name in (OWN_ARENA, PEER, *([DEVICE_TIER] if device is not None else []))},
     )
 
 
@@ -256,8 +265,16 @@ def _parts(step: Transfer) -> tuple[Part, ...]:
     return (Part.BULK, Part.BLOB) if step.part is Part.WHOLE else (step.part,)
 
 
-def _read(arena: Arena, step: Transfer, part: Part) -> torch.Tensor:
-    return arena.read_bulk(step.replica) if part is Part.BULK else tensor_of(arena.read_blob(step.replica))
+def _read(arena: Arena, device: DeviceTier | None, step: Transfer, part: Part) -> torch.Tensor:
+    replica = step.replica
+    tier = device if device is not None and replica.tier is Tier.DEVICE else arena
+    return tier.read_bulk(replica) if part is Part.BULK else tensor_of(tier.read_blob(replica))
+
+
+def _source(step: Transfer) -> str:
+    if step.replica.tier is Tier.DEVICE:
+        return DEVICE_TIER
+    return OWN_ARENA if isinstance(step, Read) else PEER
 
 
 def _tag(shard: int, part: Part) -> int:
@@ -274,8 +291,13 @@ def _replica(**fields: Any) -> Replica:
     return Replica(**fields)
 
 
+def _tier(value: Any, path: str) -> Tier:
+    return Tier(one_of(*Tier)(value, path))
+
+
 _REPLICAS = sequence(record(
     _replica,
     shard=RANK, holder=RANK, node=NODE, slot=integer(0, MOST_SLOTS), version=VERSION, generation=GENERATION,
     world_size=WORLD_SIZE, layout=LAYOUT, state=slot_state, bulk_bytes=BYTES, blob_bytes=BYTES, checksum=CHECKSUM,
+    tier=_tier,
 ))  # fmt: skip

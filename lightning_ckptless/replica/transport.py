@@ -146,8 +146,9 @@ class _Hub:
             self.changed.notify_all()
 
     def take(self, source: int, target: int, tag: object) -> bytes:
-        queue = self.messages[source, target, tag]
         with self.changed:
+            # Inside, because a missing queue is created here.
+            queue = self.messages[source, target, tag]
             self.changed.wait_for(lambda: queue or {source, target} & self.closed, self.timeout_s)
             if queue:
                 return queue.popleft()

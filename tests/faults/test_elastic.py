@@ -52,8 +52,9 @@ def every_sample_once(account: Account) -> bool:
         (),
         pytest.param(("--accumulate", "2"), marks=pytest.mark.long),
         pytest.param(("--sharded",), marks=pytest.mark.long),
+        pytest.param(("--strategy-options", "{'device_tier': 'on'}"), marks=pytest.mark.long),
     ],
-    ids=["ddp", "accumulated", "fsdp2"],
+    ids=["ddp", "accumulated", "fsdp2", "device_tier"],
 )
 def test_a_lost_node_rejoins(words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *PACED, *words)

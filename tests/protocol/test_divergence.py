@@ -92,6 +92,13 @@ def test_what_follows(found: Finding, policy: str, past: PastDifferences, conseq
     assert judged.past.count == (0 if is_first else past.count) + 1
 
 
+def test_the_run_ends_where_replicas_that_differ_must_not_be_sent() -> None:
+    judged = judge(NEVER, "heal", [PastDifferences(2, V5)], may_send=False)
+    assert judged.consequence is Consequence.END and judged.version is None
+    assert judged.reason.endswith("set replicas='send' and device_tier='off'")
+    assert judge(BAD_ONE, "heal", [PastDifferences()], may_send=False).consequence is Consequence.GO_BACK
+
+
 @pytest.mark.parametrize(
     ("found", "policy", "past", "words"),
     [

@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, TransferPlan, plan_copies
-from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot, Version
+from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot, Tier, Version
 
 VERSION = Version(7, True)
 World = tuple[Complete, list[str], dict[int, set[int]]]
 
 
-def replica(shard: int, holder: int, node: str, world_size: int, bulk_bytes: int = 100) -> Replica:
+def replica(
+    shard: int, holder: int, node: str, world_size: int, bulk_bytes: int = 100, tier: Tier = Tier.HOST
+) -> Replica:
     return Replica(
-        shard, holder, node, 0, VERSION, 1, world_size, "layout", SlotState.COMMITTED, bulk_bytes, 10 + shard, ""
+        shard, holder, node, 0, VERSION, 1, world_size, "layout", SlotState.COMMITTED, bulk_bytes, 10 + shard, "", tier
     )
 
 
@@ -28,7 +30,7 @@ def complete(replicas: list[list[Replica]]) -> Complete:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    """Ranks on nodes, replicas at any of the ranks, and any need."""
+    """Ranks on nodes, replicas in the arena or the device memory of any of the ranks, and any need."""
     size = draw(st.integers(1, 6))
     ranks = st.integers(0, size - 1)
     nodes = [draw(st.sampled_from("abc")) for _ in range(size)]
@@ -36,7 +38,10 @@ def worlds(draw: st.DrawFn) -> World:
     for shard in range(size):
         bulk_bytes = draw(st.integers(0, 1000))
         holders = draw(st.sets(ranks, min_size=1))
-        kept.append([replica(shard, holder, nodes[holder], size, bulk_bytes) for holder in sorted(holders)])
+        kept.append([
+            replica(shard, holder, nodes[holder], size, bulk_bytes, draw(st.sampled_from(Tier)))
+            for holder in sorted(holders)
+        ])  # fmt: skip
     need = draw(st.dictionaries(ranks, st.sets(ranks)))
     return complete(kept), nodes, need
 
@@ -66,11 +71,12 @@ def test_local_replicas_are_read_and_senders_have_what_they_send(world: World) -
     for transfer in transfers(TransferPlan(found, nodes, need), len(nodes)):
         assert transfer.replica in found.replicas[transfer.replica.shard]
         if isinstance(transfer, Read):
-            assert transfer.replica.node == nodes[transfer.rank]
+            assert transfer.replica.is_readable_by(transfer.rank, nodes[transfer.rank])
         else:
+            source, target = transfer.source_rank, transfer.target_rank
             assert transfer.shard == transfer.replica.shard
-            assert transfer.replica.node == nodes[transfer.source_rank]
-            assert nodes[transfer.target_rank] not in {r.node for r in found.replicas[transfer.shard]}
+            assert transfer.replica.is_readable_by(source, nodes[source])
+            assert not any(r.is_readable_by(target, nodes[target]) for r in found.replicas[transfer.shard])
 
 
 @given(worlds())
@@ -82,7 +88,7 @@ def test_ranks_that_plan_on_their_own_agree(world: World) -> None:
     assert all(step.source_rank == rank for rank in ranks for step in plan.sends(rank))
     assert Counter(sent) == Counter(step for rank in ranks for step in plan.receives(rank))
     used = set().union(*(plan.used_on(node) for node in set(nodes)))
-    assert used == {step.replica for step in transfers(plan, len(nodes))}
+    assert used == {step.replica for step in transfers(plan, len(nodes)) if step.replica.tier is Tier.HOST}
 
 
 @given(worlds())
@@ -129,6 +135,14 @@ def test_a_rank_prefers_the_copy_that_it_keeps_itself() -> None:
     assert plan.reads(1) == [Read(1, found.replicas[0][1], Part.BULK), Read(1, found.replicas[1][0], Part.WHOLE)]
 
 
+def test_only_the_holder_sends_what_is_in_its_device_memory() -> None:
+    found = complete([[replica(0, 0, "a", 2, tier=Tier.DEVICE)], [replica(1, 0, "a", 2)]])
+    plan = TransferPlan(found, ["a", "a"], {1: {0, 1}})
+    assert plan.reads(1) == [Read(1, found.replicas[1][0], Part.WHOLE)]
+    assert plan.sends(0) == plan.receives(1) == [Send(0, 1, 0, found.replicas[0][0], Part.BULK)]
+    assert plan.sends(1) == [] and plan.used_on("a") == {found.replicas[1][0]}
+
+
 def test_the_host_state_is_transferred_even_if_the_tensors_are_not_needed() -> None:
     found = complete([[replica(0, 0, "a", 2)], [replica(1, 0, "a", 2)]])
     plan = TransferPlan(found, ["a", "b"], {1: {0}})
@@ -146,7 +160,8 @@ def test_every_absent_copy_is_filled_in_once_and_completely(world: World) -> Non
     plan = plan_copies(found, nodes, absent)
     assert Counter((t.replica.shard, _receiver(t)) for t in plan) == Counter(absent)
     for transfer in plan:
-        near = nodes[_receiver(transfer)] in {r.node for r in found.replicas[transfer.replica.shard]}
+        receiver = _receiver(transfer)
+        near = any(r.is_readable_by(receiver, nodes[receiver]) for r in found.replicas[transfer.replica.shard])
         assert isinstance(transfer, Read) == near and transfer.part is Part.WHOLE
 
 

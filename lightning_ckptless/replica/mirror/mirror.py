@@ -13,7 +13,7 @@
 If a rank has no data for a round (nothing submitted, or a copy torn by a write), the vote fails: all ranks abort the
 round and keep the previous version. If replicas differ, all ranks discard them, find out in which pieces, and commit no
 further version: later ones follow from the one that differs. Rounds use a transport of their own, so they are not
-ordered against collectives of training.
+ordered against collectives of training. What else needs this transport during training runs between rounds, as a job.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
@@ -81,6 +82,20 @@ class MirrorStats:
     last_stage_s: float = 0.0
     last_round_s: float = 0.0
     stall_s: float = 0.0
+
+
+class Job(Protocol):
+    """Work between two rounds, in the mirror thread, with exclusive use of the transport."""
+
+    @property
+    def ended(self) -> Future[None]:
+        """Done when the work is over."""
+
+    def run(self) -> None:
+        """Do the work."""
+
+    def fail(self, error: BaseException) -> None:
+        """Raise an error in threads that wait for the work."""
 
 
 log = logging.getLogger(__name__)
@@ -143,6 +158,7 @@ class Mirror:
         interval_after: first version in whose round all ranks sent the intervals that they accept, and the bitwise AND
             of those. All ranks know it after submitting the following version.
         difference: the first version whose replicas differed; no version is committed after that.
+        in_doubt: whether this rank knows of a difference that is not settled, located or not.
         torn: the last version of which a tensor changed before it was copied, found in time or not.
         stats: statistics so far.
 
@@ -167,6 +183,7 @@ class Mirror:
         self.stop, self.rewind = CoordinatedStop(), CoordinatedStop()
         self.interval_after: tuple[Version, int] | None = None
         self.difference: Difference | None = None
+        self.in_doubt = False
         self.torn: Version | None = None
         self.stats = MirrorStats()
         self._arena = arena
@@ -191,9 +208,10 @@ class Mirror:
         self._copier = ShardCopier(layout, self._rank, copied)
         self._rotation = Rotation(layout, self._rank, placement.holders if self._verifies else ())
         self._rounds_begun = 0
-        self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Round | Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Round | None = None
+        self._newest: Round | Job | None = None
         self._submitted: Round | None = None
         self._failure: BaseException | None = None
 
@@ -314,6 +332,11 @@ class Mirror:
         self._rounds_begun += 1
         return turn
 
+    def then(self, job: Job) -> None:
+        """Run a job in the mirror thread after the rounds that were submitted. All ranks pass the same jobs."""
+        self._raise_failure()
+        self._put(job)
+
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.
 
@@ -339,7 +362,7 @@ class Mirror:
         return not self._blocking and (earlier < COMPARED_ROUNDS or earlier % COMPARE_EVERY_ROUNDS == 0)
 
     def settle(self, timeout_s: float | None = None) -> Version | None:
-        """Wait until the last round has ended.
+        """Wait until the last round has ended, and the last job: the transport is free from then on.
 
         Args:
             timeout_s: longest wait, in seconds; None for the timeout of the transport.
@@ -350,7 +373,7 @@ class Mirror:
         Raises:
             TransportError: a peer is lost, or the wait timed out.
         """
-        self._wait(self._last.ended if self._last is not None else None, timeout_s)
+        self._wait(self._newest.ended if self._newest is not None else None, timeout_s)
         return self.committed
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -378,11 +401,15 @@ class Mirror:
             ring.close()
 
     def _enqueue(self, round_: Round) -> None:
+        self._last = round_
+        self._put(round_)
+
+    def _put(self, item: Round | Job) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="ckptless-mirror", daemon=True)
             self._thread.start()
-        self._last = round_
-        self._queue.put(round_)
+        self._newest = item
+        self._queue.put(item)
 
     def _wait(self, moment: Future[None] | None, timeout_s: float | None = None) -> float:
         self._raise_failure()
@@ -392,10 +419,8 @@ class Mirror:
         try:
             moment.result(timeout_s)
         except TimeoutError as error:
-            assert self._last is not None
-            raise TransportError(
-                f"rank {self._rank}: {self._last.version} was not committed within {timeout_s} s"
-            ) from error
+            what = "what was submitted" if self._last is None else self._last.version
+            raise TransportError(f"rank {self._rank}: {what} was not committed within {timeout_s} s") from error
         waited_s = perf_counter() - began_at
         self.stats.stall_s += waited_s
         return waited_s
@@ -407,13 +432,16 @@ class Mirror:
     # ------------------------------------------------------------------ mirror thread
 
     def _serve(self) -> None:
-        while (round_ := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
             try:
                 self._raise_failure()
-                self._run(round_)
+                if isinstance(item, Round):
+                    self._run(item)
+                else:
+                    item.run()
             except BaseException as error:  # noqa: BLE001 - boundary of the thread: the training thread raises it
                 self._failure = error
-                round_.fail(error)
+                item.fail(error)
 
     def _run(self, round_: Round) -> None:
         self.stats.rounds += 1
@@ -430,6 +458,7 @@ class Mirror:
             written[self._rank] = own.slot
             if self._rotation.differs(round_.turn, audits[1], own.slot.bulk, self._early):
                 differing.append(self._rank)
+        self.in_doubt = self.in_doubt or bool(differing)
         self._call_probe("agree", version)
         is_complete = written.keys() == self._rings.keys() and self.difference is None
         vote = replace(self._vote(is_complete), no_difference=not differing and self.difference is None)
@@ -517,6 +546,7 @@ class Mirror:
 
     def _discard(self, version: Version, written: Mapping[int, Slot], differing: Collection[int]) -> None:
         """Discard a version whose replicas differ, or that follows from one, and find out where they differ."""
+        self.in_doubt = True
         self.stats.differing += 1
         self.stats.aborted += 1
         if self.difference is None:

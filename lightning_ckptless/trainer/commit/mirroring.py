@@ -24,6 +24,7 @@ from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
+from lightning_ckptless.trainer.commit.device_versions import DeviceVersions, packed_once
 from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rank_state import RankState
@@ -102,6 +103,13 @@ class Mirroring:
         self._planned: Planned | None = None
         self._rereplication: Rereplication | None = None
         self._static = StaticWatch()
+        self._protected = since
+        self._has_mirrored = since is not None
+        self._device = None if session.device_tier is None else DeviceVersions(session, session.device_tier, probe)
+
+    def every_n_steps(self) -> int:
+        """Optimizer steps between two versions."""
+        return self.mirror_interval.interval if self._device is None else 1
 
     def optimizers_hold(self, version: Version) -> bool:
         """Whether the optimizers still hold the state of a version, for the same parameters."""
@@ -133,18 +141,30 @@ class Mirroring:
 
     # ------------------------------------------------------------------ generations
 
-    def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None] | None) -> None:
+    def resume(
+        self,
+        version: Version,
+        layout: Layout,
+        index: StateIndex,
+        protect: Callable[[], None] | None,
+        protected: Version | None,
+    ) -> None:
         """Resume from a restored version.
 
         Args:
             version: the version.
             layout: layout of its tensors.
             index: where its tensors are in this trainer.
-            protect: makes the replicas that it lacks, and all ranks call it together; None if the version is about to
-                be mirrored again.
+            protect: makes the replicas that the protected version lacks, and all ranks call it together; None if there
+                is none, or if the version is about to be mirrored again.
+            protected: the newest version in the arenas, which is the same unless it comes from the device tier; None if
+                they contain none.
         """
         planned = self._planned = Planned(layout, index)
         self.taken = self.optimizers_are_of = self._seen = version
+        self._protected = protected
+        steps_behind = version.optimizer_step - (-1 if protected is None else protected.optimizer_step)
+        self._has_mirrored = protected is not None and steps_behind < self.mirror_interval.interval
         self._report_plan(planned, version)
         self._rereplication = None if protect is None else Rereplication(protect)
         if not has_recipe(self._session.arena.path):
@@ -156,16 +176,19 @@ class Mirroring:
         if rereplication is not None:
             assert self._planned is not None
             self._report.waited(rereplication.wait())
-            self._mirror = self._open(self._planned, committed=self.taken)
+            self._mirror = self._open(self._planned, committed=self._protected)
 
     def abandon(self) -> None:
         """Abandon work in progress: the generation is over, and its connections are aborted."""
         if self._rereplication is not None:
             self._rereplication.abandon(CLOSE_TIMEOUT_S)
             self._rereplication = None
-        if self._mirror is not None:
-            self._mirror.close(CLOSE_TIMEOUT_S)
-            self._mirror = None
+        mirror, self._mirror = self._mirror, None
+        if mirror is not None:
+            mirror.close(CLOSE_TIMEOUT_S)
+            # Only now: the last round may have found a difference.
+            if mirror.in_doubt and self._session.device_tier is not None:
+                self._session.device_tier.distrust()
 
     def settle(self) -> None:
         """Wait until the last version is committed."""
@@ -249,12 +272,15 @@ class Mirroring:
             mirror.skip(version)
             self._report.taken(0.0, perf_counter() - began, mirror)
             return
-        stall_s = self._submit(version, planned, mirror)
+        is_mirrored = self._is_to_be_mirrored(version)
+        stall_s = self._submit(version, planned, mirror, is_mirrored=is_mirrored)
         self._rank_state.forget_before(mirror.committed)
         self.taken = version
         spent_s = perf_counter() - began
-        self.mirror_interval.took(version, spent_s)
         self._report.taken(stall_s, spent_s, mirror)
+        if not is_mirrored:
+            return
+        self.mirror_interval.took(version, spent_s)
         agreement = mirror.interval_after
         if agreement is not None and agreement[0] < version:
             self.mirror_interval.settle(agreed(agreement[1]))
@@ -271,9 +297,27 @@ class Mirroring:
             self._session.members.transport.agree(True)
             self._end.hand_over(version.optimizer_step)
 
-    def _submit(self, version: Version, planned: Planned, mirror: Mirror) -> float:
+    def _is_to_be_mirrored(self, version: Version) -> bool:
+        """Whether a version goes into the arenas; without a device tier, all do that are taken."""
+        if self._device is None or self._ends_here or not self._has_mirrored:
+            return True
+        steps = FitLoops(self._trainer).batches_that_stepped + (not version.validation_done)
+        return steps % self.mirror_interval.interval == 0
+
+    def _submit(self, version: Version, planned: Planned, mirror: Mirror, *, is_mirrored: bool = True) -> float:
         tensors = planned.index.read()
-        return mirror.submit(version, tensors, self._blob(version, tensors), blocking_names=planned.index.private)
+        blob = self._blob(version, tensors)
+        if self._device is not None:
+            blob = packed_once(blob)
+            self._device.take(version, tensors, blob, mirror)
+        if not is_mirrored:
+            return 0.0
+        stall_s = mirror.submit(version, tensors, blob, blocking_names=planned.index.private)
+        if self._device is not None and not self._has_mirrored:
+            # As long as the arenas contain no version, a loss may leave none at all.
+            mirror.settle()
+        self._has_mirrored = True
+        return stall_s
 
     def _blob(self, version: Version, tensors: Mapping[str, Tensor]) -> Blob:
         blob = pack_late(self._rank_state.capture(version, tensors, self.mirror_interval.chosen))
@@ -308,6 +352,8 @@ class Mirroring:
         if self._mirror is not None:
             with self._report.time.spending(Bucket.MIRROR_STALL):
                 self._report.waited(self._mirror.wait_staged())
+                if self._device is not None:
+                    self._report.waited(self._device.save())
 
     def before_optimizer_step(self) -> None:
         """Wait until the current version has been copied: the optimizer is about to change the tensors."""
@@ -334,18 +380,23 @@ class Mirroring:
             self._require_room_for_history(layout)
         previous = self._mirror
         mirror = self._mirror = self._open(planned, committed=None if previous is None else previous.committed)
-        mirror.difference = None if previous is None else previous.difference
+        if previous is not None:
+            mirror.difference, mirror.in_doubt = previous.difference, previous.in_doubt
+        if self._seen is None and self._device is not None:
+            self._device.require_room(self._expected_growth(layout))
         self._keep_recipe(planned)
         return planned, mirror
 
     def _require_room_for_history(self, layout: Layout) -> None:
         if not self._options.history:
             return
-        weight_bytes = sum(layout.bulk_bytes(shard) for shard in range(layout.world_size))
-        growth = expected_growth(self._trainer.optimizers, weight_bytes)
-        members = self._session.members
+        growth, members = self._expected_growth(layout), self._session.members
         sizes = [layout.bulk_bytes(shard) for shard, _ in members.rings_of_node]
         require_room_for_history(sizes, growth, self._options.history, members.arena.room_bytes)
+
+    def _expected_growth(self, layout: Layout) -> float:
+        weight_bytes = sum(layout.bulk_bytes(shard) for shard in range(layout.world_size))
+        return expected_growth(self._trainer.optimizers, weight_bytes)
 
     def _report_plan(self, planned: Planned, version: Version) -> None:
         layout = planned.layout
@@ -387,7 +438,10 @@ class Mirroring:
                 complete, self._end.purpose, self.mirror_interval.word(), not self._rewinding.is_asked
             ),
         )
-        mirror.bind(_written_by_hooks(planned))
+        hooked = _written_by_hooks(planned)
+        mirror.bind(hooked)
+        if self._device is not None:
+            self._device.open(layout, planned.index.read(), hooked)
         return mirror
 
 

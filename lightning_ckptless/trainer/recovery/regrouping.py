@@ -10,7 +10,7 @@ from typing import Any
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
 from lightning_ckptless.protocol.messages import CreatedGroup, Message, Regrouped
 from lightning_ckptless.protocol.newcomer import Arrival
-from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.protocol.versions import Complete, Tier, Version
 from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.replica.transport import gather_json
 from lightning_ckptless.trainer.commit.begun_step import last_begun
@@ -129,14 +129,24 @@ class Regrouping:
         self._tell(Regrouped(assignment.number))
         session.durable.assign_writer(session.members)
         session.report.met(meeting.arrivals)
-        found = choose(session.arena, session.members.transport, session.members.nodes)
-        if not isinstance(found, Complete):
-            raise CannotRecoverInPlaceError(found.reason)
+        found, host = self._choose()
         progress.restore()
-        restoration = fetch_version(session, self._data.virtual_ranks, found)
+        restoration = fetch_version(session, self._data.virtual_ranks, found, host)
         progress.restore()
         self._probe("restore")
         return self._procedure.apply(restoration, survivor=survivor, moved=meeting.moved)
+
+    def _choose(self) -> tuple[Complete, Complete | None]:
+        """The newest complete version, and the newest one in the arenas, which may be older."""
+        arena, members, device = self._session.arena, self._session.members, self._session.device_tier
+        transport, nodes = members.transport, members.nodes
+        found = choose(arena, transport, nodes, device=() if device is None else device.offer(transport, nodes))
+        if not isinstance(found, Complete):
+            raise CannotRecoverInPlaceError(found.reason)
+        if all(replica.tier is Tier.HOST for replicas in found.replicas for replica in replicas):
+            return found, found
+        host = choose(arena, transport, nodes)
+        return found, host if isinstance(host, Complete) else None
 
     def _adopt_rank(self, env: Mapping[str, str]) -> None:
         """Adopt the rank that the agent assigns; does nothing if this process already has it.

@@ -32,6 +32,7 @@ class Restoration:
         bulks: tensor part of each shard.
         host_state: this rank's host state, including the accounts of the run.
         index: where the version's tensors are in the trainer; None until it is filled.
+        host: the newest version in the arenas, the same unless it comes from the device tier; None if there is none.
         is_mirrored_next: whether it is mirrored again before anything else, so that no replica is missing.
     """
 
@@ -39,6 +40,7 @@ class Restoration:
     layout: Layout
     bulks: dict[int, Any]
     host_state: dict[str, Any]
+    host: Complete | None = None
     index: StateIndex | None = None
     is_mirrored_next: bool = False
 
@@ -80,12 +82,14 @@ class Restoration:
         """
         assert self.index is not None
         self.index.refresh()
-        report, members = session.report, session.members
+        report, members, host = session.report, session.members, self.host
 
         def protect() -> None:
+            if host is None:
+                return
             report.protected(
                 rereplicate(
-                    self.complete,
+                    host,
                     members.arena,
                     members.transport,
                     members.nodes,
@@ -96,7 +100,13 @@ class Restoration:
 
         report.resume(self.host_state["report"])
         mirroring.mirror_interval.begin(self.host_state["interval"])
-        mirroring.resume(self.version, self.layout, self.index, None if self.is_mirrored_next else protect)
+        mirroring.resume(
+            self.version,
+            self.layout,
+            self.index,
+            None if self.is_mirrored_next else protect,
+            None if host is None else host.snapshot.version,
+        )
         apply_rng(self.state["rng"])
 
 

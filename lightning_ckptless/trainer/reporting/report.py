@@ -209,14 +209,25 @@ class RunReport:
         self._arrivals = arrivals
         self._joined_at = self.clock()
 
-    def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
-        """Note that a version has been read from the arenas."""
+    def fetched(self, found: Complete, host: Complete | None, moved: Moved, step_in_flight: int) -> None:
+        """Note that a version has been read.
+
+        Args:
+            found: the version.
+            host: the newest version in the arenas; None if they contain none.
+            moved: where it came from.
+            step_in_flight: the last step that all ranks had begun.
+        """
         self._moved = moved
         self._restored = found.snapshot.version
         self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
         if self.is_reporter:
             self.ledger.record(
-                "restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes
+                "restored",
+                version=str(self._restored),
+                newest_in_arenas=None if host is None else str(host.snapshot.version),
+                sources=moved.sources,
+                moved_bytes=moved.moved_bytes,
             )
 
     def protected(self, replenished: Rereplicated) -> None:

@@ -53,6 +53,11 @@ class Audit:
         self._first_step = 0 if since is None else since.optimizer_step
         self._past = PastDifferences()
 
+    @property
+    def may_send(self) -> bool:
+        """Whether training can continue with replicas that differ: not if each rank keeps its own in device memory."""
+        return self._session.device_tier is None
+
     def settle(self, mirror: Mirror, difference: Difference, tensors: Mapping[str, Tensor]) -> Judgement:
         """Decide what follows from a difference. All ranks call it together, between two steps.
 
@@ -69,7 +74,7 @@ class Audit:
             TransportError: a rank is replaced.
         """
         finding, before = self._gather(mirror, difference, tensors)
-        found = judge(finding, self._session.options.on_divergence, before)
+        found = judge(finding, self._session.options.on_divergence, before, may_send=self.may_send)
         if finding.has_vanished and not finding.torn and found.past.count > 1:
             self.stages_blocking = True
         self._past = found.past

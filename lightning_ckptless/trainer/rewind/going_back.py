@@ -74,7 +74,7 @@ class GoingBack:
         if not isinstance(found, Complete):
             raise StateMissingError(f"rank {session.rank}: {plan.reason}: {found.reason}")
         restoration = fetch_version(
-            session, self._data.virtual_ranks, found, goes_back=True, abandons_files=plan.is_answer
+            session, self._data.virtual_ranks, found, found, goes_back=True, abandons_files=plan.is_answer
         )
         restoration.is_mirrored_next, state = True, restoration.host_state
         state["rewinds"] = carried_out(state["rewinds"], plan)

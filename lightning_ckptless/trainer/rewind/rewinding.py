@@ -148,11 +148,12 @@ class Rewinding:
 
     def _heal(self, mirror: Mirror, difference: Difference, tensors: Mapping[str, Tensor]) -> None:
         found = self._audit.settle(mirror, difference, tensors)
-        mirror.difference = None
         if found.version is not None:
             step = int(self._session.trainer.global_step)
             reason = f"from step {step} back to {found.version}: {found.reason}"
+            # The mirror stays in doubt until it is abandoned: versions of the device tier are not to be restored.
             raise GoBackError(RewindPlan(found.version, step, 0, 0, self.past, reason, is_answer=False))
+        mirror.difference, mirror.in_doubt = None, False
 
     def _decide(self, mirror: Mirror) -> None:
         members, layout = self._session.members, mirror.layout
@@ -188,7 +189,7 @@ class Rewinding:
         """Restore what `capture` returned; requests from another terminal stay."""
         state = RewindState.from_dict(saved)
         self._asked = [*state.asked, *(each for each in self._asked if each.request)]
-        self.past, self._audit.sends = state.past, state.sends_replicas
+        self.past, self._audit.sends = state.past, state.sends_replicas and self._audit.may_send
 
 
 def carried_out(saved: dict[str, Any], plan: RewindPlan) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def enter_alone(session: Session) -> Entry:
 def _enter_midway(session: Session, virtual_ranks: VirtualRanks, plan: StartPlan, found: Complete) -> Restoration:
     if plan.state is not None:
         session.loggers.identify(session.durable.logger_identities(plan.state))
-    restoration = fetch_version(session, virtual_ranks, found)
+    restoration = fetch_version(session, virtual_ranks, found, found)
     # The data is set up later, for the virtual ranks of the version.
     virtual_ranks.opened_for = virtual_ranks.count
     if (logs := restoration.logs) is not None:

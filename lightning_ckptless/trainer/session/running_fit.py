@@ -59,7 +59,7 @@ class RunningFit:
         trainer, loops = session.trainer, data.loops
         self.progress = StepProgress(session, loops, watcher)
         # Twice the batches of a step: the previous step's copy may still be in progress.
-        every_step = session.options.mirror_every_n_steps == 1
+        every_step = session.options.mirror_every_n_steps == 1 or session.device_tier is not None
         self.batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
         self.end = RunEnd(trainer, watcher)
         audit = Audit(session, since)
@@ -71,7 +71,7 @@ class RunningFit:
         self.boundaries = StepBoundaries(
             loops,
             self._commit,
-            every_n_steps=lambda: mirroring.mirror_interval.interval,
+            every_n_steps=mirroring.every_n_steps,
             since=since,
             before_batch=self._before_batch,
             ends_here=mirroring.ends_here,
@@ -152,7 +152,9 @@ class RunningFit:
 
     def _probe(self, moment: str, version: Version) -> None:
         session = self._session
-        if moment == "committed" and session.report.committed(version):
+        # A version in device memory counts once the arenas contain one: a relaunch has nothing else.
+        is_committed = moment == "committed" or (moment == "known" and self.mirroring.committed is not None)
+        if is_committed and session.report.committed(version):
             mark_begun(session.rank)
             # Done here because it waits for gloo's threads, and training does not wait for this thread.
             session.world.release()

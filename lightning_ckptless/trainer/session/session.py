@@ -23,10 +23,13 @@ from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.worker.process_groups import World
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.device_tier import place_on_devices
 from lightning_ckptless.protocol.messages import StartSidecar
+from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
+from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
 from lightning_ckptless.replica.node_transport import share_votes
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.system.reaper import MARKER
@@ -84,6 +87,8 @@ class Session:
         self.files = CheckpointFiles(own_events, fit_index, self.report.report_files)
         self._mesh_sizes: Callable[[], tuple[int, int] | None] = strategy.mesh_sizes
         self._channel = channel
+        has_peers = trainer.world_size > 1 and channel is not None
+        self._device_tier = DeviceTier() if self.options.device_tier == "on" and has_peers else None
         self._arena: Arena | None = None
         self._members: MemberSet | None = None
         self._outgoing: OutgoingCheck | None = None
@@ -125,6 +130,16 @@ class Session:
             return transport
         waits = self.world.abort_with_groups
         return share_votes(transport, nodes, self.arena.path, timeout_s=COMMIT_TIMEOUT_S, when_open=waits)
+
+    @property
+    def device_tier(self) -> DeviceTier | None:
+        """The device tier of this rank; None if there is none, or if no rank could be replaced in place."""
+        return self._device_tier
+
+    @property
+    def device_placement(self) -> Placement:
+        """Which rank holds which replicas in device memory."""
+        return place_on_devices(self.members.placement, self.options.copies)
 
     def probe(self, moment: str, version: Version) -> None:
         """Notify the probes of a moment."""
@@ -267,3 +282,5 @@ class Session:
             self._members.transport.close()
         if self._arena is not None:
             self._arena.close()
+        if self._device_tier is not None:
+            self._device_tier.drop()

@@ -16,6 +16,7 @@ from lightning_ckptless.membership.worker.process_groups import world_group
 from lightning_ckptless.options import (
     CheckpointHooks,
     Checksum,
+    DeviceTierMode,
     ElasticBatch,
     EveryNSteps,
     OnDivergence,
@@ -86,6 +87,7 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         straggler_factor: float = 1.5,
         replicas: Replicas | None = None,
         on_divergence: OnDivergence = "heal",
+        device_tier: DeviceTierMode = "off",
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

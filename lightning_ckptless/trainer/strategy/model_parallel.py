@@ -31,6 +31,7 @@ from lightning_ckptless.internals.mesh_internals import (
 from lightning_ckptless.options import (
     CheckpointHooks,
     Checksum,
+    DeviceTierMode,
     ElasticBatch,
     EveryNSteps,
     OnDivergence,
@@ -99,6 +100,7 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         straggler_factor: float = 1.5,
         replicas: Replicas | None = None,
         on_divergence: OnDivergence = "heal",
+        device_tier: DeviceTierMode = "off",
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,
@@ -146,6 +148,11 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         if (precision := precision_of(self)) not in PRECISIONS:
             raise OptionsError(
                 f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
+            )
+        if self.options.device_tier == "on":
+            raise OptionsError(
+                f"device_tier='on' needs a state that all ranks replicate, but {type(self).__name__} shards the model: "
+                "set device_tier='off', or use CkptlessStrategy"
             )
         if self.options.checkpoint_hooks != "never":
             raise OptionsError(

@@ -33,7 +33,7 @@ def test_a_flipped_bit_aborts_the_round_and_is_located(world: MakeWorld, wrong: 
         [piece] = difference.pieces
         assert piece.name == "weight" and piece.offsets[0] <= row < piece.offsets[0] + piece.sizes[0]
         assert difference.ranks == (0, 1, 2) and difference.wrong == (wrong,)
-        assert mirror.rewind.is_agreed
+        assert mirror.rewind.is_agreed and mirror.in_doubt
     assert ranks.newest() == 1 and ranks.values() == {1.0}
 
 
@@ -79,6 +79,7 @@ def test_replicas_that_are_sent_may_differ(world: MakeWorld) -> None:
     states[1]["bias"][7] = 3
     submit(ranks, 1, states)
     assert ranks.settle() == [Version(1, True)] * 2 and ranks.mirrors[0].difference is None
+    assert not ranks.mirrors[0].in_doubt
     assert ranks.values(without=[0]) == ranks.values(without=[1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.mirror.mirror import Mirror
-from lightning_ckptless.replica.transport import SoloTransport
+from lightning_ckptless.replica.transport import SoloTransport, Transport
 from tests.replica.world import MakeWorld, State, StopError, stop_at, wait_for
 
 # ------------------------------------------------------------------ rounds that are committed
@@ -347,3 +348,59 @@ def test_a_new_layout_keeps_the_old_version_until_its_own_is_committed(world: Ma
     assert ranks.settle() == [Version(2, True)] * 2 and ranks.values() == {2.0}
     for arena in ranks.arenas:
         assert {line.layout for line in arena.inventory()} == {layout.digest}
+
+
+# ------------------------------------------------------------------ jobs between rounds
+
+
+class _Job:
+    """Votes over the transport of the rounds, and notes what is committed then."""
+
+    def __init__(self, mirror: Mirror, transport: Transport) -> None:
+        self.mirror, self.transport = mirror, transport
+        self.committed: Version | None = None
+        self.ended: Future[None] = Future()
+
+    def run(self) -> None:
+        assert self.transport.agree(True)
+        self.committed = self.mirror.committed
+        self.ended.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        self.ended.set_exception(error)
+
+
+def test_a_job_runs_between_two_rounds(world: MakeWorld) -> None:
+    ranks = world(2).begin()
+    jobs = [_Job(mirror, transport) for mirror, transport in zip(ranks.mirrors, ranks.transports, strict=True)]
+    ranks.submit(1)
+    for mirror, job in zip(ranks.mirrors, jobs, strict=True):
+        mirror.then(job)
+    ranks.submit(2)
+    ranks.settle()
+    assert [job.committed for job in jobs] == [Version(1, True)] * 2
+    assert [job.ended.result(20) for job in jobs] == [None] * 2
+
+
+def test_the_transport_is_free_once_the_last_job_is_over(world: MakeWorld) -> None:
+    ranks = world(2).begin()
+    ranks.submit(1)
+    jobs = [_Job(mirror, transport) for mirror, transport in zip(ranks.mirrors, ranks.transports, strict=True)]
+    for mirror, job in zip(ranks.mirrors, jobs, strict=True):
+        mirror.then(job)
+    assert ranks.settle() == [Version(1, True)] * 2
+    assert all(job.ended.done() for job in jobs)
+
+
+def test_a_job_that_fails_ends_the_mirror(world: MakeWorld) -> None:
+    ranks = world(2).begin()
+    ranks.transports[1].close()
+    mirror = ranks.mirrors[0]
+    job, next_job = _Job(mirror, ranks.transports[0]), _Job(mirror, ranks.transports[0])
+    mirror.then(job)
+    assert isinstance(job.ended.exception(20), TransportError)
+    with pytest.raises(TransportError):
+        mirror.settle()
+    with pytest.raises(TransportError):
+        mirror.then(next_job)
+    assert next_job.committed is None

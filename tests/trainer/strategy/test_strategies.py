@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,31 @@ def test_hooks_that_would_gather_a_sharded_model_are_refused(tmp_path: Path) -> 
     strategy = sharded(tmp_path, data_parallel_size=4, tensor_parallel_size=1, checkpoint_hooks="every_version")
     with pytest.raises(OptionsError, match=r"checkpoint_hooks='every_version' would gather a sharded model"):
         strategy.check_options()
+
+
+def test_a_device_tier_of_a_sharded_model_is_refused(tmp_path: Path) -> None:
+    strategy = sharded(tmp_path, data_parallel_size=4, tensor_parallel_size=1, device_tier="on")
+    with pytest.raises(OptionsError, match=r"device_tier='on' needs a state that all ranks replicate"):
+        strategy.check_options()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"in_place": False}, "is of no use with in_place=False"),
+        ({"copies": 0}, "needs copies=1 or more"),
+        ({"on_late": "skip"}, "takes every version, but with on_late='skip' some are skipped"),
+        ({"history": 2}, "set history=0 instead of 2"),
+        ({"replicas": "send"}, "which have to be compared: set replicas='verify', and a checksum"),
+        ({"checksum": "none"}, "which have to be compared: set replicas='verify', and a checksum"),
+        ({"on_divergence": "warn"}, "choose another value than on_divergence='warn'"),
+    ],
+    ids=str,
+)
+def test_options_that_a_device_tier_excludes_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(OptionsError, match=r"^device_tier='on' .*" + re.escape(reason)):
+        CkptlessStrategy(device_tier="on", **options)
+    CkptlessStrategy(device_tier="off", **options)
 
 
 def test_a_precision_without_a_counterpart_for_shards_is_refused(tmp_path: Path) -> None:
