@@ -88,7 +88,7 @@ class _Sources:
 
     names: Sequence[str] = ()
     addresses: list[int] = field(default_factory=list)
-    shapes: list[Any] = field(default_factory=list)
+    shapes: list[Any] = field(default_factory=lambda: _shapes_of(()))
     views: list[torch.Tensor] = field(default_factory=list)
     is_outdated: bool = False
 

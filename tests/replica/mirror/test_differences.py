@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lightning_ckptless.protocol.versions import SlotState, Version
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
 from tests.replica.world import MakeWorld, State, World
 
 
@@ -71,6 +74,16 @@ def test_a_private_tensor_is_sent_and_may_differ(world: MakeWorld) -> None:
     submit(ranks, 1, states)
     assert ranks.settle() == [Version(1, True)] * 2
     assert ranks.values(without=[0]) == ranks.values(without=[1]) == {1.0, 5.0}
+
+
+def test_a_holder_without_any_tensor_of_its_source_receives_all(world: MakeWorld) -> None:
+    states = [{"mean": torch.full((9,), float(rank))} for rank in range(2)]
+    layout = plan_layout([describe(state, replicated=False) for state in states])
+    ranks = world(2).begin(layout=layout)
+    for step in (1, 2):
+        for rank, state in enumerate(states):
+            ranks.mirrors[rank].submit(Version(step, True), state, b"")
+        assert ranks.settle() == [Version(step, True)] * 2
 
 
 def test_replicas_that_are_sent_may_differ(world: MakeWorld) -> None:
