@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from benchmarks.soak.draw import scenario
 from benchmarks.soak.processes import MARK
 from benchmarks.soak.stage import Undisturbed
 from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import make_parent
+from lightning_ckptless.testing.starters import program_of
+from tests.faults.conftest import LAB
 
 SELECTION = (148, 166, 862)
 """DDP with dataloader workers and durable states, a 2D mesh with a standby, FSDP2 with accumulation; two of the runs
@@ -30,6 +35,14 @@ def undisturbed(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) ->
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"), parent)
 
 
+@pytest.fixture
+def own_parent() -> Iterator[ForkServer]:
+    """A fork server of one run, which may kill it; its successor would be reported as left behind by the test."""
+    with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
+        preloaded.ready()
+        yield preloaded
+
+
 @pytest.fixture(autouse=True)
 def _mark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MARK, uuid.uuid4().hex)
@@ -38,10 +51,10 @@ def _mark(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [*SELECTION, *(pytest.param(seed, marks=pytest.mark.long) for seed in REGRESSIONS)])
-def test_random_faults(seed: int, tmp_path: Path, parent: ForkServer, undisturbed: Undisturbed) -> None:
+def test_random_faults(seed: int, tmp_path: Path, own_parent: ForkServer, undisturbed: Undisturbed) -> None:
     drawn = scenario(seed)
     run = one_node.run if drawn.configuration.loss is None else nodes.run
-    result = run(drawn, tmp_path / "run", parent, undisturbed)
+    result = run(drawn, tmp_path / "run", own_parent, undisturbed)
     assert (result.outcome, result.why) == ("good", "")
     assert len(result.struck) >= 0.8 * len(drawn.faults), f"{set(drawn.faults) - set(result.struck)} were not injected"
     assert result.recoveries
