@@ -291,9 +291,10 @@ def explore(game: Game) -> tuple[str | None, int]:
         world = pending.pop()
         if (violation := broken(game, world)) is not None:
             return violation, len(seen)
-        following = set(moves(game, world)) - seen
-        seen |= following
-        pending.extend(following)
+        # Not as a set, whose order differs from process to process.
+        following = [each for each in dict.fromkeys(moves(game, world)) if each not in seen]
+        seen.update(following)
+        pending += following
     return None, len(seen)
 
 
