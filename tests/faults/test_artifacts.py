@@ -149,7 +149,8 @@ def test_files_deleted_by_the_script_are_reported(tmp_path: Path, parent: ForkSe
     run: Variant = run_variant(command, tmp_path / "run", faults=faults, parent=parent, isolate=True, env=ENV)
     assert run.exit_code == 0, run.tail()
     output = "".join(path.read_text() for path in (run.folder / "output").rglob("*") if path.is_file())
-    assert output.count("files of the run are missing or shorter than at step 5") == 1
+    # The last step before the fault, or the one before: its version may not be committed yet on a busy machine.
+    assert len(re.findall(r"files of the run are missing or shorter than at step [45],", output)) == 1
     assert re.search(r"kept/epoch=0-step=[24]\.ckpt \(expected \d+ bytes, it is missing\)", output)
     assert re.search(r"metrics\.csv \(expected \d+ rows, it is missing\)", output)
 
