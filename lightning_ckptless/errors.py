@@ -13,7 +13,7 @@
     ├── LayoutMismatchError   the relaunched script built a different model or optimizer
     ├── WorldSizeError        training cannot continue with this number of ranks
     ├── RewindError           all ranks were to go back to an earlier step, and cannot
-    ├── DivergenceError       replicas that should be equal differ, and the run must not go on
+    ├── DivergenceError       replicas that should be equal differ, and the run must end
     ├── UnevenStepsError      one rank has finished training while another has started a further step
     ├── UnfitNodeError        this node failed its health check and was excluded
     └── WorkerError           cause of an exception raised in a notebook: the worker's own traceback
@@ -83,7 +83,7 @@ class RewindError(CkptlessError, RuntimeError):
 
 
 class DivergenceError(CkptlessError, RuntimeError):
-    """Replicas that should be equal bit for bit differ, and the run must not go on or cannot."""
+    """Replicas that should be equal bit for bit differ, and the run cannot continue."""
 
 
 class UnevenStepsError(CkptlessError, RuntimeError):

@@ -1,6 +1,6 @@
 """One rank of a large world: it runs the real protocol code, and its messages cost what a network model says.
 
-All ranks of a world decide alike, so one of them is enough: what the others would say is computed instead of sent. The
+All ranks of a world decide alike, so one of them is enough: what the others would send is computed instead of sent. The
 time of a call is the modelled time of its messages and the CPU time of the decisions on this machine.
 """
 
@@ -76,7 +76,7 @@ def world_of(ranks: int, ranks_per_node: int, state_bytes: int) -> World:
 
 @dataclass
 class ModelledTransport:
-    """A transport whose calls return at once what the other ranks would say, and add up what they would cost.
+    """A transport whose calls return at once what the other ranks would send, and add up what they would cost.
 
     Args:
         network: prices the calls.

@@ -11,7 +11,8 @@ multiple of the other ranks' median, and noticeably longer. The first row that a
 | within an hour of the last straggler that was drained on its node | wait |
 | | drain |
 
-A process that has just taken a rank may be slow until it is warm. It is another process, so its time begins anew.
+A process that has just taken a rank may be slow until it is warm. It is another process, so its time as a straggler
+starts from zero.
 """
 
 from __future__ import annotations

@@ -357,15 +357,13 @@ class Arena:
 
     # ------------------------------------------------------------------ layouts and notes
 
-    def write_layout(self, layout: Layout, *, writes: bool = True) -> None:
-        """Store a layout, which is kept as long as replicas written with it.
+    def write_layout(self, layout: Layout) -> None:
+        """Store a layout, which is kept as long as replicas written with it."""
+        arena_metadata.replace_file(self._layout_path(layout.digest), layout.to_bytes())
+        self.remember_layout(layout)
 
-        Args:
-            layout: the layout.
-            writes: whether this rank writes the file. One rank of a node does; the others need not parse it later.
-        """
-        if writes:
-            arena_metadata.replace_file(self._layout_path(layout.digest), layout.to_bytes())
+    def remember_layout(self, layout: Layout) -> None:
+        """Remember a layout that another rank of the node stores, so that it need not be parsed when it is read."""
         self._last_layout = layout
 
     def read_layout(self, digest: str) -> Layout | None:

@@ -129,7 +129,8 @@ def _recovery(when: str, fields: Mapping[str, Any], longest_s: float) -> str:
         for name in PHASES
         if (spent_s := float(fields["phases"].get(f"{name}_s", 0.0))) > 0
     )
-    return row("td", cells).replace("</tr>", f'<td style="width:30%"><div class="bar">{spans}</div></td></tr>')
+    texts = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f'<tr>{texts}<td style="width:30%"><div class="bar">{spans}</div></td></tr>\n'
 
 
 def waits_table(ranks: Sequence[RankTime]) -> str:

@@ -39,7 +39,7 @@ from lightning_ckptless.membership.worker.program import script_path
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
 
-# A replacement machine may take long to boot. A silent node is lost after 8 s: a link that is negotiated anew is not.
+# A replacement machine may take long to boot. A silent node is lost after 8 s: a link that renegotiates is not.
 _RENDEZVOUS_DEFAULTS = {
     "join_timeout": 1800,
     "last_call_timeout": 3,

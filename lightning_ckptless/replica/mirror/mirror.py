@@ -41,7 +41,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.differences import locate_difference
 from lightning_ckptless.replica.mirror.exchange import ArrivedShard, KnownPrefix, OutgoingShard, ShardExchange
-from lightning_ckptless.replica.mirror.rotation import NOBODY, Rotation, Turn
+from lightning_ckptless.replica.mirror.rotation import NO_TURN, Rotation, Turn
 from lightning_ckptless.replica.mirror.round import Blob, Round
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.shard_copies import ShardCopier, ShardCopy, sent_spans
@@ -280,7 +280,7 @@ class Mirror:
         copies = self._copier.take(lambda shard: self._stamp(version, shard), tensors, early)
         compared = copies if self._is_to_be_compared() else ()
         turn = self._next_turn()
-        audited = self._rotation.live(NOBODY if self._blocking else turn, tensors, self._early)
+        audited = self._rotation.live(NO_TURN if self._blocking else turn, tensors, self._early)
         self.stats.submitted += 1
         self._submitted = Round(version, began_at, copies, compared, turn, audited, blob)
         self._enqueue(self._submitted)

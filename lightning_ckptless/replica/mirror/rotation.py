@@ -45,7 +45,7 @@ class Turn:
     part: int
 
 
-NOBODY = Turn(None, None, 0)
+NO_TURN = Turn(None, None, 0)
 
 
 class Audited:
@@ -99,7 +99,7 @@ class Rotation:
             number: number of the round, the same on all ranks.
         """
         if not self._others:
-            return NOBODY
+            return NO_TURN
         step = 1 + number % self._others
         shard, auditor = ((self._rank + offset) % self._layout.world_size for offset in (-step, step))
         return Turn(

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.mirror.rotation import NOBODY, Audited, Turn
+from lightning_ckptless.replica.mirror.rotation import NO_TURN, Audited, Turn
 from lightning_ckptless.replica.mirror.shard_copies import ShardCopy
 
 Blob = bytes | Callable[[], bytes]
@@ -34,7 +34,7 @@ class Round:
     began_at: float
     copies: tuple[ShardCopy, ...] = ()
     compared: tuple[ShardCopy, ...] = ()
-    turn: Turn = NOBODY
+    turn: Turn = NO_TURN
     audited: Audited = field(default_factory=lambda: Audited((), ()))
     blob: Blob = b""
     staged: Future[None] = field(default_factory=Future)

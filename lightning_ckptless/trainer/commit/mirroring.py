@@ -210,7 +210,7 @@ class Mirroring:
         Raises:
             GoBackError: all ranks go back to an earlier version instead.
             RewindError: they were to go back, and cannot.
-            DivergenceError: replicas differ, and the run must not go on.
+            DivergenceError: replicas differ, and the run must end.
         """
         self.stop_if_due()
         self._ends_here = self._end.is_with(self._mirror)
@@ -225,7 +225,7 @@ class Mirroring:
         Raises:
             GoBackError: all ranks go back to an earlier version.
             RewindError: they were to go back, and cannot.
-            DivergenceError: replicas differ, and the run must not go on.
+            DivergenceError: replicas differ, and the run must end.
         """
         planned, mirror = self._planned, self._mirror
         if planned is None or mirror is None:
@@ -414,7 +414,10 @@ class Mirroring:
         members, layout = self._session.members, planned.layout
         if self._mirror is not None:
             self._mirror.close()
-        members.arena.write_layout(layout, writes=members.speaks_for_node)
+        if members.speaks_for_node:
+            members.arena.write_layout(layout)
+        else:
+            members.arena.remember_layout(layout)
         ranks, placement, options = members.ranks_of_node, members.placement, self._options
         slots = LEAST_SLOTS + options.history
         members.arena.require_room_for(members.rings_of_node, layout, count=slots)

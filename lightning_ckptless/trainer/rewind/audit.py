@@ -70,7 +70,7 @@ class Audit:
             The decision: all ranks go back, or train on.
 
         Raises:
-            DivergenceError: the run must not go on.
+            DivergenceError: the run must end.
             TransportError: a rank is replaced.
         """
         finding, before = self._gather(mirror, difference, tensors)

@@ -46,8 +46,8 @@ class GoingBack:
 
         Raises:
             GoBackError: all ranks go back.
-            RewindError: they cannot, and the run must not go on.
-            DivergenceError: replicas differ, and the run must not go on.
+            RewindError: they cannot, and the run must end.
+            DivergenceError: replicas differ, and the run must end.
         """
         self._running.mirroring.stop_if_due(at_end=True)
 

@@ -131,8 +131,8 @@ class Rewinding:
 
         Raises:
             GoBackError: all ranks go back.
-            RewindError: they cannot, and the run must not go on.
-            DivergenceError: replicas differ, and the run must not go on.
+            RewindError: they cannot, and the run must end.
+            DivergenceError: replicas differ, and the run must end.
             TransportError: a rank is replaced, because its replicas differ again.
         """
         if mirror is None:

@@ -79,7 +79,7 @@ def test_a_straggler_is_drained_after_the_set_time(node: Node) -> None:
     )  # fmt: skip
 
 
-def test_the_time_of_another_process_begins_anew(node: Node) -> None:
+def test_the_time_of_another_process_starts_from_zero(node: Node) -> None:
     options = StragglerOptions(drain_after_s=30.0)
     node.after(2, options)
     node.after(29, options)
