@@ -31,6 +31,7 @@ def forecast(
     min_nodes: options.MinNodes = None,
     rack_nodes: options.RackNodes = None,
     step_s: options.StepS = None,
+    data_wait_s: options.DataWaitS = None,
     version_s: options.VersionS = None,
     state_bytes: options.StateBytes = None,
     price: options.Price = None,

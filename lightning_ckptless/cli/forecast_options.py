@@ -41,6 +41,10 @@ RackNodes = Annotated[
 StepS = Annotated[
     float | None, typer.Option(metavar=_SECONDS, help="Duration of a step without mirroring.", rich_help_panel=_JOB)
 ]
+DataWaitS = Annotated[
+    float | None,
+    typer.Option(metavar=_SECONDS, help="How long a step waits for its data (default: 0).", rich_help_panel=_JOB),
+]
 VersionS = Annotated[
     float | None,
     typer.Option(

@@ -267,7 +267,8 @@ def test_a_run_gives_what_it_has_measured(tmp_path: Path) -> None:
         "state_bytes": 100,
         "copies": 1,
         "standbys": 2,
-        "step_s": 0.5,
+        "step_s": pytest.approx(0.44),
+        "data_wait_s": pytest.approx(0.06),
         "version_s": 0.01,
         "mirror_every_n_steps": 5,
         "in_place_s": pytest.approx(0.8),
@@ -282,6 +283,7 @@ def test_without_a_measured_interval_the_account_of_the_run_counts(tmp_path: Pat
     found = measured_in(find_run(str(write_run(tmp_path, auto=False)), None))
     assert found["step_s"][0] == pytest.approx(0.6)
     assert found["version_s"][0] == pytest.approx(0.08)
+    assert found["data_wait_s"][0] == pytest.approx(0.06)
     assert found["mirror_every_n_steps"][0] == 2
 
 
@@ -289,7 +291,7 @@ def test_the_command_takes_a_run_and_lets_options_replace_it(tmp_path: Path) -> 
     write_run(tmp_path)
     arguments = ["--from", "measured", "--run-root", str(tmp_path), *QUICK]
     found = ask(*arguments)
-    assert (found["inputs"]["step_s"], found["inputs"]["nodes"]) == (0.5, 2)
+    assert (found["inputs"]["step_s"], found["inputs"]["nodes"]) == (pytest.approx(0.44), 2)
     assert any(line.startswith("rate = 15000: 3 recoveries of the run on 2 nodes") for line in found["assumed"])
     larger = ask(*arguments, "--nodes", "64", "--preset", "rsc-1")
     assert (larger["inputs"]["nodes"], larger["inputs"]["rate"]) == (64, None)

@@ -41,7 +41,8 @@ class Inputs:
         spares: nodes that wait for a lost node, or `auto` for as many as are too few in 1 % of the time.
         price: price of a rank for an hour; None without money.
         state_bytes: size of the training state, in bytes; None if unknown.
-        step_s: step without mirroring, in seconds.
+        step_s: step without mirroring and without waiting for its data, in seconds.
+        data_wait_s: how long a step waits for its data, in seconds.
         version_s: additional duration of a step while a version is mirrored, in seconds; None for 1 % of a step.
         mirror_every_n_steps: steps between versions, or `auto` for the interval that the run would choose.
         mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
@@ -81,6 +82,7 @@ class Inputs:
     spares: int | str = AUTO
     price: float | None = None
     state_bytes: float | None = None
+    data_wait_s: float = 0.0
     version_s: float | None = None
     mirror_every_n_steps: int | str = AUTO
     mirror_budget: float = 0.01
@@ -117,6 +119,7 @@ REASONS: Mapping[str, str] = {
     "min_nodes": "the job is not elastic",
     "rack_nodes": "a rack, or whatever else fails as a whole, has four nodes",
     "spares": "spares are too few in 1 % of the time",
+    "data_wait_s": "a step does not wait for its data",
     "version_s": "a version costs 1 % of a step",
     "durable_every_s": "a durable state is written once an hour",
     "process_share": "every failure takes a node",
@@ -138,7 +141,7 @@ REASONS: Mapping[str, str] = {
 _ABOVE_0 = ("nodes", "step_s", "ranks_per_node", "rack_nodes", "days", "trials", "mirror_budget")
 _OPTIONAL_ABOVE_0 = ("weibull_shape", "min_nodes", "trace_nodes", "trace_days", "state_bytes")
 _AT_LEAST_0 = (
-    "version_s", "copies", "standbys", "durable_every_s", "repair_median_h", "repair_mean_h", "price", "in_place_s",
+    "data_wait_s", "version_s", "copies", "standbys", "durable_every_s", "repair_median_h", "repair_mean_h", "price", "in_place_s",
     "standby_s", "relaunch_s", "join_s", "shrink_s", "grow_s", "durable_restore_s", "durable_stall_s", "seed",
 )  # fmt: skip
 OF_A_RATE = ("process_share", "weibull_shape", "burst_share", "burst_nodes")
@@ -294,7 +297,7 @@ def _check_effort(inputs: Inputs, failures: Failures) -> None:
 def _interval(job: Job, failures: Failures, budget: float) -> int:
     """The interval that a run with `mirror_every_n_steps="auto"` chooses."""
     rate, recovery_s = 1 / failures.gaps(job.cluster.nodes).mean_s, process_recovery_s(job)
-    return plan_interval(IntervalCosts(job.costs.step_s, job.costs.version_s, rate, recovery_s), budget).interval
+    return plan_interval(IntervalCosts(job.costs.full_step_s, job.costs.version_s, rate, recovery_s), budget).interval
 
 
 def _costs(inputs: Inputs) -> Costs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Protocol
 
@@ -86,7 +86,8 @@ class Costs:
     A recovery lasts from the fault until the state is restored; the replayed steps are counted by the model.
 
     Args:
-        step_s: step without mirroring.
+        step_s: step without mirroring and without waiting for its data.
+        data_wait_s: how long a step waits for its data.
         version_s: additional duration of a step while a version is mirrored.
         in_place_s: recovery in place of a process.
         standby_s: the same with a standby.
@@ -108,6 +109,12 @@ class Costs:
     grow_s: float
     durable_restore_s: float
     durable_stall_s: float
+    data_wait_s: float = 0.0
+
+    @property
+    def full_step_s(self) -> float:
+        """Seconds from one step to the next without mirroring."""
+        return self.step_s + self.data_wait_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +123,14 @@ class Segment:
 
     Args:
         useful_s: productive time, in seconds.
+        data_s: waiting for data.
         mirror_s: delay by the version.
         durable_s: delay by durable states, on average.
         per_durable: versions from one durable state to the next; 0 without durable states.
     """
 
     useful_s: float
+    data_s: float
     mirror_s: float
     durable_s: float
     per_durable: int
@@ -129,7 +138,7 @@ class Segment:
     @property
     def total_s(self) -> float:
         """Duration, in seconds."""
-        return self.useful_s + self.mirror_s + self.durable_s
+        return self.useful_s + self.data_s + self.mirror_s + self.durable_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +152,9 @@ class Job:
     @property
     def segment(self) -> Segment:
         """What happens from one version to the next."""
-        useful_s, version_s = self.choices.mirror_every_n_steps * self.costs.step_s, self.costs.version_s
-        every_s = self.choices.durable_every_s
+        steps, costs, every_s = self.choices.mirror_every_n_steps, self.costs, self.choices.durable_every_s
+        plain = Segment(steps * costs.step_s, steps * costs.data_wait_s, costs.version_s, 0.0, 0)
         if every_s is None:
-            return Segment(useful_s, version_s, 0.0, 0)
-        per_durable = max(1, ceil(every_s / (useful_s + version_s)))
-        return Segment(useful_s, version_s, self.costs.durable_stall_s / per_durable, per_durable)
+            return plain
+        per_durable = max(1, ceil(every_s / plain.total_s))
+        return replace(plain, durable_s=costs.durable_stall_s / per_durable, per_durable=per_durable)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil, sqrt
 
 from lightning_ckptless.protocol.forecast.failure_model import Gaps
-from lightning_ckptless.protocol.forecast.job import Cluster, Failures, Job
+from lightning_ckptless.protocol.forecast.job import Cluster, Costs, Failures, Job
 from lightning_ckptless.protocol.forecast.renewal import node_recovery_s, process_recovery_s, renewal_goodput
 from lightning_ckptless.protocol.mirror_interval import INTERVALS
 
@@ -77,12 +77,12 @@ def compare_schemes(job: Job, failures: Failures) -> Comparison:
         (
             "checkpoint and restart",
             restart,
-            lambda gaps, _: checkpoint_goodput(gaps, costs.step_s, CHECKPOINT_S, RESTART_S),
+            lambda gaps, _: checkpoint_goodput(gaps, costs, CHECKPOINT_S, RESTART_S),
         ),
         (
             f"fast restart, {FAST_RESTART_S:g} s",
             fast,
-            lambda gaps, _: renewal_goodput(gaps, costs.step_s, costs.step_s, FAST_RESTART_S),
+            lambda gaps, _: renewal_goodput(gaps, costs.step_s, costs.full_step_s, FAST_RESTART_S),
         ),
         (
             "ckptless, relaunch",
@@ -101,20 +101,21 @@ def compare_schemes(job: Job, failures: Failures) -> Comparison:
     return Comparison(tuple(size * per_node for size in nodes), curves)
 
 
-def checkpoint_goodput(gaps: Gaps, step_s: float, checkpoint_s: float, restart_s: float) -> float:
+def checkpoint_goodput(gaps: Gaps, costs: Costs, checkpoint_s: float, restart_s: float) -> float:
     """Goodput with checkpoints at the best interval.
 
     The best interval is searched around Young's, sqrt(2 c / f), which is exact for rare failures.
 
     Args:
         gaps: time between failures.
-        step_s: duration of a step, in seconds.
+        costs: what a step costs.
         checkpoint_s: delay per checkpoint, in seconds.
         restart_s: duration of a restart, in seconds.
     """
+    step_s = costs.full_step_s
     young = sqrt(2 * checkpoint_s * gaps.mean_s) / step_s
     intervals: Sequence[int] = sorted({max(1, ceil(young * factor)) for factor in (0.25, 0.5, 0.7, 0.85, 1, 1.2, 1.5)})
-    return max(renewal_goodput(gaps, n * step_s, n * step_s + checkpoint_s, restart_s) for n in intervals)
+    return max(renewal_goodput(gaps, n * costs.step_s, n * step_s + checkpoint_s, restart_s) for n in intervals)
 
 
 def _ours(job: Job, process_share: float, gaps: Gaps, nodes: int, *, in_place: bool) -> float:

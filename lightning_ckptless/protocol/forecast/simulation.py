@@ -31,6 +31,7 @@ class Bucket(StrEnum):
     """Where the time of a job goes."""
 
     TRAINING = "training"
+    DATA_WAIT = "data_wait"
     MIRROR_STALL = "mirror_stall"
     CHECKPOINT_WAIT = "checkpoint_wait"
     RECOVERY = "recovery"
@@ -134,6 +135,7 @@ class _Run:
         """Count versions, each at the end of its segment."""
         segment, spent = self._segment, self._spent
         spent[Bucket.TRAINING] += count * segment.useful_s
+        spent[Bucket.DATA_WAIT] += count * segment.data_s
         spent[Bucket.MIRROR_STALL] += count * segment.mirror_s
         spent[Bucket.CHECKPOINT_WAIT] += count * segment.durable_s
         if self._vacant and count:
@@ -189,7 +191,7 @@ class _Run:
         if not self._from_durable and not self._coverage.covers(self._unprotected, absent):
             self._lose_memory()
         if was_up:
-            unfinished = self._was_in_place and self._up_s < self._job.costs.step_s
+            unfinished = self._was_in_place and self._up_s < self._job.costs.full_step_s
             self._tries, self._recovery_s = (self._tries + 1 if unfinished else 0), 0.0
         self._replace(lost, incident.repairs_s)
         self._recover(bool(lost))
@@ -203,6 +205,7 @@ class _Run:
         kept = self._versions // every * every if every else 0
         count, self._versions = self._versions - kept, kept
         spent[Bucket.TRAINING] -= count * segment.useful_s
+        spent[Bucket.DATA_WAIT] -= count * segment.data_s
         spent[Bucket.MIRROR_STALL] -= count * segment.mirror_s
         spent[Bucket.CHECKPOINT_WAIT] -= count * segment.durable_s
         spent[Bucket.REPLAY] += count * self._full_s

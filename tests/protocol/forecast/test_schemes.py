@@ -8,7 +8,7 @@ from lightning_ckptless.protocol.forecast.failure_model import FailureModel, Gap
 from lightning_ckptless.protocol.forecast.presets import preset
 from lightning_ckptless.protocol.forecast.renewal import renewal_goodput
 from lightning_ckptless.protocol.forecast.schemes import checkpoint_goodput, compare_schemes
-from tests.protocol.forecast.jobs import job_of
+from tests.protocol.forecast.jobs import COSTS, job_of
 
 NAMES = ["checkpoint and restart", "fast restart, 47 s", "ckptless, relaunch", "ckptless, in place"]
 
@@ -32,18 +32,18 @@ def test_the_claims_of_fast_recovery_follow_from_their_assumptions() -> None:
     """15 to 30 minutes against two, and 95 % goodput at more than 2,300 accelerators (288 nodes)."""
     measured, cluster = failures_of("rsc-jobs").gaps(288), failures_of("rsc-1").gaps(288)
     # At the failure rate that was measured for jobs of 1,024 GPUs, restarts cost a sixth of the time ...
-    slow = [checkpoint_goodput(measured, 10.0, 20.0, minutes * 60.0) for minutes in (15, 30)]
+    slow = [checkpoint_goodput(measured, COSTS, 20.0, minutes * 60.0) for minutes in (15, 30)]
     assert slow == pytest.approx([0.880, 0.819], abs=0.001)
     # ... and a recovery in two minutes, with a step replayed, keeps 99 %.
     assert renewal_goodput(measured, 10.0, 10.0, 120.0) == pytest.approx(0.990, abs=0.001)
     # At the rate of the whole cluster, restarts alone already keep 95 %: the claim needs the higher rate.
-    assert checkpoint_goodput(cluster, 10.0, 20.0, 900.0) > 0.95
+    assert checkpoint_goodput(cluster, COSTS, 20.0, 900.0) > 0.95
 
 
 def test_a_checkpoint_interval_is_the_best_one() -> None:
     gaps = Gaps(3 * 3600.0)
     every = max(renewal_goodput(gaps, n * 10.0, n * 10.0 + 20.0, 720.0) for n in range(1, 400))
-    assert checkpoint_goodput(gaps, 10.0, 20.0, 720.0) == pytest.approx(every, abs=2e-4)
+    assert checkpoint_goodput(gaps, COSTS, 20.0, 720.0) == pytest.approx(every, abs=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,14 @@ def test_durable_states_delay_training() -> None:
     assert spent(outcome) == {"training": 100.0, "checkpoint_wait": 10.0}
 
 
+def test_a_step_waits_for_its_data() -> None:
+    outcome = simulate(job_of(data_wait_s=1.0, version_s=0.5), [process(117.0)], 230.0)
+    # Ten steps of 11.5 s, then 2 s without a version; the recovery takes 2 s, and 111 s are left for 9.65 steps.
+    assert outcome.spent_s[Bucket.REPLAY] == pytest.approx(2.0)
+    assert outcome.spent_s[Bucket.DATA_WAIT] == pytest.approx(10.0 + 111.0 / 11.5)
+    assert outcome.spent_s[Bucket.TRAINING] == pytest.approx(10 * outcome.spent_s[Bucket.DATA_WAIT])
+
+
 @given(
     seed=st.integers(0, 1000),
     spares=st.integers(0, 3),
@@ -155,6 +163,7 @@ def test_the_buckets_sum_to_the_wall_time(
         durable_every_s=durable_every_s,
         durable_stall_s=2.0,
         version_s=0.5,
+        data_wait_s=0.2,
     )
     failures = FailureModel(1 / 5000, Repair(300.0, 900.0), 0.7, 0.3, burst_share, 3)
     horizon_s = 20_000.0
