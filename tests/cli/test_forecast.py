@@ -58,6 +58,7 @@ EFFECTS: dict[str, tuple[list[str], list[str]]] = {
     "--min-nodes": (["--spares", "0"], ["--min-nodes", "50"]),
     "--rack-nodes": (["--burst-share", "0.5"], ["--rack-nodes", "2"]),
     "--step-s": ([], ["--step-s", "5"]),
+    "--data-wait-s": ([], ["--data-wait-s", "0.5"]),
     "--version-s": ([], ["--version-s", "0.5"]),
     "--state-bytes": ([], ["--state-bytes", "1e12"]),
     "--price": ([], ["--price", "2.5"]),

@@ -141,8 +141,9 @@ REASONS: Mapping[str, str] = {
 _ABOVE_0 = ("nodes", "step_s", "ranks_per_node", "rack_nodes", "days", "trials", "mirror_budget")
 _OPTIONAL_ABOVE_0 = ("weibull_shape", "min_nodes", "trace_nodes", "trace_days", "state_bytes")
 _AT_LEAST_0 = (
-    "data_wait_s", "version_s", "copies", "standbys", "durable_every_s", "repair_median_h", "repair_mean_h", "price", "in_place_s",
-    "standby_s", "relaunch_s", "join_s", "shrink_s", "grow_s", "durable_restore_s", "durable_stall_s", "seed",
+    "data_wait_s", "version_s", "copies", "standbys", "durable_every_s", "repair_median_h", "repair_mean_h", "price",
+    "in_place_s", "standby_s", "relaunch_s", "join_s", "shrink_s", "grow_s", "durable_restore_s", "durable_stall_s",
+    "seed",
 )  # fmt: skip
 OF_A_RATE = ("process_share", "weibull_shape", "burst_share", "burst_nodes")
 """Inputs that a trace replaces."""
