@@ -26,8 +26,8 @@ class About:
 
     Args:
         help: meaning of its value, without a full stop.
-        values: the values it takes besides None; None where the type says so.
-        unit: of its value; empty if it has none.
+        values: the values it takes besides None; None if the type says so.
+        unit: unit of its value; empty if it has none.
         none: what None stands for; empty if it does not take None.
         flag: option of `ckptless run` that sets it; empty if there is none.
         metavar: stands for its value in the help of the flag; empty to derive it from type and unit.
@@ -49,7 +49,7 @@ def option(default: T, help: str, values: Range | None = None, **more: Any) -> T
     Args:
         default: its default.
         help: meaning of its value, without a full stop.
-        values: the values it takes besides None; None where the type says so.
+        values: the values it takes besides None; None if the type says so.
         more: further arguments of `About`.
     """
     made: Any = field(default=default, metadata=about(help, values, **more))

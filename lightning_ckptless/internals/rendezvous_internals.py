@@ -63,8 +63,8 @@ class _Executor(_Unrecorded, _DistributedRendezvousOpExecutor):
 
     Args:
         node: this node.
-        state: of the rendezvous.
-        settings: of the rendezvous.
+        state: state of the rendezvous.
+        settings: settings of the rendezvous.
         have_all_come: whether no further node can come to the round that is being completed, given its participants.
     """
 
@@ -115,7 +115,7 @@ class _ExpelOp:
     """Removes nodes from a complete round.
 
     Args:
-        number: of the round.
+        number: number of the round.
         nodes: to remove.
     """
 

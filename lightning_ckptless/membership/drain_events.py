@@ -53,10 +53,10 @@ class Drained(Event):
     Args:
         node: name of the node.
         drained_rank: the rank.
-        step: at which all ranks have stopped.
+        step: step at which all ranks have stopped.
         cause: why it was drained.
         pid: process that had the rank.
-        exit_code: its exit code; None where it took longer to exit than its successor could wait.
+        exit_code: its exit code; None if it took longer to exit than its successor could wait.
         new_pid: process that has the rank now.
         kind: `standby` or `new process`.
     """
@@ -118,8 +118,8 @@ class NodeDrained(_WithCause):
         node: see the base class.
         cause: see there.
         reason: how its work was moved, in a sentence.
-        step: at which all ranks have stopped; None where the workers were not handed over.
-        exit_codes: of its workers, by local rank; None for one that has yet to exit.
+        step: step at which all ranks have stopped; None if the workers were not handed over.
+        exit_codes: exit codes of its workers, by local rank; None for one that has yet to exit.
     """
 
     name: ClassVar[str] = "node_drained"

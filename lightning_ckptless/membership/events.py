@@ -21,7 +21,7 @@ class Event:
     """Base of all events; its dataclass fields are what is recorded, unless a subclass says otherwise."""
 
     name: ClassVar[str] = ""
-    """In the ledger; empty where the event is not recorded."""
+    """In the ledger; empty if the event is not recorded."""
 
     def details(self) -> dict[str, Any]:
         """What is recorded with the name."""
@@ -29,7 +29,7 @@ class Event:
 
     @property
     def sentence(self) -> str:
-        """What the user reads; empty where the event is not shown."""
+        """What the user reads; empty if the event is not shown."""
         return ""
 
 
@@ -57,7 +57,7 @@ class EventSink:
             self._console.say(sentence)
 
     def expect_bar(self, bar: str) -> None:
-        """Note which progress bar the workers draw on the terminal from now on."""
+        """Record which progress bar the workers draw on the terminal from now on."""
         self._console.bar = Bar(bar)
 
 
@@ -111,7 +111,7 @@ class WorkersSpawned(Event):
         pids: process ids by rank.
         host: name of the host.
         agent: process id of the agent.
-        folder: of the agent, in which the workers write their progress.
+        folder: the agent's folder, in which the workers write their progress.
     """
 
     name: ClassVar[str] = "workers_spawned"
@@ -258,7 +258,7 @@ class RecoveredInPlace(Event):
         node: name of the node.
         regrouping: number under which all ranks meet.
         reason: why they recover in place.
-        fault: that lost them.
+        fault: fault that lost them.
         new: process id and kind of each replacement, by rank.
     """
 
@@ -367,7 +367,7 @@ class StuckCollectiveReported(Event):
     """A worker has reported that it cannot release its process groups.
 
     Args:
-        local_rank: of the worker.
+        local_rank: local rank of the worker.
         believed: whether the report leads to its replacement.
         message: the report.
     """

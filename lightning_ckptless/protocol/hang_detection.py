@@ -73,12 +73,12 @@ class RankProgress:
         count: signs of progress at this point, e.g. batches of a validation.
         at: when it gave the last sign, in seconds of a clock that all ranks of the node share.
         longest_pause_s: between two signs, of all signs since its first step.
-        own_s: its own time per step in seconds, without waiting for others; 0 where that is not known.
+        own_s: its own time per step in seconds, without waiting for others; 0 if unknown.
         stopped: whether a signal has stopped it.
         traced: whether a debugger holds it.
         epoch: its epoch; -1 where that is not known.
         out_of_data: whether it has made the last step of that epoch.
-        waits: whether it waits for other ranks; None where it was not asked, or its answers differ.
+        waits: whether it waits for other ranks; None if it was not asked, or its answers differ.
         idle_s: how long it and its children have used no processor time, since all ranks fell silent.
     """
 
@@ -160,7 +160,7 @@ def should_ask(progress: Mapping[int, RankProgress], *, override_s: float | None
     """Whether to ask silent ranks what they do, because the answers would show which of them hangs.
 
     Args:
-        progress: of ranks for which `are_silent` is true, with how long each has been idle.
+        progress: progress of ranks for which `are_silent` is true, with how long each has been idle.
         override_s: as for `find_hang`.
     """
     return any(_is_suspect(progress, rank, override_s) for rank in progress)
@@ -173,7 +173,7 @@ def find_hang(
 
     Args:
         progress: by rank, of all ranks whose progress is known.
-        now: on the clock of the progress.
+        now: time on the clock of the progress.
         override_s: the user's limit; None to learn it, 0 to disable detection.
         is_whole: whether these are all ranks that wait for each other.
     """
@@ -244,7 +244,7 @@ class Idleness:
 
         Args:
             used_s: processor time in seconds that it has used by now.
-            now: on the same clock.
+            now: time on the same clock.
         """
         # The kernel counts in ticks of 0.01 s: a single one is no work.
         is_idle = used_s - self.used_s <= max(0.02, IDLE_SHARE * (now - self.since))
@@ -289,7 +289,7 @@ def find_stuck_collective(since: Mapping[int, tuple[SleepingThread, float]], now
 
     Args:
         since: since when each thread has slept, as `unchanged_since` returns it.
-        now: on the same clock.
+        now: time on the same clock.
     """
     for stand, at in since.values():
         if now - at > STUCK_COLLECTIVE_S:
@@ -310,7 +310,7 @@ def find_unreleased(
 
     Args:
         told_at: when they were notified of the fault, by rank, for ranks that have not released their groups.
-        now: on the same clock.
+        now: time on the same clock.
         override_s: the user's limit; None for our own, 0 to disable detection.
         held: why some of them report that they are stuck, by rank: those are not waited for.
     """
@@ -381,10 +381,10 @@ def find_late(
 
     Args:
         meeting: what is known about it.
-        now: on the clock of its times.
+        now: time on the clock of its times.
         override_s: the user's limit; None for our own, 0 to disable detection.
         stopped: since when a signal has stopped ranks, by rank.
-        waits: whether each rank waits for others; None where it was not asked.
+        waits: whether each rank waits for others; None if it was not asked.
     """
     waits = waits or {}
     if override_s == 0.0 or not meeting.is_under_way:
@@ -411,7 +411,7 @@ def find_late(
 
 
 def _stopped(meeting: Meeting, now: float, override_s: float | None, stopped: Mapping[int, float]) -> Hang | None:
-    """Find ranks that a signal has stopped; none where it has stopped all, as for a suspended job."""
+    """Find ranks that a signal has stopped; none if it has stopped all, as for a suspended job."""
     allowed_s = STOPPED_S if override_s is None else override_s
     late = tuple(sorted(rank for rank, since in stopped.items() if now - since > allowed_s))
     everyone = {*meeting.coming, *meeting.unreleased, *meeting.ready, *meeting.met}

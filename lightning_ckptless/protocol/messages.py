@@ -98,9 +98,9 @@ class EnteredLoop(Message):
         hang_timeout_s: silence in seconds after which ranks that lag are killed; None to learn it, 0 to disable.
         max_recoveries_without_progress: recoveries in a row without a new committed step after which the run gives up.
         max_recoveries_per_hour: recoveries within an hour after which the run gives up.
-        obstacle: why this worker cannot recover in place; None where it can.
+        obstacle: why this worker cannot recover in place; None if it can.
         bar: the progress bar that it draws, as `console.Bar` names it.
-        fixed_world: why the workers cannot train with another world size; empty where they can.
+        fixed_world: why the workers cannot train with another world size; empty if they can.
         straggler_factor: multiple of the other ranks' time per step from which a rank is a straggler.
         drain_stragglers_after_s: how long a rank must be one until its process is replaced; None for never.
     """
@@ -242,8 +242,8 @@ class StartSidecar(Message):
     """Sent by a worker that needs a sidecar; repeated requests for the same argument start one process.
 
     Args:
-        module: that the sidecar runs.
-        argument: of its command line.
+        module: module that the sidecar runs.
+        argument: argument of its command line.
     """
 
     module: str
@@ -273,7 +273,7 @@ class RewindDecided(Message):
     """Sent by a worker when all ranks have decided on a `Rewind`.
 
     Args:
-        number: of the request.
+        number: number of the request.
         accepted: whether all ranks go back.
         reason: where to and why, or why not.
     """
@@ -318,7 +318,7 @@ class Regroup(Message):
     """Sent by an agent to its workers after a fault, or when nodes join: meet the other ranks.
 
     Args:
-        number: of the regrouping; grows over a run.
+        number: number of the regrouping; grows over a run.
         fault: fields of the `FaultReport`.
         env: environment variables that make the worker the rank it is from now on.
     """
@@ -338,7 +338,7 @@ class AssignRank(Message):
     """Sent by an agent to a standby that takes a lost rank; two file descriptors, its stdout and stderr, go along.
 
     Args:
-        number: of the regrouping.
+        number: number of the regrouping.
         fault: fields of the `FaultReport`.
         env: environment variables that make the standby that rank.
     """
@@ -369,7 +369,7 @@ class Rewind(Message):
     """Sent by an agent that was asked, from another terminal, to take all ranks back to an earlier step.
 
     Args:
-        number: of the request; grows over a run.
+        number: number of the request; grows over a run.
         to_step: optimizer step to return to; None to count from the newest one.
         steps: number of optimizer steps to go back; None if `to_step` is given.
         skip_batches: batches of each rank to skip from there on.
@@ -418,7 +418,7 @@ class MemoryHeld(Message):
     """Sent by an agent in answer to `HoldMemory`, on the socket that came with it.
 
     Args:
-        refusal: why it cannot hold the memory; empty where it does.
+        refusal: why it cannot hold the memory; empty if it does.
     """
 
     refusal: str

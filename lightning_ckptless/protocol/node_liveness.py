@@ -68,7 +68,7 @@ class Bound:
         """A node whose agent's connection was closed is lost after these seconds without a heartbeat.
 
         Args:
-            longest_pause_s: longest of the last pauses between its heartbeats; 0 where it is not known yet.
+            longest_pause_s: longest of the last pauses between its heartbeats; 0 if not known yet.
         """
         return min(max(_LEAST_S, _FACTOR * longest_pause_s), self.lost_s) if longest_pause_s else self.lost_s
 
@@ -77,7 +77,7 @@ class Bound:
 
 
 def longest_pause_s(pauses: Sequence[float]) -> float:
-    """Return the longest of a node's pauses between heartbeats, in seconds; 0 where there are too few to tell."""
+    """Return the longest of a node's pauses between heartbeats, in seconds; 0 if there are too few to tell."""
     return max(pauses) if len(pauses) >= _FEWEST_PAUSES else 0.0
 
 
@@ -121,8 +121,8 @@ class Heard:
 
     Args:
         at: when it was seen to have sent another heartbeat.
-        closed_at: when the connection to its agent was closed; None where it was not.
-        longest_pause_s: longest of the last pauses between its heartbeats, as it says itself; 0 where it is not known.
+        closed_at: when the connection to its agent was closed; None if it was not.
+        longest_pause_s: longest of the last pauses between its heartbeats, as it says itself; 0 if unknown.
     """
 
     at: float

@@ -92,10 +92,10 @@ class StragglerPlan:
 
 
 def find_straggler(own_s: Mapping[int, float], factor: float = FACTOR) -> Straggler | None:
-    """Return the straggler; None where there is none.
+    """Return the straggler; None if there is none.
 
     Args:
-        own_s: own time of each rank per step, in seconds; 0 where it is not known.
+        own_s: own time of each rank per step, in seconds; 0 if unknown.
         factor: multiple of the others' median from which a rank is one.
     """
     known = {rank: seconds for rank, seconds in own_s.items() if seconds > 0}
@@ -116,7 +116,7 @@ def plan_straggler(
         straggler: the rank.
         options: what the user has asked for.
         since_s: how long its process has been one, in seconds.
-        drained_s: how long ago the last straggler of its node was drained, in seconds; None where none was.
+        drained_s: how long ago the last straggler of its node was drained, in seconds; None if none was.
         is_draining: whether a rank of its node is being drained.
     """
     rank, after_s = straggler.rank, options.drain_after_s

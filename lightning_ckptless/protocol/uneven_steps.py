@@ -47,7 +47,7 @@ def out_of_data(progress: Mapping[int, RankProgress]) -> dict[int, AtEnd]:
     result explains why ranks wait for each other forever; it does not prove that they do.
 
     Args:
-        progress: of the ranks.
+        progress: progress of the ranks.
     """
     begun = {
         (rank_progress.epoch, rank_progress.step)
@@ -71,11 +71,11 @@ _AFTER_A_RECOVERY = (
 def find_uneven(
     ended: Mapping[int, AtEnd], progress: Mapping[int, RankProgress], *, has_recovered: bool = False
 ) -> str | None:
-    """Explain which rank has ended too early for the others, and how to fix it; None where all may still end alike.
+    """Explain which rank has ended too early for the others, and how to fix it; None if all may still end alike.
 
     Args:
         ended: ranks that have made their last step.
-        progress: of the ranks, as far as it is known.
+        progress: progress of the ranks, as far as it is known.
         has_recovered: whether the run has recovered from a fault, after which a dataset may be at another position.
     """
     if not ended:

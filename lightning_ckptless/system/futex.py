@@ -37,7 +37,7 @@ def wait(address: int, seen: int, timeout_s: float) -> None:
     """Sleep until someone wakes those who wait at an address. May return earlier, without any reason.
 
     Args:
-        address: of an aligned value of 8 bytes in memory that is shared between processes.
+        address: address of an aligned value of 8 bytes in memory that is shared between processes.
         seen: the value, as read before. Returns at once if its lower half is no longer the same.
         timeout_s: longest wait in seconds.
     """

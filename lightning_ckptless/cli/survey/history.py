@@ -28,7 +28,7 @@ class Node:
         name: unique in the run.
         host: name of the host.
         agent: process id of its agent.
-        folder: of the agent, in which the workers write their progress.
+        folder: the agent's folder, in which the workers write their progress.
         spawned_at: when its workers were started, in seconds since the epoch.
         pids: process id of each rank's newest worker.
     """

@@ -55,7 +55,7 @@ class SlotLine:
         holder: rank that holds this replica.
         node: node whose arena holds it.
         slot: index of the slot in its ring.
-        version: of the state.
+        version: version of the state.
         generation: generation that wrote it.
         state: empty, writing, staged or committed.
         bytes: size of tensor state and host state.

@@ -27,8 +27,8 @@ def screen(found: Survey, width: int, height: int | None) -> Group:
 
     Args:
         found: status of the run.
-        width: of the terminal, in characters.
-        height: of the terminal, in lines; None to show everything.
+        width: width of the terminal, in characters.
+        height: height of the terminal, in lines; None to show everything.
     """
     above, below = _above(found), _below(found)
     free = len(found.members) if height is None else height - len(above) - len(below) - 2

@@ -31,7 +31,7 @@ class Row:
 
     Args:
         rank: the rank.
-        cells: one per step; None where it was no member of the run.
+        cells: one per step; None if it was no member of the run.
     """
 
     rank: int

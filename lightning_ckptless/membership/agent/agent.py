@@ -108,7 +108,7 @@ class AgentParts:
     """The parts of an agent that last for all rounds; see the table above.
 
     Args:
-        folder: of the agent, in which workers leave their reports.
+        folder: the agent's folder, in which workers leave their reports.
     """
 
     folder: Path
@@ -131,11 +131,11 @@ class NodeAgent:
     """The agent of one node, for as long as its rendezvous exists.
 
     Args:
-        settings: of the node.
+        settings: the node's settings.
         run: the run on this node, which earlier agents may have begun.
-        parts: of the agent.
+        parts: the agent's parts.
         events: receives what happens.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class NodeAgent:
 
     @property
     def partition_reason(self) -> str:
-        """Why this node counts as partitioned; empty where it does not."""
+        """Why this node counts as partitioned; empty if it does not."""
         return self._guard.partition_reason
 
     # ---------------------------------------------------------------- rendezvous
@@ -192,7 +192,7 @@ class NodeAgent:
         """Publish the status of this node for a new round.
 
         Args:
-            store: of the agents, for the round.
+            store: the agents' store for the round.
             node: place of this node in the order in which the nodes have met.
 
         Raises:
@@ -204,7 +204,7 @@ class NodeAgent:
         """Decide with the agents of all nodes whose workers stay; waits until all have published their status.
 
         Args:
-            store: of the agents, for the round.
+            store: the agents' store for the round.
             node: place of this node in the order in which they have met.
             nodes: how many there are.
         """
@@ -408,7 +408,7 @@ class NodeAgent:
                 return Found.NOT_NEEDED
 
     def note_success(self) -> None:
-        """Note that all workers have succeeded."""
+        """Record that all workers have succeeded."""
         self._run.exit_code = 0
 
     def _receive(self, received: Sequence[FromWorker]) -> None:
@@ -471,7 +471,7 @@ class NodeAgent:
         """Prepare the end of the workers; returns how long sidecars may take afterwards, in seconds.
 
         Args:
-            cause: exception that ends the agent; None where the workers have ended.
+            cause: exception that ends the agent; None if the workers have ended.
         """
         self._in_place.end_round()
         workers = self._workers
@@ -496,7 +496,7 @@ class NodeAgent:
         self._guard.leave()
 
     def note_lost_rendezvous(self) -> None:
-        """Note that the rendezvous is lost: the next agent of this node continues elsewhere."""
+        """Record that the rendezvous is lost: the next agent of this node continues elsewhere."""
         self._faults.add_lost_rendezvous(self._current.rendezvous.world_size)
 
     def close(self) -> None:

@@ -53,17 +53,17 @@ def assemble(
     """Return the parts of an agent.
 
     Args:
-        settings: of the node.
+        settings: the node's settings.
         run: the run on this node.
         parent: fork server of the workers; stays open.
-        folder: of the agent, in which workers leave their reports.
+        folder: the agent's folder, in which workers leave their reports.
         logs: where the workers' output goes.
-        memory: that is held for the workers; stays held.
+        memory: memory held for the workers; stays held.
         bound: how much silence between nodes is tolerated.
         seat: this node's place in the rendezvous.
-        notices: that this node is about to be taken away.
+        notices: notice that this node is about to be taken away.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
     """
     in_place = InPlaceRecovery(
         in_place=settings.in_place,

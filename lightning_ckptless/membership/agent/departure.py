@@ -51,9 +51,9 @@ class Departure:
     """The departure of a node from one round of the rendezvous, as its own agent and those of the other nodes see it.
 
     Args:
-        store: of the agents, for the round.
+        store: the agents' store for the round.
         is_shared: whether there are other nodes.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(self, store: Any, clock: Clock, *, is_shared: bool) -> None:
@@ -71,15 +71,15 @@ class Departure:
         return said.decode()
 
     def news(self) -> str:
-        """Return why a node leaves, as a sentence; empty where none does, or where it was not looked up again."""
+        """Return why a node leaves, as a sentence; empty if none does, or where it was not looked up again."""
         return self._text(_WHY) if self._is_due() else ""
 
     def why(self) -> str:
-        """Return why a node leaves, as a sentence; empty where none does."""
+        """Return why a node leaves, as a sentence; empty if none does."""
         return self._text(_WHY)
 
     def meet(self) -> None:
-        """Note that the workers of the other nodes can meet without those of the leaving one."""
+        """Record that the workers of the other nodes can meet without those of the leaving one."""
         if not self._may_meet:
             self._may_meet = True
             self._heard = 0, self._clock.monotonic()
@@ -90,7 +90,7 @@ class Departure:
         return self._is_due() and self._is_set(_MET)
 
     def beat(self) -> None:
-        """Note that the leaving node is alive; called often."""
+        """Record that the leaving node is alive; called often."""
         now = self._clock.monotonic()
         if now - self._beat_at >= _BEAT_EVERY_S:
             self._beat_at = now
@@ -98,7 +98,7 @@ class Departure:
                 self._store.add(_BEAT, 1)
 
     def finish(self) -> None:
-        """Note that the workers of the leaving node have exited."""
+        """Record that the workers of the leaving node have exited."""
         self._set(_FINISHED)
 
     def is_finished(self) -> bool:
@@ -173,10 +173,10 @@ class Leaving:
     Args:
         node: its name.
         reason: why it leaves.
-        departure: from the round.
+        departure: departure from the round.
         wait_s: longest wait for the other nodes to meet, in seconds; 0 to hand over at once.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
 
     Attributes:
         summary: how this node has left the run; empty until it has.
@@ -198,7 +198,7 @@ class Leaving:
         """Hand over once the other nodes can meet.
 
         Args:
-            workers: of this node.
+            workers: this node's workers.
 
         Raises:
             DepartedError: the workers have exited.

@@ -89,7 +89,7 @@ class Draining:
         stragglers: finds stragglers among the workers.
         in_place: the recoveries in place of this node.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
 
     Attributes:
         leaving: the last part of this node's life; None until it leaves.
@@ -125,8 +125,8 @@ class Draining:
 
         Args:
             rendezvous: the round.
-            departure: of a node from it.
-            workers: of this node.
+            departure: a node's departure from the round.
+            workers: this node's workers.
         """
         if self._in_place.trains:
             self._drain_unfit(rendezvous, departure)
@@ -169,8 +169,8 @@ class Draining:
             taken: the request, which is answered.
             asked: what it asks for.
             rendezvous: the round.
-            departure: of a node from it.
-            workers: of this node.
+            departure: a node's departure from the round.
+            workers: this node's workers.
         """
         if asked.rank is not None:
             plan = self.drain_rank(asked.rank, ON_REQUEST, rendezvous, workers, taken)
@@ -181,7 +181,7 @@ class Draining:
             taken.answer(accepted=False, reason=plan.reason)
 
     def note_unfit(self, finding: str) -> None:
-        """Note that this node has failed its health check.
+        """Record that this node has failed its health check.
 
         Args:
             finding: what is wrong with it.
@@ -214,7 +214,7 @@ class Draining:
             rank: the rank.
             reason: why.
             rendezvous: the round.
-            workers: of this node.
+            workers: this node's workers.
             taken: the request, which is answered once the rank is drained; None if no answer is expected.
         """
         plan = plan_rank_drain(
@@ -270,7 +270,7 @@ class Draining:
             node: number of the node; another one than this one does not exist.
             reason: why.
             rendezvous: the round.
-            departure: of a node from it.
+            departure: a node's departure from the round.
             wait_s: longest wait for the other nodes, in seconds.
             taken: the request, which is answered once the workers have exited; None if no answer is expected.
         """
@@ -305,7 +305,7 @@ class Draining:
         """Answer the requests that are open.
 
         Args:
-            departed: how this node has left the run; empty where the run has ended.
+            departed: how this node has left the run; empty if the run has ended.
         """
         for local_rank in list(self._drains):
             self._give_up(local_rank, "the run has ended on this node")

@@ -15,13 +15,13 @@ class FaultLog:
 
     Args:
         node: its name.
-        faults: of all agents of this node so far; extended.
+        faults: faults of all agents of this node so far; extended.
         report: receives events.
-        why_full: explains why no more output can be written; empty where it can.
-        clock: of this node.
+        why_full: explains why no more output can be written; empty if it can.
+        clock: this node's clock.
 
     Attributes:
-        lost_at: wall clock at which other nodes were lost, which has yet to be reported as a fault; 0 where none was.
+        lost_at: wall clock at which other nodes were lost, which has yet to be reported as a fault; 0 if none was.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FaultLog:
         return self._faults[-1] if self._faults else None
 
     def resolve(self) -> None:
-        """Note that a new step was committed: later faults interrupt no recovery."""
+        """Record that a new step was committed: later faults interrupt no recovery."""
         self._unresolved.clear()
 
     def of_worker(
@@ -61,12 +61,12 @@ class FaultLog:
         Args:
             rank: its rank.
             pid: its process id.
-            end: how it has exited; None where that is not known.
+            end: how it has exited; None if unknown.
             detected_at: wall clock at which it was noticed.
             world_size: number of ranks.
-            hung: why it was killed as hung; empty where it was not.
+            hung: why it was killed as hung; empty if it was not.
             out_of_memory: what the kernel has killed for lack of memory, in words; empty for nothing.
-            drained: why its rank was handed over, which is no fault; empty where it was not.
+            drained: why its rank was handed over, which is no fault; empty if it was not.
         """
         code, signal_name = (None, None) if end is None else split_exit(end.exit_code)
         return FaultReport(
@@ -92,7 +92,7 @@ class FaultLog:
         Args:
             world_size: number of ranks before it.
             detected_at: wall clock at which it was noticed; None for now.
-            drained: why a node was drained; empty where none was.
+            drained: why a node was drained; empty if none was.
         """
         now = self._clock.wall()
         at = now if detected_at is None else detected_at

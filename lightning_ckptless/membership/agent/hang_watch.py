@@ -73,9 +73,9 @@ class HangWatch:
     """Watches the progress of one node's workers, and of the other nodes' workers while none makes progress.
 
     Args:
-        folder: in which workers write their progress.
+        folder: folder in which workers write their progress.
         report: receives events.
-        clock: of the workers' progress.
+        clock: clock of the workers' progress.
 
     Attributes:
         limit_s: silence in seconds after which ranks count as hung; None to learn it, 0 to disable.
@@ -100,7 +100,7 @@ class HangWatch:
         """Begin a round of the rendezvous.
 
         Args:
-            positions: of all nodes in it.
+            positions: positions of all nodes in the round.
         """
         self._positions, self.elsewhere = positions, {}
 
@@ -168,8 +168,8 @@ class HangWatch:
         """Return since when each rank has been seen stopped by a signal.
 
         Args:
-            workers: of this node; None where no meeting is under way.
-            now: on the clock.
+            workers: this node's workers; None if no meeting is under way.
+            now: time on the clock of the progress.
         """
         fields = {} if workers is None else {rank: stat_fields(pid) for rank, pid in workers.pids().items()}
         stopped = [rank for rank, found in fields.items() if found is not None and found[0] == "T"]
@@ -213,9 +213,9 @@ class LateExits:
     """Kills workers whose script has failed and that do not exit.
 
     Args:
-        folder: in which failures are reported.
+        folder: folder in which failures are reported.
         grace_s: time in seconds between the report of a failure and the exit of the process.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(self, folder: Path, grace_s: float, clock: Clock) -> None:
@@ -228,7 +228,7 @@ class LateExits:
         """Kill workers whose time is up.
 
         Args:
-            workers: of this node.
+            workers: this node's workers.
         """
         now = self._clock.monotonic()
         failed = {int(path.stem.removeprefix("failure-")) for path in self._folder.glob("failure-*.json")}

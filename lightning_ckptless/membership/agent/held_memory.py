@@ -88,7 +88,7 @@ def request_memory(channel: AgentChannel, paths: Sequence[Path], reason: str) ->
 
     Args:
         channel: to the agent.
-        paths: of the files.
+        paths: paths of the files.
         reason: why regular files cannot be used, for the user.
 
     Raises:

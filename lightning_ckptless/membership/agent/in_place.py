@@ -52,7 +52,7 @@ class RequestedOptions:
         preload_imports: whether new processes preload what the script imports.
         hang_timeout_s: silence in seconds after which lagging ranks are killed; None to learn it, 0 to disable.
         limits: how often the run may recover.
-        fixed_world: why the workers cannot train with another world size; empty where they can.
+        fixed_world: why the workers cannot train with another world size; empty if they can.
         stragglers: what is done about stragglers.
     """
 
@@ -91,10 +91,10 @@ class _Round:
     """One round of the rendezvous.
 
     Args:
-        regroupings: of the round.
+        regroupings: regroupings of the round.
         start_standby: starts a process without a rank.
         env_of: environment variables that give a local rank its rank in this round, for workers that have stayed from
-            the previous round; None where all workers were started together.
+            the previous round; None if all workers were started together.
     """
 
     regroupings: Regroupings
@@ -111,7 +111,7 @@ class _Progress:
         tries: recoveries in place since the last committed step in which the ranks have met. A meeting that another
             fault has interrupted is not counted: it says nothing about what would have followed.
         trains: whether a step was committed.
-        obstacle: why a worker cannot recover in place; None where none has reported that.
+        obstacle: why a worker cannot recover in place; None if none has reported that.
         met: number of the last regrouping in which ranks have met.
         waiting_at_loop: ranks that have reached the training loop and wait there for the other ranks.
         notified_at: when ranks were notified that have yet to release their process groups.
@@ -150,13 +150,13 @@ class InPlaceRecovery:
         in_place: from the command line; None to leave it to the strategy of the workers.
         standbys: from the command line; None to leave it to the strategy.
         preload_imports: from the command line; None to leave it to the strategy.
-        folder: for the output of standbys.
+        folder: folder for the output of standbys.
         outputs: folder for the output of new processes until they have joined the other ranks.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
 
     Attributes:
-        number: of the last regrouping that the workers were notified of.
+        number: number of the last regrouping that the workers were notified of.
         wanted_for_drains: standbys that are needed for ranks to be drained, in addition to those requested.
     """
 
@@ -200,10 +200,10 @@ class InPlaceRecovery:
         """Begin a round of the rendezvous.
 
         Args:
-            regroupings: of the round.
+            regroupings: regroupings of the round.
             start_standby: starts a process without a rank.
             env_of: environment variables that give a local rank its rank in this round, for workers that have stayed
-                from the previous round; None where all workers were started together.
+                from the previous round; None if all workers were started together.
         """
         if env_of is None:
             self.number = regroupings.number
@@ -247,7 +247,7 @@ class InPlaceRecovery:
 
     @property
     def obstacle_to_world_change(self) -> str:
-        """Why this node's workers cannot train with another world size, in a worker's words; empty where they can."""
+        """Why this node's workers cannot train with another world size, in a worker's words; empty if they can."""
         if not self.is_wanted:
             return "recovery in place is switched off"
         return self.obstacle or ("" if self._requested is None else self._requested.fixed_world)
@@ -278,7 +278,7 @@ class InPlaceRecovery:
 
     @property
     def obstacle(self) -> str | None:
-        """Why a worker cannot recover in place, as it reported; None where none has."""
+        """Why a worker cannot recover in place, as it reported; None if none has."""
         unknown = None if self._requested is not None else "no worker has reached fit yet"
         return self._lasting or self._progress.obstacle or unknown
 
@@ -332,7 +332,7 @@ class InPlaceRecovery:
             progress.have_met.add(rank)
 
     def _note_held(self, rank: int, message: StuckCollective) -> None:
-        """Note that a worker reports a stuck collective, unless it was killed for one before and that did not help."""
+        """Record a reported stuck collective, unless the rank was already killed for one and that did not help."""
         believed = rank not in self._progress.killed_for_wait
         if believed:
             self._progress.held[rank] = message.reason
@@ -381,7 +381,7 @@ class InPlaceRecovery:
 
     @property
     def why_no_standby(self) -> str:
-        """Why no standby will become ready; empty where one may."""
+        """Why no standby will become ready; empty if one may."""
         if self.ready_standbys:
             return ""
         if self._standbys is not None and self._standbys.have_given_up:
@@ -472,9 +472,9 @@ class InPlaceRecovery:
         """Notify the survivors, and start replacements for the lost ranks.
 
         Args:
-            workers: of this node.
+            workers: this node's workers.
             lost: local ranks.
-            regrouping: in which all ranks meet.
+            regrouping: regrouping in which all ranks meet.
             env_of: environment variables that make a process a local rank.
 
         Returns:

@@ -21,7 +21,7 @@ class LogFiles(DefaultLogsSpecs):
     """Where the output of each worker goes, as torch elastic expects it.
 
     Args:
-        folder: of all log files.
+        folder: folder of all log files.
         is_named: whether the user has named it.
         config: which streams go to files.
 
@@ -53,7 +53,7 @@ class LogFiles(DefaultLogsSpecs):
             raise LaunchError(self._cannot(error)) from error
 
     def why_full(self) -> str:
-        """Explain why no more output can be written; empty where it can, or where none goes to files."""
+        """Explain why no more output can be written; empty if it can, or where none goes to files."""
         if not self._is_written_to:
             return ""
         disk = os.statvfs(self._folder)

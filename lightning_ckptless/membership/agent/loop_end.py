@@ -33,8 +33,8 @@ class LoopEnd:
 
     Args:
         hangs: knows the progress of the workers.
-        positions: of all nodes in the round.
-        clock: of the workers' progress.
+        positions: positions of all nodes in the round.
+        clock: clock of the workers' progress.
     """
 
     def __init__(self, hangs: HangWatch, positions: Positions, clock: Clock) -> None:
@@ -69,8 +69,8 @@ class LoopEnd:
         """Let workers that have made their last step leave together, or fail those that never can.
 
         Args:
-            workers: of this node.
-            number: of the last regrouping that they were notified of.
+            workers: this node's workers.
+            number: number of the last regrouping that they were notified of.
             may_end: whether they may leave once all ranks have ended.
             has_recovered: whether the run has recovered from a fault.
         """
@@ -90,7 +90,7 @@ class LoopEnd:
         """Whether workers make no progress because one rank has run out of data and another has not.
 
         Args:
-            workers: of this node, of which some are considered hung.
+            workers: this node's workers, of which some are considered hung.
             has_recovered: whether the run has recovered from a fault.
         """
         progress = self._progress(workers) | self._hangs.elsewhere

@@ -74,7 +74,7 @@ class Heartbeat:
         """Exchange heartbeats among the nodes that have met.
 
         Args:
-            store: of the round; a separate connection to it is opened.
+            store: store of the round; a separate connection to it is opened.
             node: number of this node in the round.
             nodes: how many there are.
             place: address of the rendezvous.
@@ -102,7 +102,7 @@ class Heartbeat:
             before.end()
 
     def leave(self) -> None:
-        """Note that this node has done its part: from now on it may be silent."""
+        """Record that this node has done its part: from now on it may be silent."""
         with self._lock:
             beats = self._round
         self.rest()
@@ -138,16 +138,16 @@ class _Round:
     | Key | Content |
     |---|---|
     | `heartbeat/NODE` | counter; negative once the node has done its part |
-    | `heartbeat/NODE/pause` | longest of its last pauses between two heartbeats, in ms; 0 where it is not known |
+    | `heartbeat/NODE/pause` | longest of its last pauses between two heartbeats, in ms; 0 if unknown |
     | `heartbeat/NODE/address` | where its agent listens for the connections of others |
 
     Args:
-        store: over a connection of its own.
+        store: store over a connection of its own.
         node: number of this node.
         nodes: how many there are.
         host: name or address under which other agents reach this one.
         bound: how much silence is tolerated.
-        pauses: between the last heartbeats of this node; extended.
+        pauses: pauses between the last heartbeats of this node; extended.
         place: address of the store, for messages.
         clock: seconds.
     """
@@ -216,7 +216,7 @@ class _Round:
             self._store.set(_address_key(self._node), f"{address[0]} {address[1]}")
 
     def look_up(self, node: int) -> Address | None:
-        """Return where the agent of a node listens; None where that is not known yet."""
+        """Return where the agent of a node listens; None if not known yet."""
         with suppress(DistError, RuntimeError, ValueError):
             if self._store.check([_address_key(node)]):
                 host, port = self._store.get(_address_key(node)).decode().rsplit(" ", 1)

@@ -40,10 +40,10 @@ class Notices:
 
     Args:
         sigterm: is set by the signal handler.
-        name: of the user's function; empty for none.
+        name: name of the user's function; empty for none.
         hook: the function: returns false, or what is about to happen; None for none.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
         every_s: pause between two calls in seconds.
     """
 
@@ -71,7 +71,7 @@ class Notices:
         self._thread: threading.Thread | None = None
 
     def take(self) -> str:
-        """Return why this node is about to be taken away; empty where no notice was given since the last call."""
+        """Return why this node is about to be taken away; empty if no notice was given since the last call."""
         if self._hook is not None and self._thread is None:
             self._thread = threading.Thread(target=self._ask, args=(self._hook,), name="ckptless-notice", daemon=True)
             self._thread.start()

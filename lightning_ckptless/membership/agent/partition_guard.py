@@ -39,9 +39,9 @@ class PartitionGuard:
         node: its name.
         bound: how much silence is tolerated.
         membership: this node's place in the rendezvous.
-        faults: of this node.
+        faults: this node's faults.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PartitionGuard:
 
     @property
     def partition_reason(self) -> str:
-        """Why this node counts as partitioned; empty where it does not."""
+        """Why this node counts as partitioned; empty if it does not."""
         found = self._heartbeat.finding
         return found.reason if isinstance(found, CutOff) else ""
 
@@ -83,7 +83,7 @@ class PartitionGuard:
         )
 
     def poll(self, *, has_workers: bool) -> str:
-        """Return why the nodes have to rendezvous again; empty where they need not.
+        """Return why the nodes have to rendezvous again; empty if they need not.
 
         Args:
             has_workers: whether workers of this node run; without any, the loss of another node changes nothing.

@@ -30,7 +30,7 @@ class Addresses(Protocol):
         """Publish where this agent listens."""
 
     def look_up(self, node: int) -> Address | None:
-        """Return where the agent of a node listens; None where that is not known yet."""
+        """Return where the agent of a node listens; None if not known yet."""
 
 
 class PeerConnections:
@@ -39,7 +39,7 @@ class PeerConnections:
     Args:
         host: name or address under which other agents reach this one.
         nodes: numbers of the nodes to connect to.
-        addresses: of the agents.
+        addresses: addresses of the agents.
         report_closed: called with the number of a node when the connection to its agent was closed.
     """
 

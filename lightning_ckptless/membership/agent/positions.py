@@ -88,10 +88,10 @@ class Positions:
     A lost store answers nothing and is not asked again: heartbeats and the rendezvous detect the loss of its node.
 
     Args:
-        store: that all agents of the round share.
+        store: store that all agents of the round share.
         node: number of this node.
         peers: numbers of the nodes whose workers train together, this one included.
-        ranks: of this node's workers, by local rank.
+        ranks: ranks of this node's workers, by local rank.
         report: receives events.
     """
 
@@ -132,11 +132,11 @@ class Positions:
         return not self.is_shared or self._answer(ask, otherwise=False)
 
     def leave(self, regrouping: int) -> None:
-        """Note that the workers of this node leave the training loop, as those of all nodes do."""
+        """Record that the workers of this node leave the training loop, as those of all nodes do."""
         self._fits[regrouping] = self._fits.get(regrouping, 0) + 1
 
     def first_ended(self, regrouping: int) -> dict[int, AtEnd]:
-        """Return where the workers of the first node have ended, by rank; empty where none has ended yet.
+        """Return where the workers of the first node have ended, by rank; empty if none has ended yet.
 
         Args:
             regrouping: number of the regrouping that this node's workers belong to.
@@ -154,8 +154,8 @@ class Positions:
         """Publish where the silent workers of this node stand, and read the positions of the other nodes.
 
         Args:
-            progress: of this node, by local rank.
-            now: on the clock of the progress.
+            progress: progress of this node's workers, by local rank.
+            now: time on the clock of the progress.
 
         Returns:
             Progress of the other nodes by rank, on the clock of this node; empty unless the workers of all nodes are
@@ -194,12 +194,12 @@ class Positions:
         return reason if decoded is None else str(decoded["reason"])
 
     def settled(self) -> str:
-        """Return why no rank can continue, as another node has found; empty where none has."""
+        """Return why no rank can continue, as another node has found; empty if none has."""
         found = self._read(_UNEVEN, _REASON) if self.is_shared else None
         return "" if found is None else str(found["reason"])
 
     def all_know(self) -> bool:
-        """Note that this node knows the reason; returns whether all nodes do, as far as that can be determined."""
+        """Record that this node knows the reason; returns whether all nodes do, as far as that can be determined."""
         return not self.is_shared or self._answer(lambda: self._count(_KNOWN) >= len(self.peers), otherwise=True)
 
     # ------------------------------------------------------------------ the store
@@ -224,7 +224,7 @@ class Positions:
             return otherwise
 
     def _decoded(self, key: str, said: bytes, check: Check) -> Any:
-        """Return what another agent has published; None where that is nothing, or nothing readable."""
+        """Return what another agent has published; None if that is nothing, or nothing readable."""
         if not said:
             return None
         try:

@@ -46,7 +46,7 @@ def agree(store: Any, standing: Standing, node: int, nodes: int) -> MovePlan:
     """Decide with the agents of all nodes whose workers stay.
 
     Args:
-        store: of the agents, for this round.
+        store: the agents' store for this round.
         standing: status of this node.
         node: its place in the order in which the nodes have met, which is not the order of their numbers.
         nodes: how many there are.
@@ -93,11 +93,11 @@ class Reconfiguration:
     Args:
         plan: which of them keep their workers.
         node: number of this node.
-        store: that all workers of the round share.
+        store: store that all workers of the round share.
         in_place: the recoveries in place of this node.
-        faults: of this node.
-        positions: of the round.
-        departure: of a node that is drained and has left the rendezvous, from the previous round; None where none has.
+        faults: this node's faults.
+        positions: positions of the round.
+        departure: departure, in the previous round, of a drained node; None if none has.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Reconfiguration:
         return bool(self._plan.stay) and self._node in self._plan.come
 
     def keep_workers(self, world_before: int) -> None:
-        """Note that the workers have stayed, and have yet to be notified that they meet others.
+        """Record that the workers have stayed, and have yet to be notified that they meet others.
 
         Args:
             world_before: number of ranks with which they train until then.
@@ -139,7 +139,7 @@ class Reconfiguration:
         self._has_to_notify, self._world_before = True, world_before
 
     def joined_regrouping(self, world_size: int) -> Regrouping | None:
-        """Return the regrouping in which new workers of this node join others; None where all start together.
+        """Return the regrouping in which new workers of this node join others; None if all start together.
 
         Args:
             world_size: number of ranks.
@@ -150,7 +150,7 @@ class Reconfiguration:
         """Advance the meeting.
 
         Args:
-            workers: of this node.
+            workers: this node's workers.
         """
         if not self._plan.stay:
             return Meeting.UNDER_WAY

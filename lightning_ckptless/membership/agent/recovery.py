@@ -30,7 +30,7 @@ from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, 
 from lightning_ckptless.protocol.retry_policy import why_no_recovery
 
 Lost = Mapping[int, End | None]
-"""Lost workers by local rank, in the order of their deaths; None where the exit is not known."""
+"""Lost workers by local rank, in the order of their deaths; None if the exit is not known."""
 
 
 class LosableWorkers(WorkerControl, Protocol):
@@ -44,7 +44,7 @@ class LosableWorkers(WorkerControl, Protocol):
         """Process ids by local rank."""
 
     def hang_reason(self, rank: int) -> str:
-        """Why a worker was killed as hung; empty where it was not."""
+        """Why a worker was killed as hung; empty if it was not."""
 
     def failed(self) -> Mapping[int, End]:
         """Workers whose exit is known to be their own failure."""
@@ -60,7 +60,7 @@ class Recovery:
     """Recovers one node from the loss of its workers.
 
     Args:
-        settings: of the node.
+        settings: the node's settings.
         run: the run on this node.
         in_place: the recoveries in place.
         draining: receives which ranks were handed over.
@@ -68,7 +68,7 @@ class Recovery:
         reports: what its workers have left.
         oom_kills: describes the kills for lack of memory since the last call; empty for none.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
 
     Attributes:
         reason: why all workers were stopped last, in a sentence.
@@ -121,7 +121,7 @@ class Recovery:
 
         Args:
             rendezvous: the round.
-            workers: of this node.
+            workers: this node's workers.
             lost: those that are lost; not empty.
             env_of: environment variables that make a process a local rank.
 

@@ -34,7 +34,7 @@ class RewindRequests:
         Args:
             taken: the request, which is answered once they have decided.
             asked: what it asks for.
-            workers: of this node.
+            workers: this node's workers.
         """
         self._count += 1
         self._taken[self._count] = taken

@@ -26,7 +26,7 @@ class RunRequests:
         requests: to the run.
         draining: carries out drains.
         rewinds: passes rewinds on to the workers.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(self, requests: Requests, draining: Draining, rewinds: RewindRequests, clock: Clock) -> None:
@@ -41,8 +41,8 @@ class RunRequests:
 
         Args:
             rendezvous: the round.
-            departure: of a node from it.
-            workers: of this node.
+            departure: a node's departure from the round.
+            workers: this node's workers.
         """
         now = self._clock.monotonic()
         if now - self._looked_at < _LOOK_EVERY_S:

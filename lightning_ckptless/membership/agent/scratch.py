@@ -62,7 +62,7 @@ def find_abandoned() -> list[Path]:
 
 
 def remove_abandoned(path: Path) -> bool:
-    """Remove a folder whose agent no longer exists; returns False where that is not so."""
+    """Remove a folder whose agent no longer exists; returns False if that is not so."""
     return _take(path, remove=True)
 
 

@@ -98,8 +98,8 @@ class NodeRun:
         history: the recoveries, for their limits.
         starts: how often all workers were started.
         recoveries_in_place: how often lost ranks were replaced while the others stayed.
-        hydra: run folder that Hydra has made for the first worker; empty where there is none.
-        exit_code: of this node.
+        hydra: run folder that Hydra has made for the first worker; empty if there is none.
+        exit_code: this node's exit code.
         has_given_up: whether it has ended with a fault after which the state is kept.
     """
 

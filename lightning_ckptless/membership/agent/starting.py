@@ -57,14 +57,14 @@ class WorkerStarter(Starter):
     """Starts the processes of one node by forking a fork server.
 
     Args:
-        settings: of the node.
+        settings: the node's settings.
         run: the run on this node.
         parent: fork server; its owner closes it.
-        folder: of the agent.
+        folder: the agent's folder.
         logs: where the workers' output goes.
         learns_imports: whether new processes preload what the script imports, as the workers have asked.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class WorkerStarter(Starter):
         Args:
             rendezvous: the round.
             made: called with the workers before they start, so that an interrupted start stops those already running.
-            regrouping: in which they meet workers of other nodes that train; None where all start together.
+            regrouping: regrouping in which they meet workers of other nodes that train; None if all start together.
         """
         joins = {} if regrouping is None else joining(regrouping)
         envs = {local_rank: {**self.env_of(rendezvous, local_rank), **joins} for local_rank in rendezvous.ranks}
@@ -129,7 +129,7 @@ class WorkerStarter(Starter):
 
         Args:
             rendezvous: the round.
-            workers: of this node.
+            workers: this node's workers.
             stdio: its stdin, stdout and stderr.
         """
         # Its rank is not known yet. The last rank is a placeholder, and speaks for no node.
@@ -186,7 +186,7 @@ class WorkerStarter(Starter):
 
         Args:
             received: what workers have sent.
-            workers: of this node.
+            workers: this node's workers.
             trains: whether training is under way.
         """
         for local_rank, message, _ in received:

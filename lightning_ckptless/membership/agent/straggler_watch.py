@@ -36,9 +36,9 @@ class StragglerWatch:
     """Compares how long one node's workers take per step.
 
     Args:
-        folder: in which workers write their progress.
+        folder: folder in which workers write their progress.
         report: receives events.
-        clock: of this node.
+        clock: this node's clock.
     """
 
     def __init__(self, folder: Path, report: Report, clock: Clock) -> None:
@@ -56,7 +56,7 @@ class StragglerWatch:
         """Look for a straggler, if it is time to; returns a plan where it is to be drained.
 
         Args:
-            workers: of this node.
+            workers: this node's workers.
             ranks: their ranks, by local rank.
             options: what the user has asked for.
             is_draining: whether a rank of this node is being drained.

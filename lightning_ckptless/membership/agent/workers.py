@@ -49,7 +49,7 @@ class Ending:
     """A worker that has made its last step and asks whether it may leave the training loop.
 
     Args:
-        number: of the regrouping that it belongs to.
+        number: number of the regrouping that it belongs to.
         at: where it ended.
     """
 
@@ -67,7 +67,7 @@ class WorkerGroup:
         stderrs: file for the error output of each local rank; empty for this process's own.
         first_wait_s: time in seconds for which the start of the others waits until the first worker reaches its
             trainer, with the run folder that Hydra made for it; 0 to start all at once.
-        clock: of this node.
+        clock: this node's clock.
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
@@ -118,7 +118,7 @@ class WorkerGroup:
             self._launch(rank, self.job(rank, {environment.HYDRA: folder} if folder else {}), os.O_TRUNC)
 
     def _folder_of(self, first: int) -> str:
-        """Return the run folder that the first worker reports at its trainer; empty where none comes in time."""
+        """Return the run folder that the first worker reports at its trainer; empty if none comes in time."""
         deadline = self._clock.monotonic() + self._first_wait_s
         while first in self._running and (left_s := deadline - self._clock.monotonic()) > 0:
             self._wait(left_s, for_messages=True)
@@ -170,7 +170,7 @@ class WorkerGroup:
             rank: local rank of the lost worker.
             standby: the process.
             env: environment variables that give it the rank.
-            regrouping: in which it meets the other ranks.
+            regrouping: regrouping in which it meets the other ranks.
         """
         stdio = self._open_stdio(rank, os.O_APPEND)
         try:
@@ -244,7 +244,7 @@ class WorkerGroup:
                 self._track(rank, message)
 
     def _track(self, rank: int, message: Message) -> None:
-        """Note where a worker is in its script."""
+        """Record where a worker is in its script."""
         match message:
             case EnteredLoop():
                 self.inside.add(rank)
@@ -334,7 +334,7 @@ class WorkerGroup:
             self._processes[rank].signal(signal.SIGKILL)
 
     def hang_reason(self, rank: int) -> str:
-        """Why a worker was killed as hung; empty where it was not."""
+        """Why a worker was killed as hung; empty if it was not."""
         return self._hang_reasons.get(rank, "")
 
     def lost(self) -> dict[int, End | None]:

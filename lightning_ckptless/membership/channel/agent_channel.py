@@ -132,7 +132,7 @@ _opened: dict[int, AgentChannel] = {}
 
 
 def open_channel(env: MutableMapping[str, str] = os.environ) -> AgentChannel | None:
-    """Return the worker's end of the channel to its agent; None where no agent of ours started this very process.
+    """Return the worker's end of the channel to its agent; None if no agent of ours started this very process.
 
     There is one per process, whichever of its trainers asks. The variable is removed from the environment: the channel
     belongs to this process and to none that it starts.

@@ -19,7 +19,7 @@ class ExitReport:
     """What a worker reports to its agent before it exits.
 
     Args:
-        rank: of the worker.
+        rank: rank of the worker.
         final: whether the run is to end with this worker's exit code, however many relaunches are left.
         reason: why, in a sentence.
         unfit: whether this node cannot continue, rather than the run.
@@ -69,7 +69,7 @@ def take_exit_reports(folder: Path) -> tuple[ExitReport, ...]:
 
 
 def final_report(exit_reports: tuple[ExitReport, ...]) -> ExitReport | None:
-    """Return the first report that ends the run; None where none does."""
+    """Return the first report that ends the run; None if none does."""
     return next((exit_report for exit_report in exit_reports if exit_report.final), None)
 
 

@@ -23,12 +23,12 @@ class FaultReport:
         stopped_at: wall clock at which the last of the agent's workers had exited.
         restart: how many faults this agent has seen, this one included.
         world_size: number of ranks in the generation that ended.
-        hung: why it was killed as hung; empty where it was not.
+        hung: why it was killed as hung; empty if it was not.
         earlier: faults without a committed step after them, in sentences: this fault interrupted their recovery.
-        recovering_since: wall clock of the first of those; None where there are none.
-        out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty where it has killed
+        recovering_since: wall clock of the first of those; None if there are none.
+        out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty if it has killed
             none since the previous fault.
-        drained: why the rank was handed over, which is no fault; empty where it was not.
+        drained: why the rank was handed over, which is no fault; empty if it was not.
     """
 
     rank: int | None

@@ -102,7 +102,7 @@ def _outline(error: BaseException) -> list[str]:
 
 
 def failure_of(folder: Path, pid: int) -> Failure | None:
-    """Return what the script of a process has raised; None where it has reported nothing."""
+    """Return what the script of a process has raised; None if it has reported nothing."""
     try:
         return Failure(**json.loads((folder / f"failure-{pid}.json").read_text()))
     except FileNotFoundError:

@@ -20,13 +20,13 @@ class WorkerReports(Protocol):
         """Whether a step has been committed since the last call."""
 
     def take_final(self) -> ExitReport | None:
-        """Remove all exit reports, and return the first one that ends the run; None where none does."""
+        """Remove all exit reports, and return the first one that ends the run; None if none does."""
 
     def failure_of(self, pid: int) -> Failure | None:
-        """Return what the script of a process has raised; None where it has reported nothing."""
+        """Return what the script of a process has raised; None if it has reported nothing."""
 
     def step_begun(self, local_rank: int) -> int | None:
-        """Return the last step that a worker has begun; None where it was in none."""
+        """Return the last step that a worker has begun; None if it was in none."""
 
     def forget_progress(self, local_rank: int) -> None:
         """Drop the progress of a worker that another process replaces."""
@@ -36,7 +36,7 @@ class ReportsInFolder(WorkerReports):
     """Reports as files.
 
     Args:
-        folder: of the agent.
+        folder: the agent's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,15 +47,15 @@ class ReportsInFolder(WorkerReports):
         return take_begun(self._folder)
 
     def take_final(self) -> ExitReport | None:
-        """Remove all exit reports, and return the first one that ends the run; None where none does."""
+        """Remove all exit reports, and return the first one that ends the run; None if none does."""
         return final_report(take_exit_reports(self._folder))
 
     def failure_of(self, pid: int) -> Failure | None:
-        """Return what the script of a process has raised; None where it has reported nothing."""
+        """Return what the script of a process has raised; None if it has reported nothing."""
         return failure_of(self._folder, pid)
 
     def step_begun(self, local_rank: int) -> int | None:
-        """Return the last step that a worker has begun; None where it was in none."""
+        """Return the last step that a worker has begun; None if it was in none."""
         return step_begun(self._folder, local_rank)
 
     def forget_progress(self, local_rank: int) -> None:

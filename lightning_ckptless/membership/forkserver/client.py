@@ -405,7 +405,7 @@ def parent_environment(env: dict[str, str]) -> dict[str, str]:
     relative to this process's working directory.
 
     Args:
-        env: of this process; it is changed.
+        env: environment of this process; it is changed.
     """
     env["OPENBLAS_NUM_THREADS"] = "1"
     if env.get("PYTHONPATH"):

@@ -38,7 +38,7 @@ class ForkFallback:
         report: receives events.
 
     Attributes:
-        succession: of the fork server, by one that has imported what the script imports.
+        succession: succession of the fork server, by one that has imported what the script imports.
         fresh: whether new interpreters are started.
     """
 

@@ -67,8 +67,8 @@ class Started:
     """A thread that was started while modules were imported.
 
     Args:
-        name: of the thread.
-        module: whose code has started it.
+        name: name of the thread.
+        module: module whose code has started it.
         under_way: modules whose import was in progress, the innermost one last.
         request: during which.
     """

@@ -57,7 +57,7 @@ def note_start() -> None:
 
 
 def take_imported() -> Imported | None:
-    """Return what the script has imported since its start; None where it was taken before, or is not known."""
+    """Return what the script has imported since its start; None if it was taken before, or is not known."""
     if not _starts:
         return None
     start = _starts.pop()
@@ -69,7 +69,7 @@ def take_imported() -> Imported | None:
 
 
 def count_imported() -> int:
-    """Return how many modules the script has imported since its start; 0 where that is not known.
+    """Return how many modules the script has imported since its start; 0 if unknown.
 
     Which ones they are takes 30 ms to find out: a forked process copies the memory of every module that it looks at.
     """

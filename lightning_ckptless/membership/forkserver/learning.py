@@ -38,7 +38,7 @@ class ImportRequest:
 
     Args:
         imported: by the script.
-        job: of the worker that has reported it.
+        job: job of the worker that has reported it.
         left_out: modules that must not be imported, with the reason.
     """
 
@@ -66,7 +66,7 @@ class ImportResult:
 
     Args:
         modules: how many were imported.
-        unsafe: modules to leave out the next time, with the reason; empty where the process can be forked.
+        unsafe: modules to leave out the next time, with the reason; empty if the process can be forked.
         variables: what the imports have changed in the environment; None for a removed variable.
         took_s: seconds, pauses included.
     """

@@ -66,17 +66,17 @@ class Process:
     def exit_code(self) -> int | None:
         """Return its exit code as in `subprocess`, which the kernel reveals before the memory is freed.
 
-        None where the kernel does not reveal it yet. Zero counts as not revealed: it is also the value of a living
+        None if the kernel does not reveal it yet. Zero counts as not revealed: it is also the value of a living
         process.
         """
         fields = stat_fields(self.pid)
         return None if fields is None else os.waitstatus_to_exitcode(int(fields[-1])) or None
 
     def signal(self, number: int, *, alone: bool = False) -> None:
-        """Send it a signal; does nothing where it has exited.
+        """Send it a signal; does nothing if it has exited.
 
         Args:
-            number: of the signal.
+            number: number of the signal.
             alone: whether to exclude the processes that it has started.
         """
         if alone:

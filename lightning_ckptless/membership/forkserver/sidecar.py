@@ -65,7 +65,7 @@ class _Sidecar:
 
     Args:
         module: what it runs.
-        argument: of its command line.
+        argument: argument of its command line.
         pause_s: pause in seconds before the next restart.
         process: while it runs.
         next_at: when it may be started.

@@ -31,7 +31,7 @@ class Standbys:
     Args:
         count: how many to keep ready.
         start: starts one.
-        folder: for their output until they have a rank.
+        folder: folder for their output until they have a rank.
         report: receives events.
 
     Attributes:
@@ -99,7 +99,7 @@ class Standbys:
             self._report(StandbysExited(_TRIES, said))
 
     def take(self) -> Process | None:
-        """Take a standby that waits for a rank; None where there is none."""
+        """Take a standby that waits for a rank; None if there is none."""
         while self._waiting:
             process = self._waiting.pop(0)
             if process.is_dying():
@@ -138,7 +138,7 @@ def promote(process: Process, env: dict[str, str], regrouping: Regrouping, stdio
     Args:
         process: the standby.
         env: environment variables that make it that rank.
-        regrouping: in which it meets the other ranks.
+        regrouping: regrouping in which it meets the other ranks.
         stdio: stdout and stderr of that rank.
     """
     process.channel.send(AssignRank(regrouping.number, asdict(regrouping.fault), env), stdio)

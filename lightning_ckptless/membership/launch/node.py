@@ -120,7 +120,7 @@ class _Runner:
         """Run the workers for as long as the nodes can meet at one rendezvous endpoint.
 
         Args:
-            place: the endpoint; None where there is only one.
+            place: the endpoint; None if there is only one.
         """
         config, run = self._config, self.run
         run.exit_code, run.has_given_up = 0, False

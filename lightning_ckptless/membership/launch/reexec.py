@@ -72,7 +72,7 @@ def agent_command(
 
     Args:
         line: how this process was started.
-        options: of `ckptless run`, with their values; None values are left out.
+        options: options of `ckptless run`, with their values; None values are left out.
         preload: values of `--preload`.
         agent_module: run with `-m`.
     """
@@ -88,7 +88,7 @@ def why_not_again(line: CommandLine, folder: Path) -> str | None:
 
     Args:
         line: how it was started.
-        folder: in which it was started.
+        folder: folder in which it was started.
     """
     remedy = "move the training into a file and run: python FILE.py"
     if line.source in ("command", "stdin"):

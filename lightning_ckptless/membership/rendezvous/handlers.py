@@ -88,7 +88,7 @@ class SingleNode(RendezvousHandler):
     """A rendezvous of one node, inside this process: every round completes at once.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
     """
 
     def __init__(self, settings: RendezvousSettings) -> None:
@@ -179,7 +179,7 @@ class DataRendezvous(PromptRendezvous):
         """Remove nodes that are lost from the round, so that the other nodes can complete the next one without them.
 
         Args:
-            places: of the nodes, in the order in which they have met.
+            places: places of the nodes, in the order in which they have met.
         """
         self._note_gone(places)
         self.remove(self._number, [node for node, place in self._places.items() if place in places])
@@ -216,8 +216,8 @@ class Changes:
     The state has an entry for every node. An announcement is one key, and the next one is checked for.
 
     Args:
-        store: that the nodes meet in.
-        run_id: of the run.
+        store: store that the nodes meet in.
+        run_id: id of the run.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
@@ -250,7 +250,7 @@ class DataBackend(RendezvousBackend):
 
     Args:
         inner: stores bytes.
-        changes: of the nodes.
+        changes: changes of the nodes.
     """
 
     def __init__(self, inner: RendezvousBackend, changes: Changes) -> None:
@@ -326,7 +326,7 @@ def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) ->
     Args:
         host: address or name under which it is reached.
         port: 0 for a free one.
-        timeout_s: of its operations, in seconds.
+        timeout_s: timeout of its operations, in seconds.
 
     Raises:
         OSError, RuntimeError: it cannot listen there.
@@ -341,7 +341,7 @@ def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) ->
 
 
 def listener_on(host: str, port: int) -> socket.socket | None:
-    """Return a socket that listens on an address of this machine; None where `host` does not identify one."""
+    """Return a socket that listens on an address of this machine; None if `host` does not identify one."""
     if (found := address_of(host)) is None:
         return None
     family, address = found
@@ -362,7 +362,7 @@ def listener_on(host: str, port: int) -> socket.socket | None:
 def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo) -> tuple[int, tuple[Any, ...]] | None:
     """Return the only address of a host name or address, as family and socket address.
 
-    None where there are several, or where a name resolves to loopback on this machine only: many systems configure
+    None if there are several, or where a name resolves to loopback on this machine only: many systems configure
     their own name that way, and other machines resolve it to another address.
 
     Args:

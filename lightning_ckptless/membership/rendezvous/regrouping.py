@@ -24,7 +24,7 @@ class Regrouping:
 
     Args:
         number: grows with each, in one round of the rendezvous.
-        fault: that opened it.
+        fault: fault that opened it.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Regroupings:
     """The regroupings of one round of the rendezvous, as one agent sees them.
 
     Args:
-        store: that all agents of the round share.
+        store: store that all agents of the round share.
         nodes: how many there are.
         number: last one that they have completed.
 

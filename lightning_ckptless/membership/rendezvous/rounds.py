@@ -25,8 +25,8 @@ class Round:
         node: number of this node.
         nodes: how many there are.
         world_size: number of ranks on all nodes.
-        ranks: of this node's workers, by local rank.
-        store: of the agents, for this round.
+        ranks: ranks of this node's workers, by local rank.
+        store: the agents' store for this round.
         master: address of the store in which the workers meet.
         variables: environment variables that torch elastic sets for each local rank, except the count of restarts.
         role: name of the workers' role.

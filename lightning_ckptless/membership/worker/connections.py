@@ -183,7 +183,7 @@ def _greet(listener: socket.socket, peers: int) -> None:
 
 
 def _shut_down(number: int, target: str) -> socket.socket | None:
-    """Shut down reading from a connection; returns a duplicate, or None where it is no connection."""
+    """Shut down reading from a connection; returns a duplicate, or None if it is no connection."""
     sock = _connection(number, target)
     if sock is not None:
         with suppress(OSError):
@@ -193,7 +193,7 @@ def _shut_down(number: int, target: str) -> socket.socket | None:
 
 
 def _connection(number: int, target: str) -> socket.socket | None:
-    """Return a duplicate of a connection; None where it is none, listens, or is still being established."""
+    """Return a duplicate of a connection; None if it is none, listens, or is still being established."""
     sock = _tcp_socket(number, target)
     if sock is not None and _peer(sock) is None:
         sock.close()
@@ -202,7 +202,7 @@ def _connection(number: int, target: str) -> socket.socket | None:
 
 
 def _tcp_socket(number: int, target: str) -> socket.socket | None:
-    """Return a duplicate of a TCP socket; None where it is none."""
+    """Return a duplicate of a TCP socket; None if it is none."""
     try:
         # The duplicate stays valid, even if the number is reused meanwhile.
         duplicate = os.dup(number)
@@ -220,7 +220,7 @@ def _tcp_socket(number: int, target: str) -> socket.socket | None:
 
 
 def _peer(sock: socket.socket) -> tuple[str, int] | None:
-    """Return numeric address and port of the other end; None where there is none."""
+    """Return numeric address and port of the other end; None if there is none."""
     try:
         host, port, *_ = sock.getpeername()
     except OSError:

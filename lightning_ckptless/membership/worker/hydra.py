@@ -67,7 +67,8 @@ def arguments_for(folder: str, local_rank: int) -> tuple[str, ...]:
 
     Args:
         folder: as encoded by `folder_of_run` or `folder_of_sweep`.
-        local_rank: of the process; all but the first log into separate files, named as Lightning's launcher names them.
+        local_rank: local rank of the process; all but the first log into separate files, named as Lightning's launcher
+            names them.
     """
     mode, path = folder.split("=", 1)
     quoted = path.replace('"', '\\"')

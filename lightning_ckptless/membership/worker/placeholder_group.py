@@ -97,7 +97,7 @@ def open_alone(rank: int, world_size: int) -> None:
     """Create the placeholder as the default process group.
 
     Args:
-        rank: that the process will have among the other ranks.
+        rank: rank that the process will have among the other ranks.
         world_size: number of ranks.
     """
     if not hasattr(dist.Backend, BACKEND.upper()):

@@ -62,7 +62,7 @@ class _Record:
 
     @classmethod
     def read(cls, path: Path) -> _Record | None:
-        """Read a file; None where nothing has been written yet."""
+        """Read a file; None if nothing has been written yet."""
         try:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +94,7 @@ class ProgressWriter:
     """Writes one worker's progress.
 
     Args:
-        path: of the file that its agent reads.
+        path: path of the file that its agent reads.
         clock: seconds of a clock that all ranks of the node share.
     """
 
@@ -119,7 +119,7 @@ class ProgressWriter:
 
     @classmethod
     def from_environment(cls) -> ProgressWriter | None:
-        """Return the writer of the progress that this worker's agent reads; None where the agent is not ours."""
+        """Return the writer of the progress that this worker's agent reads; None if the agent is not ours."""
         folder = os.environ.get(environment.AGENT_DIR)
         return cls(progress_path(Path(folder), int(os.environ["LOCAL_RANK"]))) if folder else None
 
@@ -217,11 +217,11 @@ def stacks_path(folder: Path, local_rank: int) -> Path:
 
 
 def step_begun(folder: Path, local_rank: int) -> int | None:
-    """Return the last step that a worker has begun, whether or not it still runs; None where it was in none.
+    """Return the last step that a worker has begun, whether or not it still runs; None if it was in none.
 
     Args:
-        folder: of its agent.
-        local_rank: of the worker.
+        folder: its agent's folder.
+        local_rank: local rank of the worker.
     """
     record = _Record.read(progress_path(folder, local_rank))
     # Steps are counted from 1.
@@ -229,11 +229,11 @@ def step_begun(folder: Path, local_rank: int) -> int | None:
 
 
 def read_progress(folder: Path, local_rank: int, pid: int) -> RankProgress | None:
-    """Return the progress of a worker; None where it has written none.
+    """Return the progress of a worker; None if it has written none.
 
     Args:
-        folder: of its agent.
-        local_rank: of the worker.
+        folder: its agent's folder.
+        local_rank: local rank of the worker.
         pid: its process id.
     """
     record, fields = _Record.read(progress_path(folder, local_rank)), stat_fields(pid)
@@ -244,7 +244,7 @@ def read_workers(folder: Path) -> tuple[WorkerProgress, ...]:
     """Return the progress of all workers that have written any, whether or not they still run.
 
     Args:
-        folder: of their agent.
+        folder: their agent's folder.
     """
     found = []
     for path in folder.glob(f"{_PREFIX}*"):

@@ -52,7 +52,7 @@ class Assignment:
     """What an agent has announced to its workers after a fault.
 
     Args:
-        number: of the regrouping in which they meet; grows over a run.
+        number: number of the regrouping in which they meet; grows over a run.
         fault: why.
         told_at: wall clock at which this worker read it, in seconds since the epoch.
         env: environment variables that make this process the rank it is from now on.
@@ -131,7 +131,7 @@ class Watcher:
 
     @property
     def failure(self) -> str:
-        """Why training cannot continue, as the agent reported it; empty where it can."""
+        """Why training cannot continue, as the agent reported it; empty if it can."""
         return self._failure
 
     def ask_to_leave(self, at: AtEnd) -> bool:
@@ -141,7 +141,7 @@ class Watcher:
             at: where this worker has ended.
 
         Returns:
-            False where this worker has to meet other ranks instead.
+            False if this worker has to meet other ranks instead.
         """
         self.send(AskToLeave(self._accepted, at.step, at.why))
         with self._changed:
@@ -163,7 +163,7 @@ class Watcher:
             timeout_s: longest wait in seconds, not counting the time in which the nodes re-rendezvous.
 
         Returns:
-            None where none came, or the agent has exited.
+            None if none came, or the agent has exited.
         """
         with self._changed:
             self._changed.wait_for(self._has_word, timeout_s)
@@ -175,7 +175,7 @@ class Watcher:
             return found
 
     def release(self) -> None:
-        """Note that this worker has released the groups of the ended generation: new connections are not aborted."""
+        """Record that this worker has released the groups of the ended generation: new connections are not aborted."""
         with self._changed:
             self._is_leaving = False
         self.send(ReleasedGroups())

@@ -36,7 +36,7 @@ class Alternative:
         value: its value.
         ettr: expected effective training time ratio.
         efficiency: productive share of all paid node time, spares included.
-        uncovered: losses per job that memory does not cover; None where only the closed form was used.
+        uncovered: losses per job that memory does not cover; None if only the closed form was used.
         given: whether the value is the one that was given.
         chosen: whether the value is recommended.
     """

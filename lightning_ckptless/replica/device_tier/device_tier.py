@@ -67,7 +67,7 @@ class DeviceTier:
         tensors: Mapping[str, torch.Tensor],
         blob: bytes | Callable[[], bytes],
     ) -> LiveVersion:
-        """Note that the live tensors contain a version, and copy its early pieces. Called at a commit point.
+        """Record that the live tensors contain a version, and copy its early pieces. Called at a commit point.
 
         Args:
             snapshot: the version.

@@ -32,7 +32,7 @@ class DataHooks:
     """The dataloader hooks of one trainer.
 
     Args:
-        trainer: in `fit`, before its data is set up.
+        trainer: trainer in `fit`, before its data is set up.
         loops: the trainer's loops.
 
     Attributes:

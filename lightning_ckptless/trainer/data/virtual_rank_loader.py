@@ -24,7 +24,7 @@ class VirtualRankLoader:
     """Training data of a virtual rank on a rank that also runs its own.
 
     Args:
-        trainer: in `fit`, with its own training data set up.
+        trainer: trainer in `fit`, with its own training data set up.
         virtual_rank: number of the virtual rank.
         count: number of virtual ranks.
     """

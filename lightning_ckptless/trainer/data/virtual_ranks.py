@@ -40,7 +40,7 @@ class VirtualRanks:
     """The virtual ranks of one trainer.
 
     Args:
-        trainer: in `fit`.
+        trainer: trainer in `fit`.
         count: number of virtual ranks, which is the number of ranks of the complete run.
         place: this rank's data-parallel index.
         places: number of data-parallel indices.
@@ -223,7 +223,7 @@ def obstacle_to_carrying(trainer: Any) -> str | None:
     """Return why a rank of this trainer cannot run more than one virtual rank; None if it can.
 
     Args:
-        trainer: with its model.
+        trainer: trainer with its model.
     """
     if not trainer.lightning_module.automatic_optimization:
         return "the model steps its optimizers itself (automatic_optimization=False)"

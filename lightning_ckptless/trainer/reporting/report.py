@@ -201,7 +201,7 @@ class RunReport:
         self._in_place = True
 
     def met(self, arrivals: Sequence[Arrival]) -> None:
-        """Note that the ranks of the next generation have met.
+        """Record that the ranks of the next generation have met.
 
         Args:
             arrivals: startup figures of its new processes.
@@ -210,7 +210,7 @@ class RunReport:
         self._joined_at = self.clock()
 
     def fetched(self, found: Complete, host: Complete | None, moved: Moved, step_in_flight: int) -> None:
-        """Note that a version has been read.
+        """Record that a version has been read.
 
         Args:
             found: the version.
@@ -362,7 +362,7 @@ class RunReport:
                 logger.save()
 
     def committed(self, version: Version) -> bool:
-        """Note that a version is committed on all ranks; returns whether it is the first of this generation."""
+        """Record that a version is committed on all ranks; returns whether it is the first of this generation."""
         now = self.clock()
         if self.is_reporter and now - self._last_noted_at >= NOTE_EVERY_S:
             self._last_noted_at = now
@@ -389,7 +389,7 @@ class RunReport:
     # ------------------------------------------------------------------ rewinds
 
     def rewinding(self, plan: RewindPlan) -> None:
-        """Note that all ranks begin to go back."""
+        """Record that all ranks begin to go back."""
         self._rewind = plan, self.clock()
         self.rewinds += 1
         self.time.begin_rewind()

@@ -35,7 +35,7 @@ def check_health(device: torch.device, own_check: str, node: str) -> None:
 
 
 def find_unfit(device: torch.device, own_check: str) -> str:
-    """Return the first thing that is wrong with this node; empty where nothing is.
+    """Return the first thing that is wrong with this node; empty if nothing is.
 
     Args:
         device: device that is checked.

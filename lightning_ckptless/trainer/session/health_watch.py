@@ -81,7 +81,7 @@ def watch(order: HealthOrder, channel: AgentChannel, over: threading.Event) -> N
 
 
 def _in_time(check: str, longest_s: float) -> str:
-    """Return what is wrong with this node; empty where nothing is."""
+    """Return what is wrong with this node; empty if nothing is."""
     found: list[str] = []
     checking = threading.Thread(target=lambda: found.append(find_unfit(torch.device("cpu"), check)), daemon=True)
     checking.start()

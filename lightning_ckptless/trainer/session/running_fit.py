@@ -97,7 +97,7 @@ class RunningFit:
     # ------------------------------------------------------------------ the points of a step
 
     def note_start(self) -> None:
-        """Note that the hooks of a starting fit have run; objects are watched for changes from now on."""
+        """Record that the hooks of a starting fit have run; objects are watched for changes from now on."""
         self.has_started = True
         self.rank_state.watch_objects()
 
