@@ -473,10 +473,10 @@ class NodeLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class NodeCut(Event):
+class NodePartitioned(Event):
     """This node is partitioned from the others."""
 
-    name: ClassVar[str] = "node_cut"
+    name: ClassVar[str] = "node_partitioned"
     node: str
     reason: str
 

@@ -31,7 +31,7 @@ FLOOR_S = 10.0
 CEILING_S = 1800.0
 RELEASE_S = 30.0
 """For a survivor of a fault to release the process groups it shared with the lost ranks."""
-MEETING_S = 60.0
+REGROUP_S = 60.0
 """For all ranks of a node that are ready to meet the other ranks to do so."""
 GROUP_S = 10.0
 """For the last ranks to create a process group that others have created already, in a meeting after a fault."""
@@ -326,7 +326,7 @@ def find_unreleased(
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class RegroupStatus:
     """What an agent knows about the meeting of its workers with the other ranks after a fault.
 
     Args:
@@ -343,7 +343,7 @@ class Meeting:
     unreleased: Mapping[int, float]
     ready: Mapping[int, float]
     created: Mapping[int, tuple[int, float]]
-    met: Collection[int]
+    regrouped: Collection[int]
     startup_s: float
     is_whole: bool
 
@@ -356,18 +356,18 @@ class Meeting:
         """Whether ranks that are ready to meet have not met within the limit."""
         if self.coming or not self.ready or override_s == 0.0:
             return False
-        return now - max(self.ready.values()) > _meeting_s(override_s)
+        return now - max(self.ready.values()) > _regroup_limit_s(override_s)
 
 
 def find_late(
-    meeting: Meeting,
+    status: RegroupStatus,
     *,
     now: float,
     override_s: float | None = None,
     stopped: Mapping[int, float] | None = None,
     waits: Mapping[int, bool | None] | None = None,
 ) -> Hang | None:
-    """Decide which ranks prevent a meeting.
+    """Decide which ranks prevent a status.
 
     | For longer than the limit | Late are |
     |---|---|
@@ -380,67 +380,67 @@ def find_late(
     | the same for twice as long, and it cannot be told whether all wait | all |
 
     Args:
-        meeting: what is known about it.
-        now: time on the clock of its times.
+        status: what is known about the regroup.
+        now: time on the clock of the status.
         override_s: the user's limit; None for our own, 0 to disable detection.
         stopped: since when a signal has stopped ranks, by rank.
         waits: whether each rank waits for others; None if it was not asked.
     """
     waits = waits or {}
-    if override_s == 0.0 or not meeting.is_under_way:
+    if override_s == 0.0 or not status.is_under_way:
         return None
     found = (
-        _stopped(meeting, now, override_s, stopped or {})
-        or _late_start(meeting, now, override_s)
-        or _without_group(meeting, now, override_s)
+        _stopped(status, now, override_s, stopped or {})
+        or _late_start(status, now, override_s)
+        or _without_group(status, now, override_s)
     )
-    if found is not None or not meeting.is_late(now, override_s):
+    if found is not None or not status.is_late(now, override_s):
         return found
-    silent_s, ranks = now - max(meeting.ready.values()), tuple(meeting.ready)
-    why = f"ranks that are ready to meet have not met within {_meeting_s(override_s):.1f} s"
-    if meeting.met:
+    silent_s, ranks = now - max(status.ready.values()), tuple(status.ready)
+    why = f"ranks that are ready to meet have not met within {_regroup_limit_s(override_s):.1f} s"
+    if status.regrouped:
         return Hang(ranks, f"{why}, but others have", silent_s)
     if busy := tuple(rank for rank in ranks if waits.get(rank) is False):
         return Hang(busy, f"does not wait for the other ranks; {why}", silent_s)
     # No rank is known to be at fault, and the machine may be slow: the user's limit for a step does not apply.
     all_wait = all(waits.get(rank) for rank in ranks)
-    if meeting.is_whole and silent_s > (MEETING_S if all_wait else 2 * MEETING_S):
+    if status.is_whole and silent_s > (REGROUP_S if all_wait else 2 * REGROUP_S):
         waiting = "all ranks wait for each other" if all_wait else "it is unknown which ranks wait for which"
         return Hang(ranks, f"{waiting}; {why}", silent_s)
     return None
 
 
-def _stopped(meeting: Meeting, now: float, override_s: float | None, stopped: Mapping[int, float]) -> Hang | None:
+def _stopped(status: RegroupStatus, now: float, override_s: float | None, stopped: Mapping[int, float]) -> Hang | None:
     """Find ranks that a signal has stopped; none if it has stopped all, as for a suspended job."""
     allowed_s = STOPPED_S if override_s is None else override_s
     late = tuple(sorted(rank for rank, since in stopped.items() if now - since > allowed_s))
-    everyone = {*meeting.coming, *meeting.unreleased, *meeting.ready, *meeting.met}
+    everyone = {*status.coming, *status.unreleased, *status.ready, *status.regrouped}
     if not late or everyone <= stopped.keys():
         return None
     stopped_s = now - min(stopped[rank] for rank in late)
     return Hang(late, f"stopped by a signal for {stopped_s:.1f} s while the ranks recover", stopped_s)
 
 
-def _late_start(meeting: Meeting, now: float, override_s: float | None) -> Hang | None:
-    allowed_s = max(STARTUP_S, FACTOR * meeting.startup_s, override_s or 0.0)
-    for rank, since in meeting.coming.items():
+def _late_start(status: RegroupStatus, now: float, override_s: float | None) -> Hang | None:
+    allowed_s = max(STARTUP_S, FACTOR * status.startup_s, override_s or 0.0)
+    for rank, since in status.coming.items():
         if now - since > allowed_s:
-            why = f"did not reach fit within {allowed_s:.1f} s; the first processes took {meeting.startup_s:.1f} s"
+            why = f"did not reach fit within {allowed_s:.1f} s; the first processes took {status.startup_s:.1f} s"
             return Hang((rank,), why, now - since)
     return None
 
 
-def _without_group(meeting: Meeting, now: float, override_s: float | None) -> Hang | None:
+def _without_group(status: RegroupStatus, now: float, override_s: float | None) -> Hang | None:
     """Find ranks that have not created a group, though all ranks that they could wait for have."""
-    if meeting.coming or not meeting.is_whole or not meeting.created:
+    if status.coming or not status.is_whole or not status.created:
         return None
-    most, since = max(meeting.created.values(), key=lambda created: (created[0], -created[1]))
-    allowed_s = min(GROUP_S, _meeting_s(override_s))
-    late = tuple(rank for rank in meeting.ready if meeting.created.get(rank, (0, 0.0))[0] < most)
+    most, since = max(status.created.values(), key=lambda created: (created[0], -created[1]))
+    allowed_s = min(GROUP_S, _regroup_limit_s(override_s))
+    late = tuple(rank for rank in status.ready if status.created.get(rank, (0, 0.0))[0] < most)
     if not late or now - since <= allowed_s:
         return None
     return Hang(late, f"did not create a process group within {allowed_s:.1f} s of the other ranks", now - since)
 
 
-def _meeting_s(override_s: float | None) -> float:
-    return MEETING_S if override_s is None else override_s
+def _regroup_limit_s(override_s: float | None) -> float:
+    return REGROUP_S if override_s is None else override_s

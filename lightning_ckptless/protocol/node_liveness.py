@@ -55,14 +55,14 @@ class Bound:
         return min(self.interval_s, _BEAT_S)
 
     @property
-    def cut_s(self) -> float:
+    def partitioned_s(self) -> float:
         """A node that receives no answer for more than these seconds is cut off."""
         return self.interval_s * self.attempts
 
     @property
     def lost_s(self) -> float:
         """A node that sends no heartbeat for more than these seconds is lost."""
-        return self.cut_s + self.interval_s
+        return self.partitioned_s + self.interval_s
 
     def closed_s(self, longest_pause_s: float) -> float:
         """A node whose agent's connection was closed is lost after these seconds without a heartbeat.
@@ -87,7 +87,7 @@ class AllAlive:
 
 
 @dataclass(frozen=True, slots=True)
-class CutOff:
+class Partitioned:
     """This node cannot reach the rendezvous.
 
     Args:
@@ -112,7 +112,7 @@ class NodesLost:
     silent_s: float = 0.0
 
 
-Finding = AllAlive | CutOff | NodesLost
+Finding = AllAlive | Partitioned | NodesLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +176,12 @@ def judge(liveness: Liveness, bound: Bound, *, now: float, endpoint: str) -> Fin
         now: current time on the clock of `liveness`.
         endpoint: endpoint of the rendezvous, for the message.
     """
-    if now - liveness.looked_at > bound.cut_s / 2:
+    if now - liveness.looked_at > bound.partitioned_s / 2:
         return AllAlive()
     silent_s = now - liveness.answered_at
-    if silent_s > bound.cut_s:
-        return CutOff(
-            f"the rendezvous at {endpoint} has not answered for {silent_s:.1f} s, limit {bound.cut_s:g} s "
+    if silent_s > bound.partitioned_s:
+        return Partitioned(
+            f"the rendezvous at {endpoint} has not answered for {silent_s:.1f} s, limit {bound.partitioned_s:g} s "
             f"(keep_alive_interval={bound.interval_s:g} x keep_alive_max_attempt={bound.attempts})"
         )
     # As of the last answer: an agent that was not answered since knows no more.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class NodeStatus:
     """The status of a node at a rendezvous round.
 
     Args:
@@ -61,25 +61,25 @@ class MovePlan:
     lost_at: float = 0.0
 
 
-def plan_move(standings: Sequence[Standing]) -> MovePlan:
+def plan_move(statuses: Sequence[NodeStatus]) -> MovePlan:
     """Decide which nodes keep their workers.
 
     Args:
-        standings: statuses of all nodes, in the same order on every node.
+        statuses: statuses of all nodes, in the same order on every node.
     """
-    node_ranks = rank_nodes(standings)
-    by_rank = dict(zip(node_ranks, standings, strict=True))
+    node_ranks = rank_nodes(statuses)
+    by_rank = dict(zip(node_ranks, statuses, strict=True))
     train = [rank for rank in sorted(by_rank) if by_rank[rank].trains]
-    number = max(standing.number for standing in standings) + 1
-    lost_at = min((standing.lost_at for standing in standings if standing.lost_at), default=0.0)
+    number = max(status.number for status in statuses) + 1
+    lost_at = min((status.lost_at for status in statuses if status.lost_at), default=0.0)
     restarts_first = by_rank[0].trains and by_rank[0].node_rank != 0
     stay = tuple(rank for rank in train if rank or not restarts_first)
     if (why := _why_together(by_rank, train, stay)) is not None:
-        together = f"all {len(standings)} nodes start together: {why}"
+        together = f"all {len(statuses)} nodes start together: {why}"
         return MovePlan(node_ranks, (), tuple(sorted(by_rank)), number, together, lost_at)
     come = tuple(rank for rank in sorted(by_rank) if rank not in stay)
     new = [str(rank) for rank in come if rank or not restarts_first]
-    reason = f"the workers of {len(stay)} of {len(standings)} nodes stay"
+    reason = f"the workers of {len(stay)} of {len(statuses)} nodes stay"
     if new:
         reason += f", node{'s' if len(new) > 1 else ''} {', '.join(new)} join{'' if len(new) > 1 else 's'} them"
     if restarts_first:
@@ -87,30 +87,30 @@ def plan_move(standings: Sequence[Standing]) -> MovePlan:
     return MovePlan(node_ranks, stay, come, number, reason, lost_at)
 
 
-def rank_nodes(standings: Sequence[Standing]) -> tuple[int, ...]:
+def rank_nodes(statuses: Sequence[NodeStatus]) -> tuple[int, ...]:
     """Assign node ranks. A node keeps its previous rank where possible.
 
     Rank 0 goes to a node that was training, because it knows which log files exist.
 
     Args:
-        standings: statuses of all nodes, in the same order on every node.
+        statuses: statuses of all nodes, in the same order on every node.
     """
-    nodes = range(len(standings))
+    nodes = range(len(statuses))
     given: dict[int, int] = {}
-    for node in sorted(nodes, key=lambda node: not standings[node].trains):
-        wanted = standings[node].node_rank
+    for node in sorted(nodes, key=lambda node: not statuses[node].trains):
+        wanted = statuses[node].node_rank
         if wanted in nodes and wanted not in given.values():
             given[node] = wanted
-    if 0 not in given.values() and (train := [node for node in nodes if standings[node].trains]):
+    if 0 not in given.values() and (train := [node for node in nodes if statuses[node].trains]):
         given[next((node for node in train if node not in given), train[-1])] = 0
     free = iter([rank for rank in nodes if rank not in given.values()])
-    for node in sorted(nodes, key=lambda node: not standings[node].trains):
+    for node in sorted(nodes, key=lambda node: not statuses[node].trains):
         if node not in given:
             given[node] = next(free)
     return tuple(given[node] for node in nodes)
 
 
-def _why_together(by_rank: Mapping[int, Standing], train: Sequence[int], stay: Sequence[int]) -> str | None:
+def _why_together(by_rank: Mapping[int, NodeStatus], train: Sequence[int], stay: Sequence[int]) -> str | None:
     if not train:
         return "no node has workers in training"
     for rank in train:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class MeetingPlace:
+class RendezvousEndpoint:
     """The endpoint to use and the reason for it.
 
     Args:
@@ -34,9 +34,9 @@ class MeetingPlace:
     reason: str
 
 
-def choose_place(
+def choose_endpoint(
     endpoints: Sequence[str], *, own: int | None, answering: Collection[int], lost: int | None
-) -> MeetingPlace:
+) -> RendezvousEndpoint:
     """Choose the rendezvous endpoint.
 
     Args:
@@ -47,8 +47,8 @@ def choose_place(
     """
     for index, endpoint in enumerate(endpoints):
         if index in answering and index not in (own, lost):
-            return MeetingPlace(index, endpoint, False, f"{endpoint} answers")
+            return RendezvousEndpoint(index, endpoint, False, f"{endpoint} answers")
     index = 0 if lost is None else (lost + 1) % len(endpoints)
     endpoint = endpoints[index]
     why = "no endpoint was lost yet" if lost is None else f"{endpoints[lost]} was lost, and this is the next in order"
-    return MeetingPlace(index, endpoint, index == own, f"{endpoint}: {why}")
+    return RendezvousEndpoint(index, endpoint, index == own, f"{endpoint}: {why}")

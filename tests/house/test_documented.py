@@ -169,13 +169,14 @@ def test_what_silence_means() -> None:
 def test_who_stays_where_nodes_go_or_come() -> None:
     assert reconfiguration.__doc__ is not None
     assert table(page("elastic"), "Nodes") == table(reconfiguration.__doc__, "Nodes")
-    trains = reconfiguration.Standing(trains=True, world_size=8)
-    standings = [replace(trains, node_rank=node) for node in range(3)]
-    assert f"{reconfiguration.plan_move(standings).reason.replace('3 of 3', '3 of 4')}; the world size is 6" in page(
+    trains = reconfiguration.NodeStatus(trains=True, world_size=8)
+    statuses = [replace(trains, node_rank=node) for node in range(3)]
+    assert f"{reconfiguration.plan_move(statuses).reason.replace('3 of 3', '3 of 4')}; the world size is 6" in page(
         "elastic"
     )
-    assert f"{reconfiguration.plan_move([*standings, reconfiguration.Standing()]).reason}; the world size is 8" in page(
-        "elastic"
+    assert (
+        f"{reconfiguration.plan_move([*statuses, reconfiguration.NodeStatus()]).reason}; the world size is 8"
+        in page("elastic")
     )
 
 

@@ -263,7 +263,7 @@ class World:
         self._meeting.clear()
         store = RoundStore(self._note_change)
         for node in self.agents:
-            node.publish_standing(store)
+            node.publish_status(store)
         for node in self.agents:
             self.later(0.01, partial(self._begin_round, node, store, self.round))
 

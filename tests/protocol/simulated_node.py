@@ -372,9 +372,9 @@ class SimulatedNode:
         self.meets = True
         meet()
 
-    def publish_standing(self, store: RoundStore) -> None:
+    def publish_status(self, store: RoundStore) -> None:
         """Publish the status of this node, once all nodes wait in the rendezvous."""
-        self.agent.publish_standing(store, self.number)
+        self.agent.publish_status(store, self.number)
 
     def begin_round(self, store: RoundStore, number: int, nodes: int, world_size: int) -> None:
         """Begin a round of the rendezvous, with the nodes in the order of their numbers.

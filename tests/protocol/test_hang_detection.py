@@ -14,15 +14,15 @@ from lightning_ckptless.protocol.hang_detection import (
     FLOOR_S,
     GROUP_S,
     IDLE_S,
-    MEETING_S,
+    REGROUP_S,
     RELEASE_S,
     STARTUP_S,
     STOPPED_S,
     STUCK_COLLECTIVE_S,
     Idleness,
-    Meeting,
     Point,
     RankProgress,
+    RegroupStatus,
     SleepingThread,
     are_silent,
     find_hang,
@@ -239,21 +239,21 @@ def test_a_thread_that_sleeps_without_any_work_is_stuck() -> None:
     )
 
 
-READY = Meeting(
+READY = RegroupStatus(
     coming={},
     unreleased={},
     ready={0: 100.0, 1: 90.0, 2: 95.0},
     created={},
-    met=(),
+    regrouped=(),
     startup_s=3.0,
     is_whole=True,
 )
-OVERDUE = 100.0 + MEETING_S + 1.0
+OVERDUE = 100.0 + REGROUP_S + 1.0
 ALL_WAIT = {0: True, 1: True, 2: True}
 
 
-def test_ranks_that_prevent_a_meeting_are_late() -> None:
-    met = replace(READY, ready={1: 100.0}, met=(0, 2))
+def test_ranks_that_prevent_a_regroup_are_late() -> None:
+    met = replace(READY, ready={1: 100.0}, regrouped=(0, 2))
     found = {
         "others have met": find_late(met, now=OVERDUE),
         "busy": find_late(READY, now=OVERDUE, waits={**ALL_WAIT, 1: False}),
@@ -261,7 +261,7 @@ def test_ranks_that_prevent_a_meeting_are_late() -> None:
     assert {name: hang.ranks for name, hang in found.items() if hang is not None} == dict.fromkeys(found, (1,))
     everyone = find_late(READY, now=OVERDUE, waits=ALL_WAIT)
     assert everyone is not None and everyone.ranks == (0, 1, 2)
-    assert f"have not met within {MEETING_S} s" in everyone.reason
+    assert f"have not met within {REGROUP_S} s" in everyone.reason
 
 
 @pytest.mark.parametrize(
@@ -278,21 +278,21 @@ def test_ranks_that_prevent_a_meeting_are_late() -> None:
 def test_ranks_that_have_not_created_a_group_are_late(
     created: dict[int, tuple[int, float]], late: tuple[int, ...] | None
 ) -> None:
-    meeting = replace(READY, created=created)
-    found = find_late(meeting, now=101.0 + GROUP_S + 0.5, waits=ALL_WAIT)
+    status = replace(READY, created=created)
+    found = find_late(status, now=101.0 + GROUP_S + 0.5, waits=ALL_WAIT)
     assert (found and found.ranks) == late
-    assert find_late(meeting, now=101.0 + GROUP_S - 0.5, waits=ALL_WAIT) is None
-    assert find_late(replace(meeting, is_whole=False), now=101.0 + GROUP_S + 0.5) is None
-    assert find_late(replace(meeting, coming={3: 100.0}), now=101.0 + GROUP_S + 0.5) is None
+    assert find_late(status, now=101.0 + GROUP_S - 0.5, waits=ALL_WAIT) is None
+    assert find_late(replace(status, is_whole=False), now=101.0 + GROUP_S + 0.5) is None
+    assert find_late(replace(status, coming={3: 100.0}), now=101.0 + GROUP_S + 0.5) is None
 
 
 @pytest.mark.parametrize("why", ["in time", "a process comes", "ranks elsewhere", "not asked", "switched off"])
-def test_a_meeting_that_is_not_late_yet(why: str) -> None:
-    meeting = {"a process comes": replace(READY, coming={3: 100.0}), "ranks elsewhere": replace(READY, is_whole=False)}
-    now = 100.0 + MEETING_S if why == "in time" else OVERDUE - 1.5 if why == "a process comes" else OVERDUE
+def test_a_regroup_that_is_not_late_yet(why: str) -> None:
+    status = {"a process comes": replace(READY, coming={3: 100.0}), "ranks elsewhere": replace(READY, is_whole=False)}
+    now = 100.0 + REGROUP_S if why == "in time" else OVERDUE - 1.5 if why == "a process comes" else OVERDUE
     waits = {**ALL_WAIT, 2: None} if why == "not asked" else ALL_WAIT
     override_s = 0.0 if why == "switched off" else None
-    assert find_late(meeting.get(why, READY), now=now, override_s=override_s, waits=waits) is None
+    assert find_late(status.get(why, READY), now=now, override_s=override_s, waits=waits) is None
 
 
 @pytest.mark.parametrize(
@@ -305,35 +305,35 @@ def test_a_meeting_that_is_not_late_yet(why: str) -> None:
     ids=lambda where: next(iter(where)),
 )
 def test_a_rank_that_a_signal_has_stopped_is_late_wherever_it_is(where: dict[str, dict[int, float]]) -> None:
-    meeting = replace(READY, ready={0: 100.0, 1: 90.0})
-    meeting = replace(meeting, **where)  # type: ignore[arg-type]
-    found = find_late(meeting, now=101.0 + STOPPED_S, stopped={2: 100.5})
+    status = replace(READY, ready={0: 100.0, 1: 90.0})
+    status = replace(status, **where)  # type: ignore[arg-type]
+    found = find_late(status, now=101.0 + STOPPED_S, stopped={2: 100.5})
     assert found is not None and found.ranks == (2,)
     assert found.reason == f"stopped by a signal for {STOPPED_S + 0.5} s while the ranks recover"
-    assert find_late(meeting, now=100.0 + STOPPED_S, stopped={2: 100.5}) is None
-    assert find_late(meeting, now=103.0, stopped={2: 100.5}, override_s=2.0) is not None
+    assert find_late(status, now=100.0 + STOPPED_S, stopped={2: 100.5}) is None
+    assert find_late(status, now=103.0, stopped={2: 100.5}, override_s=2.0) is not None
     everyone = dict.fromkeys(range(3), 50.0)
-    assert find_late(meeting, now=101.0 + STOPPED_S, stopped=everyone) is None, "the job is suspended"
-    assert find_late(meeting, now=101.0 + STOPPED_S, stopped={2: 50.0}, override_s=0.0) is None
+    assert find_late(status, now=101.0 + STOPPED_S, stopped=everyone) is None, "the job is suspended"
+    assert find_late(status, now=101.0 + STOPPED_S, stopped={2: 50.0}, override_s=0.0) is None
 
 
-def test_a_stopped_rank_that_takes_part_in_no_meeting_is_not_late() -> None:
-    assert find_late(replace(READY, ready={}, met=(0, 1)), now=1e6, stopped={2: 1.0}) is None
+def test_a_stopped_rank_that_takes_part_in_no_regroup_is_not_late() -> None:
+    assert find_late(replace(READY, ready={}, regrouped=(0, 1)), now=1e6, stopped={2: 1.0}) is None
 
 
-def test_a_meeting_ends_even_if_no_rank_says_what_it_does() -> None:
+def test_a_regroup_ends_even_if_no_rank_says_what_it_does() -> None:
     unknown = dict.fromkeys(ALL_WAIT)
     assert find_late(READY, now=OVERDUE, waits=unknown) is None
-    found = find_late(READY, now=OVERDUE + MEETING_S, waits=unknown)
+    found = find_late(READY, now=OVERDUE + REGROUP_S, waits=unknown)
     assert found is not None and found.ranks == (0, 1, 2)
 
 
 def test_a_new_process_has_longer_than_the_first_ones_took() -> None:
-    meeting = replace(READY, coming={3: 100.0})
-    hang = find_late(meeting, now=100.0 + STARTUP_S + 1.0)
+    status = replace(READY, coming={3: 100.0})
+    hang = find_late(status, now=100.0 + STARTUP_S + 1.0)
     assert hang is not None and hang.ranks == (3,)
     assert "did not reach fit within 60.0 s; the first processes took 3.0 s" in hang.reason
-    assert find_late(replace(meeting, startup_s=30.0), now=100.0 + STARTUP_S + 1.0) is None
+    assert find_late(replace(status, startup_s=30.0), now=100.0 + STARTUP_S + 1.0) is None
 
 
 def test_the_limit_of_a_user_never_blames_all_ranks() -> None:

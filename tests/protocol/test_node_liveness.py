@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from lightning_ckptless.protocol.node_liveness import (
     AllAlive,
     Bound,
-    CutOff,
     Finding,
     Heard,
     Liveness,
     NodesLost,
+    Partitioned,
     judge,
     longest_pause_s,
     watched_by,
@@ -35,7 +35,7 @@ def after(
 
 
 def test_the_bounds() -> None:
-    assert (BOUND.cut_s, BOUND.lost_s) == (6.0, 8.0)
+    assert (BOUND.partitioned_s, BOUND.lost_s) == (6.0, 8.0)
 
 
 @pytest.mark.parametrize(("silent_s", "own_s"), [(0, 0), (7.9, 0), (5.9, 5.9)])
@@ -104,7 +104,7 @@ def test_the_longest_pause_needs_some_pauses() -> None:
 
 def test_without_an_answer_this_node_is_cut_off() -> None:
     found = after(60.0, own_s=6.1)
-    assert isinstance(found, CutOff)
+    assert isinstance(found, Partitioned)
     assert found.reason.startswith("the rendezvous at head:29400 has not answered for 6.1 s, limit 6 s")
 
 

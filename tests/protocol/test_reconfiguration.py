@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.reconfiguration import Standing, plan_move, rank_nodes
+from lightning_ckptless.protocol.reconfiguration import NodeStatus, plan_move, rank_nodes
 
-TRAINS = Standing(trains=True, node_rank=0, world_size=3, number=2)
+TRAINS = NodeStatus(trains=True, node_rank=0, world_size=3, number=2)
 SECOND, THIRD = replace(TRAINS, node_rank=1), replace(TRAINS, node_rank=2)
-NEW = Standing()
-standings = st.lists(
+NEW = NodeStatus()
+statuses = st.lists(
     st.builds(
-        Standing,
+        NodeStatus,
         trains=st.booleans(),
         node_rank=st.integers(-1, 5),
         world_size=st.integers(0, 4),
@@ -27,15 +27,15 @@ standings = st.lists(
 )
 
 
-@given(standings)
-def test_every_node_stays_or_joins_under_a_new_number(nodes: list[Standing]) -> None:
+@given(statuses)
+def test_every_node_stays_or_joins_under_a_new_number(nodes: list[NodeStatus]) -> None:
     plan = plan_move(nodes)
     assert sorted([*plan.stay, *plan.come]) == sorted(plan.node_ranks) == list(range(len(nodes)))
     assert all(plan.number > node.number for node in nodes)
 
 
-@given(standings)
-def test_all_training_nodes_stay_except_one_that_takes_node_rank_0(nodes: list[Standing]) -> None:
+@given(statuses)
+def test_all_training_nodes_stay_except_one_that_takes_node_rank_0(nodes: list[NodeStatus]) -> None:
     plan = plan_move(nodes)
     by_rank = dict(zip(plan.node_ranks, nodes, strict=True))
     train = {rank for rank, node in by_rank.items() if node.trains}
@@ -45,8 +45,8 @@ def test_all_training_nodes_stay_except_one_that_takes_node_rank_0(nodes: list[S
         assert not any(by_rank[rank].obstacle for rank in train)
 
 
-@given(standings)
-def test_nodes_keep_their_ranks_where_possible(nodes: list[Standing]) -> None:
+@given(statuses)
+def test_nodes_keep_their_ranks_where_possible(nodes: list[NodeStatus]) -> None:
     given_ranks = rank_nodes(nodes)
     for node, rank in zip(nodes, given_ranks, strict=True):
         rivals = [other for other in nodes if other is not node and other.node_rank == node.node_rank]
@@ -54,8 +54,8 @@ def test_nodes_keep_their_ranks_where_possible(nodes: list[Standing]) -> None:
             assert rank == node.node_rank or (rank == 0 and all(other.node_rank for other in nodes))
 
 
-@given(standings)
-def test_a_node_that_was_training_has_rank_0(nodes: list[Standing]) -> None:
+@given(statuses)
+def test_a_node_that_was_training_has_rank_0(nodes: list[NodeStatus]) -> None:
     first = nodes[rank_nodes(nodes).index(0)]
     assert first.trains or first.node_rank == 0 or not any(node.trains for node in nodes)
 
@@ -96,7 +96,7 @@ def test_the_node_of_rank_0_that_has_lost_its_workers_keeps_its_rank() -> None:
 
 
 @pytest.mark.parametrize("nodes", [[SECOND], [NEW, SECOND]], ids=["alone", "new node"])
-def test_a_single_training_node_that_takes_rank_0_starts_together_with_all(nodes: list[Standing]) -> None:
+def test_a_single_training_node_that_takes_rank_0_starts_together_with_all(nodes: list[NodeStatus]) -> None:
     plan = plan_move(nodes)
     assert plan.stay == ()
     assert "rank 0, which writes log files" in plan.reason

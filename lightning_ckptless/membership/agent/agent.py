@@ -45,7 +45,7 @@ from lightning_ckptless.membership.agent.loop_end import LoopEnd
 from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.positions import Positions
-from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree, publish_standing
+from lightning_ckptless.membership.agent.reconfiguration import JoinProgress, Reconfiguration, agree, publish_status
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.run_requests import RunRequests
@@ -69,7 +69,7 @@ from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop, NodeUnfit
-from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing
+from lightning_ckptless.protocol.reconfiguration import MovePlan, NodeStatus
 from lightning_ckptless.protocol.recovery import Rung
 
 _WAIT_S = 0.1
@@ -188,7 +188,7 @@ class NodeAgent:
 
     # ---------------------------------------------------------------- rendezvous
 
-    def publish_standing(self, store: object, node: int) -> None:
+    def publish_status(self, store: object, node: int) -> None:
         """Publish the status of this node for a new round.
 
         Args:
@@ -198,7 +198,7 @@ class NodeAgent:
         Raises:
             DistError: the store is lost.
         """
-        publish_standing(store, self._standing(), node)
+        publish_status(store, self._standing(), node)
 
     def agree(self, store: object, node: int, nodes: int) -> MovePlan:
         """Decide with the agents of all nodes whose workers stay; waits until all have published their status.
@@ -210,11 +210,11 @@ class NodeAgent:
         """
         return agree(store, self._standing(), node, nodes)
 
-    def _standing(self) -> Standing:
+    def _standing(self) -> NodeStatus:
         if not self.has_started:
-            return Standing()
+            return NodeStatus()
         current = self._current
-        return Standing(
+        return NodeStatus(
             trains=self.workers.all_train,
             node_rank=current.rendezvous.node,
             world_size=current.rendezvous.world_size,
@@ -396,11 +396,11 @@ class NodeAgent:
         """Let workers that stay and workers that join meet; called after `poll` unless workers have failed."""
         workers = self.workers
         match self._current.reconfiguration.poll(workers):
-            case Meeting.UNDER_WAY:
+            case JoinProgress.UNDER_WAY:
                 return Found.NOTHING_NEW
-            case Meeting.WITHOUT_US:
+            case JoinProgress.WITHOUT_US:
                 return Found.NODES_CHANGED
-            case Meeting.TOO_LATE:
+            case JoinProgress.TOO_LATE:
                 pids = list(workers.pids().values())
                 self._events.report(JoinedTooLate(self._settings.name, pids))
                 workers.stop(signal.SIGKILL, 0)
@@ -436,7 +436,7 @@ class NodeAgent:
         if hang is not None and not loop_end.explains_hang(workers, has_recovered=has_recovered):
             self._hangs.kill(hang, workers)
             return
-        late = self._hangs.poll_meeting(self._in_place.meeting(workers), workers)
+        late = self._hangs.poll_regroup(self._in_place.regroup_status(workers), workers)
         # Ranks that were already killed are about to exit.
         if late is not None and not any(workers.hang_reason(rank) for rank in late.ranks):
             self._hangs.kill(late, workers)

@@ -15,7 +15,7 @@ so the leaving node does not wait for the others to meet.
 | Key | Written by | Content |
 |---|---|---|
 | `departure` | the leaving node | why it leaves |
-| `departure/met` | a node that stays | |
+| `departure/ready` | a node that stays | |
 | `departure/beat` | the leaving node, again and again | a number that grows |
 | `departure/finished` | the leaving node | |
 """
@@ -35,7 +35,7 @@ from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.protocol.messages import HandedOver, HandOver, Message
 
-_WHY, _MET, _FINISHED = "ckptless/departure", "ckptless/departure/met", "ckptless/departure/finished"
+_WHY, _READY, _FINISHED = "ckptless/departure", "ckptless/departure/ready", "ckptless/departure/finished"
 _BEAT = "ckptless/departure/beat"
 _LOOK_EVERY_S = 0.05
 _BEAT_EVERY_S = 1.0
@@ -63,7 +63,7 @@ class Departure:
         self._looked_at = 0.0
         self._beat_at = 0.0
         self._heard = 0, 0.0
-        self._may_meet = False
+        self._has_noted_ready = False
 
     def announce(self, why: str) -> str:
         """Announce that this node leaves; returns why another one does, if that was faster, else the given reason."""
@@ -78,16 +78,16 @@ class Departure:
         """Return why a node leaves, as a sentence; empty if none does."""
         return self._text(_WHY)
 
-    def meet(self) -> None:
+    def note_ready(self) -> None:
         """Record that the workers of the other nodes can meet without those of the leaving one."""
-        if not self._may_meet:
-            self._may_meet = True
+        if not self._has_noted_ready:
+            self._has_noted_ready = True
             self._heard = 0, self._clock.monotonic()
-            self._set(_MET)
+            self._set(_READY)
 
-    def has_met(self) -> bool:
+    def others_are_ready(self) -> bool:
         """Whether the other nodes can meet; also where their store is lost."""
-        return self._is_due() and self._is_set(_MET)
+        return self._is_due() and self._is_set(_READY)
 
     def beat(self) -> None:
         """Record that the leaving node is alive; called often."""
@@ -221,7 +221,7 @@ class Leaving:
             workers.send(HandOver(self._reason))
 
     def _is_time(self) -> bool:
-        return self._clock.monotonic() >= self._until or self._departure.has_met()
+        return self._clock.monotonic() >= self._until or self._departure.others_are_ready()
 
     def _end(self, how: str, step: int | None, codes: Mapping[int, int | None]) -> None:
         self._departure.finish()

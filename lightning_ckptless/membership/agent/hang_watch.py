@@ -18,8 +18,8 @@ from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, read_pr
 from lightning_ckptless.protocol.hang_detection import (
     Hang,
     Idleness,
-    Meeting,
     RankProgress,
+    RegroupStatus,
     are_silent,
     find_hang,
     find_late,
@@ -93,7 +93,7 @@ class HangWatch:
         self._looked_at = 0.0
         self._in_step = _Answers()
         self._idle: dict[int, Idleness] = {}
-        self._in_meeting = _Answers()
+        self._in_regroup = _Answers()
         self._stopped: dict[int, float] = {}
 
     def begin_round(self, positions: Positions) -> None:
@@ -153,16 +153,16 @@ class HangWatch:
         self._in_step.ask(workers, now)
         return {rank: replace(rank_progress, waits=self._in_step.waits(rank)) for rank, rank_progress in found.items()}
 
-    def poll_meeting(self, meeting: Meeting, workers: WorkerGroup) -> Hang | None:
+    def poll_regroup(self, status: RegroupStatus, workers: WorkerGroup) -> Hang | None:
         """Find ranks that keep the others from meeting after a fault; asks them what they do once they are late."""
         now = self._clock.monotonic()
-        stopped = self._note_stopped(workers if meeting.is_under_way else None, now)
-        if not meeting.is_late(now, self.limit_s):
-            self._in_meeting.forget()
-            return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped)
-        self._in_meeting.ask(workers, now)
-        waits = {rank: self._in_meeting.waits(rank) for rank in meeting.ready}
-        return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
+        stopped = self._note_stopped(workers if status.is_under_way else None, now)
+        if not status.is_late(now, self.limit_s):
+            self._in_regroup.forget()
+            return find_late(status, now=now, override_s=self.limit_s, stopped=stopped)
+        self._in_regroup.ask(workers, now)
+        waits = {rank: self._in_regroup.waits(rank) for rank in status.ready}
+        return find_late(status, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
 
     def _note_stopped(self, workers: WorkerGroup | None, now: float) -> dict[int, float]:
         """Return since when each rank has been seen stopped by a signal.
@@ -189,7 +189,7 @@ class HangWatch:
         """Take note of what workers have answered."""
         for rank, message, _ in received:
             if isinstance(message, Blocked):
-                for answers in (self._in_step, self._in_meeting):
+                for answers in (self._in_step, self._in_regroup):
                     answers.receive(rank, waits=message.waits)
 
     def kill(self, hang: Hang, workers: WorkerGroup) -> None:

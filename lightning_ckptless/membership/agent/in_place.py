@@ -23,7 +23,7 @@ from lightning_ckptless.membership.forkserver.client import ForkError, ForkServe
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.standby import Standbys
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
-from lightning_ckptless.protocol.hang_detection import Hang, Meeting, find_unreleased
+from lightning_ckptless.protocol.hang_detection import Hang, RegroupStatus, find_unreleased
 from lightning_ckptless.protocol.messages import (
     CannotRecover,
     CreatedGroup,
@@ -112,7 +112,7 @@ class _Progress:
             fault has interrupted is not counted: it says nothing about what would have followed.
         trains: whether a step was committed.
         obstacle: why a worker cannot recover in place; None if none has reported that.
-        met: number of the last regrouping in which ranks have met.
+        completed: number of the last completed regrouping.
         waiting_at_loop: ranks that have reached the training loop and wait there for the other ranks.
         notified_at: when ranks were notified that have yet to release their process groups.
         coming: since when new processes are on their way to `fit`.
@@ -120,7 +120,7 @@ class _Progress:
             as where all ranks start together.
         ready: since when ranks wait for the others to meet.
         created: how many process groups ranks have created in the last regrouping, and since when.
-        have_met: ranks that have met in the last regrouping.
+        regrouped: ranks that have completed the last regrouping.
         held: why ranks cannot release their process groups, as they report.
         killed_for_wait: ranks that were killed for that.
         sole_shards: shards that no other node has a copy of.
@@ -130,14 +130,14 @@ class _Progress:
     tries: int = 0
     trains: bool = False
     obstacle: str | None = None
-    met: int = 0
+    completed: int = 0
     waiting_at_loop: set[int] = field(default_factory=set)
     notified_at: dict[int, float] = field(default_factory=dict)
     coming: dict[int, float] = field(default_factory=dict)
     joining: set[int] = field(default_factory=set)
     ready: dict[int, float] = field(default_factory=dict)
     created: dict[int, tuple[int, float]] = field(default_factory=dict)
-    have_met: set[int] = field(default_factory=set)
+    regrouped: set[int] = field(default_factory=set)
     held: dict[int, str] = field(default_factory=dict)
     killed_for_wait: set[int] = field(default_factory=set)
     sole_shards: list[int] = field(default_factory=list)
@@ -300,7 +300,7 @@ class InPlaceRecovery:
                     progress.notified_at.pop(rank, None)
                     progress.ready[rank] = self._clock.monotonic()
                 case CreatedGroup() | Regrouped():
-                    self._note_meeting(rank, message)
+                    self._note_regroup(rank, message)
                 case StuckCollective():
                     self._note_held(rank, message)
                 case CannotRecover(reason, lasting):
@@ -318,18 +318,18 @@ class InPlaceRecovery:
             self._startup_s = max(self._startup_s, self._clock.monotonic() - progress.began_at)
         self._output_of.pop(rank, None)
 
-    def _note_meeting(self, rank: int, message: CreatedGroup | Regrouped) -> None:
+    def _note_regroup(self, rank: int, message: CreatedGroup | Regrouped) -> None:
         progress = self._progress
         is_current = self._round is not None and message.number == self._round.regroupings.number
         if isinstance(message, CreatedGroup):
             if is_current:
                 progress.created[rank] = message.created, self._clock.monotonic()
             return
-        if message.number > progress.met:
-            progress.tries, progress.met = progress.tries + 1, message.number
+        if message.number > progress.completed:
+            progress.tries, progress.completed = progress.tries + 1, message.number
         if is_current:
             progress.ready.pop(rank, None)
-            progress.have_met.add(rank)
+            progress.regrouped.add(rank)
 
     def _note_held(self, rank: int, message: StuckCollective) -> None:
         """Record a reported stuck collective, unless the rank was already killed for one and that did not help."""
@@ -338,15 +338,15 @@ class InPlaceRecovery:
             self._progress.held[rank] = message.reason
         self._report(StuckCollectiveReported(rank, believed, message))
 
-    def meeting(self, workers: WorkerControl) -> Meeting:
+    def regroup_status(self, workers: WorkerControl) -> RegroupStatus:
         """Return how far this node's workers have met the other ranks."""
         running, progress = workers.running_ranks, self._progress
-        return Meeting(
+        return RegroupStatus(
             coming={rank: at for rank, at in progress.coming.items() if rank in running},
             unreleased={rank: at for rank, at in progress.notified_at.items() if rank in running},
             ready={rank: at for rank, at in progress.ready.items() if rank in running},
             created={rank: created for rank, created in progress.created.items() if rank in running},
-            met=progress.have_met,
+            regrouped=progress.regrouped,
             startup_s=self._startup_s,
             is_whole=self._round is not None and not self._round.regroupings.is_shared,
         )
@@ -453,7 +453,7 @@ class InPlaceRecovery:
             progress.notified_at.pop(rank, None)
         progress.held.clear()
         progress.ready.clear()
-        progress.have_met.clear()
+        progress.regrouped.clear()
         progress.created.clear()
         now = self._clock.monotonic()
         # Ranks on their way to `fit` have nothing to release, and may take their time.

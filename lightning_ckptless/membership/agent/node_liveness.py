@@ -25,11 +25,11 @@ from lightning_ckptless.protocol.node_liveness import (
     PAUSES,
     AllAlive,
     Bound,
-    CutOff,
     Finding,
     Heard,
     Liveness,
     NodesLost,
+    Partitioned,
     judge,
     longest_pause_s,
     watched_by,
@@ -96,7 +96,7 @@ class Heartbeat:
         """Pause until the next round: there is no other node to exchange heartbeats with."""
         with self._lock:
             before, self._round = self._round, None
-            if not isinstance(self._finding, CutOff):
+            if not isinstance(self._finding, Partitioned):
                 self._finding = AllAlive()
         if before is not None:
             before.end()
@@ -120,10 +120,10 @@ class Heartbeat:
         pause_s = self.bound.beat_s / _CHECKS_PER_INTERVAL
         while not self._over.wait(pause_s):
             with self._lock:
-                if self._round is not None and not isinstance(self._finding, CutOff):
+                if self._round is not None and not isinstance(self._finding, Partitioned):
                     self._finding = self._round.judge()
                 found, place, worker_store = self._finding, self._place, self._worker_store
-            if isinstance(found, CutOff):
+            if isinstance(found, Partitioned):
                 # Repeatedly: a connection that is being established at this moment is aborted once it exists.
                 pause_s = _CUT_EVERY_S
                 abort_connections_to({*place, *worker_store})
@@ -202,7 +202,7 @@ class _Round:
         with self._lock:
             now, liveness = self._clock(), self._progress
             # A process that was stopped has seen nothing of what happened meanwhile.
-            was_stopped = now - liveness.looked_at > self._bound.cut_s / 2
+            was_stopped = now - liveness.looked_at > self._bound.partitioned_s / 2
             self._progress = self._new_liveness() if was_stopped else replace(liveness, looked_at=now)
         return judge(liveness, self._bound, now=now, endpoint=self._place)
 

@@ -15,9 +15,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
-from lightning_ckptless.membership.events import NodeCut, NodeLost, Report
+from lightning_ckptless.membership.events import NodeLost, NodePartitioned, Report
 from lightning_ckptless.membership.rendezvous.rounds import Round
-from lightning_ckptless.protocol.node_liveness import Bound, CutOff, NodesLost
+from lightning_ckptless.protocol.node_liveness import Bound, NodesLost, Partitioned
 from lightning_ckptless.protocol.reconfiguration import MovePlan
 
 
@@ -59,7 +59,7 @@ class PartitionGuard:
     def partition_reason(self) -> str:
         """Why this node counts as partitioned; empty if it does not."""
         found = self._heartbeat.finding
-        return found.reason if isinstance(found, CutOff) else ""
+        return found.reason if isinstance(found, Partitioned) else ""
 
     def begin_round(self, rendezvous: Round, plan: MovePlan) -> None:
         """Exchange heartbeats with the nodes that have met.
@@ -92,7 +92,7 @@ class PartitionGuard:
             RendezvousError: this node is partitioned, or has lost the rendezvous.
         """
         found = self._heartbeat.finding
-        if isinstance(found, CutOff):
+        if isinstance(found, Partitioned):
             raise RendezvousConnectionError(found.reason)
         if not isinstance(found, NodesLost) or not has_workers:
             return ""
@@ -111,7 +111,7 @@ class PartitionGuard:
         Called after the workers have exited: the ledger may be on the network that is lost.
         """
         if self.partition_reason:
-            self._report(NodeCut(self._node, self.partition_reason))
+            self._report(NodePartitioned(self._node, self.partition_reason))
 
     def close(self) -> None:
         """Stop the heartbeats."""

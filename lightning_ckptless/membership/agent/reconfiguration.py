@@ -7,7 +7,7 @@ stay, and when all are relaunched after all.
 
 | Key | Written by | Content |
 |---|---|---|
-| `standing/NODE` | every node, during the rendezvous | its status |
+| `status/NODE` | every node, during the rendezvous | its status |
 | `ready/NODE` | a node whose workers all wait at the training loop | |
 | `outcome` | the first node whose workers can meet the others, or have left the training loop | which of both |
 """
@@ -28,36 +28,36 @@ from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
-from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing, plan_move
+from lightning_ckptless.protocol.reconfiguration import MovePlan, NodeStatus, plan_move
 
 _AGREE_S = 60.0
-_STANDING = "ckptless/standing/{}"
+_STATUS = "ckptless/status/{}"
 _READY = "ckptless/ready/{}"
 _OUTCOME = "ckptless/outcome"
-_MEET, _OVER = "meet", "over"
+_JOIN, _OVER = "join", "over"
 
 
-def publish_standing(store: Any, standing: Standing, node: int) -> None:
+def publish_status(store: Any, status: NodeStatus, node: int) -> None:
     """Publish the status of a node, by its place in the order in which the nodes have met."""
-    store.set(_STANDING.format(node), json.dumps(asdict(standing)))
+    store.set(_STATUS.format(node), json.dumps(asdict(status)))
 
 
-def agree(store: Any, standing: Standing, node: int, nodes: int) -> MovePlan:
+def agree(store: Any, status: NodeStatus, node: int, nodes: int) -> MovePlan:
     """Decide with the agents of all nodes whose workers stay.
 
     Args:
         store: the agents' store for this round.
-        standing: status of this node.
+        status: status of this node.
         node: its place in the order in which the nodes have met, which is not the order of their numbers.
         nodes: how many there are.
     """
     if nodes == 1:
-        return plan_move([standing])
-    keys = [_STANDING.format(other) for other in range(nodes)]
+        return plan_move([status])
+    keys = [_STATUS.format(other) for other in range(nodes)]
     try:
-        publish_standing(store, standing, node)
+        publish_status(store, status, node)
         store.wait(keys, timedelta(seconds=_AGREE_S))
-        return plan_move([Standing(**json.loads(store.get(key))) for key in keys])
+        return plan_move([NodeStatus(**json.loads(store.get(key))) for key in keys])
     except DistError as error:
         # A node has left again. Those that stay would wait for it: its absence is detected, and all nodes rendezvous
         # once more.
@@ -65,7 +65,7 @@ def agree(store: Any, standing: Standing, node: int, nodes: int) -> MovePlan:
         return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree which of them stay: {error}")
 
 
-class Meeting(Enum):
+class JoinProgress(Enum):
     """How the meeting of the workers that stay with those that join proceeds."""
 
     UNDER_WAY = auto()
@@ -146,22 +146,22 @@ class Reconfiguration:
         """
         return Regrouping(self._plan.number, self._faults.of_change(world_size)) if self._joins else None
 
-    def poll(self, workers: StayingWorkers) -> Meeting:
+    def poll(self, workers: StayingWorkers) -> JoinProgress:
         """Advance the meeting.
 
         Args:
             workers: this node's workers.
         """
         if not self._plan.stay:
-            return Meeting.UNDER_WAY
+            return JoinProgress.UNDER_WAY
         try:
             if self._joins:
-                return Meeting.TOO_LATE if self._comes_too_late(workers) else Meeting.UNDER_WAY
+                return JoinProgress.TOO_LATE if self._comes_too_late(workers) else JoinProgress.UNDER_WAY
             is_apart = self._has_to_notify and not self._bring_together(workers)
         except DistError:
             # The store was lost with its node: the rendezvous detects that.
-            return Meeting.UNDER_WAY
-        return Meeting.WITHOUT_US if is_apart else Meeting.UNDER_WAY
+            return JoinProgress.UNDER_WAY
+        return JoinProgress.WITHOUT_US if is_apart else JoinProgress.UNDER_WAY
 
     def may_end(self) -> bool:
         """Whether workers may leave: not when a meeting with joining nodes is settled, of which they are notified."""
@@ -176,9 +176,9 @@ class Reconfiguration:
         all_train = workers.all_train
         if all_train and (not self._are_ready() or not self._has_departed()):
             return True
-        settled = self._settle_on(_MEET if all_train else _OVER)
+        settled = self._settle_on(_JOIN if all_train else _OVER)
         self._has_to_notify = False
-        if all_train and settled == _MEET:
+        if all_train and settled == _JOIN:
             drained = "" if self._departure is None else self._departure.why()
             fault = self._faults.of_change(self._world_before, drained=drained)
             self._faults.add(fault)
@@ -191,7 +191,7 @@ class Reconfiguration:
         """Whether the workers of a leaving node have exited; lets them hand over."""
         if self._departure is None:
             return True
-        self._departure.meet()
+        self._departure.note_ready()
         return self._departure.is_finished()
 
     def _settle_on(self, outcome: str) -> str:

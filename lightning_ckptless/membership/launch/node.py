@@ -37,7 +37,7 @@ from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
 from lightning_ckptless.membership.worker.program import script_path
 from lightning_ckptless.protocol.node_liveness import Bound
-from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
+from lightning_ckptless.protocol.rendezvous_failover import RendezvousEndpoint
 
 # A replacement machine may take long to boot. A silent node is lost after 8 s: a link that renegotiates is not.
 _RENDEZVOUS_DEFAULTS = {
@@ -116,7 +116,7 @@ class _Runner:
         finally:
             self._memory.close()
 
-    def _run_at(self, place: MeetingPlace | None) -> None:
+    def _run_at(self, place: RendezvousEndpoint | None) -> None:
         """Run the workers for as long as the nodes can meet at one rendezvous endpoint.
 
         Args:
@@ -142,7 +142,7 @@ class _Runner:
                     raise _RendezvousLostError(agent.partition_reason or f"{type(error).__name__}: {error}") from error
                 if agent.partition_reason:
                     raise LaunchError(_partitioned(config, agent.partition_reason)) from error
-                raise LaunchError(_no_meeting(config, error)) from error
+                raise LaunchError(_rendezvous_failure(config, error)) from error
             finally:
                 agent.close()
 
@@ -230,7 +230,7 @@ def _base_env(config: LaunchConfig) -> dict[str, str]:
 
 
 @contextmanager
-def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[RendezvousHandler]:
+def _rendezvous(config: LaunchConfig, place: RendezvousEndpoint | None) -> Iterator[RendezvousHandler]:
     alone = _is_alone(config)
     handler = _handler_alone(config) if alone else _handler_among_others(config, place)
     asked_to_end = False
@@ -256,7 +256,7 @@ def _handler_alone(config: LaunchConfig) -> RendezvousHandler:
     return one_machine(config.run_id, int(settings["keep_alive_interval"]), int(settings["keep_alive_max_attempt"]))
 
 
-def _handler_among_others(config: LaunchConfig, place: MeetingPlace | None) -> RendezvousHandler:
+def _handler_among_others(config: LaunchConfig, place: RendezvousEndpoint | None) -> RendezvousHandler:
     least, most = config.node_range
     settings: dict[str, Any] = {**_RENDEZVOUS_DEFAULTS, **config.rdzv_conf}
     if place is not None:
@@ -267,7 +267,7 @@ def _handler_among_others(config: LaunchConfig, place: MeetingPlace | None) -> R
             RendezvousParameters("c10d", endpoint, config.run_id, least, most, config.local_addr, **settings)
         )
     except (RendezvousError, ValueError) as error:
-        raise LaunchError(_no_meeting(config, error)) from error
+        raise LaunchError(_rendezvous_failure(config, error)) from error
 
 
 def _partitioned(config: LaunchConfig, reason: str) -> str:
@@ -277,7 +277,7 @@ def _partitioned(config: LaunchConfig, reason: str) -> str:
     )
 
 
-def _no_meeting(config: LaunchConfig, error: Exception) -> str:
+def _rendezvous_failure(config: LaunchConfig, error: Exception) -> str:
     where = config.rdzv_endpoint or "this machine"
     reason = f"{type(error).__name__}: {error}"
     return f"run {config.run_id!r}: the rendezvous of {config.nnodes} node(s) at {where} failed: {reason}"

@@ -73,7 +73,7 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
             )
     if args.rdzv_backend not in ("static", "c10d"):
         raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")
-    endpoint, conf = _meeting(args)
+    endpoint, conf = _rendezvous(args)
     is_named = args.rdzv_id not in ("", "none")
     given = given_flags(args, LaunchConfig)
     script = [args.training_script, *args.training_script_args]
@@ -108,7 +108,7 @@ def _program(args: Namespace) -> Program:
     return Program(kind, args.training_script, tuple(args.training_script_args), flags)
 
 
-def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
+def _rendezvous(args: Namespace) -> tuple[str, dict[str, str | int]]:
     """Return where the nodes rendezvous, and the settings of the rendezvous."""
     conf: dict[str, str | int] = {}
     for pair in filter(None, args.rdzv_conf.split(",")):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.torch_internals import is_this_machine
-from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace, choose_place
+from lightning_ckptless.protocol.rendezvous_failover import RendezvousEndpoint, choose_endpoint
 
 _ANSWER_S = 0.5
 
@@ -35,7 +35,7 @@ class RendezvousFailover:
                 return index
         return None
 
-    def next(self, lost: MeetingPlace | None = None) -> MeetingPlace:
+    def next(self, lost: RendezvousEndpoint | None = None) -> RendezvousEndpoint:
         """Return where to rendezvous now.
 
         Args:
@@ -44,7 +44,7 @@ class RendezvousFailover:
         if lost is not None:
             self._lost = lost.index
         answering = [index for index in range(len(self.endpoints)) if index != self._own and self._answers(index)]
-        return choose_place(self.endpoints, own=self._own, answering=answering, lost=self._lost)
+        return choose_endpoint(self.endpoints, own=self._own, answering=answering, lost=self._lost)
 
     def _answers(self, index: int) -> bool:
         try:

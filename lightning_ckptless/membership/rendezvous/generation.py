@@ -67,9 +67,9 @@ def join_generation(
             the missing ranks.
     """
     assert 0 <= rank < world_size
-    meeting = _Meeting(store, rank, world_size, time.monotonic() + timeout_s, timeout_s, is_over)
+    rendezvous = _Rendezvous(store, rank, world_size, time.monotonic() + timeout_s, timeout_s, is_over)
     try:
-        number = meeting.lead() if rank == 0 else meeting.follow()
+        number = rendezvous.lead() if rank == 0 else rendezvous.follow()
     except DistError as error:
         raise TransportError(f"rank {rank}: lost the store in which {world_size} ranks meet: {error}") from error
     return Generation(number, PrefixStore(f"ckptless/{number}", store))
@@ -81,7 +81,7 @@ def skip_generations(store: Store, count: int) -> None:
 
 
 @dataclass(slots=True)
-class _Meeting:
+class _Rendezvous:
     store: Store
     rank: int
     world_size: int
@@ -131,7 +131,7 @@ class _Meeting:
         """Wait before the store is polled again: longer each time, and longer the more ranks there are."""
         if self.is_over():
             raise TransportError(
-                f"rank {self.rank}: another fault was reported while {self.world_size} ranks were meeting"
+                f"rank {self.rank}: another fault was reported while {self.world_size} ranks were rendezvous"
             )
         if time.monotonic() > self.deadline:
             raise self._late(number)

@@ -64,7 +64,7 @@ def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
     Raises:
         RendezvousError: the store cannot be reached.
     """
-    store, hosts = _meeting_store(parameters)
+    store, hosts = _rendezvous_store(parameters)
     timeouts: dict[str, Any] = {
         name: None if (value := parameters.get_as_int(f"{name}_timeout")) is None else timedelta(seconds=value)
         for name in ("join", "last_call", "close", "heartbeat")
@@ -386,7 +386,7 @@ def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo
     return only if is_numeric or not is_loopback else None
 
 
-def _meeting_store(parameters: RendezvousParameters) -> tuple[Store, bool]:
+def _rendezvous_store(parameters: RendezvousParameters) -> tuple[Store, bool]:
     """Return the store that the nodes meet in, and whether it is in this process, or a connection to it."""
     if parameters.get("store_type", "tcp") == "file":
         return FileStore(parameters.endpoint), False

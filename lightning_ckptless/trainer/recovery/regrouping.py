@@ -107,7 +107,7 @@ class Regrouping:
         arrival, self._arrival = self._arrival, None
         facts: list[Any] = [session.identity.node, self._data.has_moved, None if arrival is None else astuple(arrival)]
         nodes, has_moved, arrivals = zip(*gather_json(transport, facts), strict=True)
-        members = session.meet(session.share_votes(transport, nodes), nodes)
+        members = session.begin_generation(session.share_votes(transport, nodes), nodes)
         world.renumber(members.generation)
         session.loggers.identify_as_noted(members)
         return Meeting(any(has_moved), [Arrival(*figures) for figures in arrivals if figures is not None])
@@ -128,7 +128,7 @@ class Regrouping:
         progress.restore()
         self._tell(Regrouped(assignment.number))
         session.durable.assign_writer(session.members)
-        session.report.met(meeting.arrivals)
+        session.report.regrouped(meeting.arrivals)
         found, host = self._choose()
         progress.restore()
         restoration = fetch_version(session, self._data.virtual_ranks, found, host)

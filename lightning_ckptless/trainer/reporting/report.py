@@ -200,7 +200,7 @@ class RunReport:
         self._resumed_at = self._rewind = None
         self._in_place = True
 
-    def met(self, arrivals: Sequence[Arrival]) -> None:
+    def regrouped(self, arrivals: Sequence[Arrival]) -> None:
         """Record that the ranks of the next generation have met.
 
         Args:

@@ -41,7 +41,7 @@ class StepProgress:
             TransportError: the generation has ended.
         """
         trainer = self._session.trainer
-        if self._writer is None or self._watcher is None or not self._session.has_met or trainer.sanity_checking:
+        if self._writer is None or self._watcher is None or not self._session.is_member or trainer.sanity_checking:
             return
         self._watcher.heed()
         done = point in (Point.COMMIT, Point.VALIDATION)

@@ -67,7 +67,7 @@ class GoingBack:
         newest = mirroring.committed
         assert newest is not None, "a rewind is decided after the first version"
         mirroring.abandon()
-        members = session.meet(session.members.transport, session.members.nodes)
+        members = session.begin_generation(session.members.transport, session.members.nodes)
         session.world.renumber(members.generation)
         session.probe("rewind", plan.version)
         found = choose(members.arena, members.transport, members.nodes, newest=plan.version)

@@ -100,7 +100,7 @@ class Engine:
         session.order_writer()
         session.order_health_watch()
         session.note_folders()
-        if session.has_met:
+        if session.is_member:
             session.loggers.note(session.members)
         since = None if self._restoration is None else self._restoration.version
         running = self.running = RunningFit(session, self.data, watcher, since, lambda: self._will_restore)
@@ -111,7 +111,7 @@ class Engine:
         going_back = GoingBack(session, self.data, running, procedure)
         loop = RecoveryLoop(self.strategy, session, loops, running.progress, regrouping, going_back, watcher)
         loops.before_end_of_run(loop.ask_to_leave)
-        if session.has_met:
+        if session.is_member:
             loops.run_by(lambda run: loop.run(self._first(run, procedure)))
         else:
             loops.run_by(lambda _: loop.join_and_run())
@@ -123,7 +123,7 @@ class Engine:
             lambda records: session.arena.write_notes(ArenaNotes(data_hooks={session.rank: to_note(records)})),
             is_new=self._will_restore,
         )
-        if not session.has_met:
+        if not session.is_member:
             hooks.expect(from_note(session.arena.notes().data_hooks.get(session.rank)))
         elif restoration is not None:
             hooks.expect(restoration.host_state["data_hooks"])
@@ -149,16 +149,16 @@ class Engine:
     @property
     def is_at_beginning(self) -> bool:
         """Whether this process starts the fit from its beginning, without restoring a version."""
-        return self.session.has_met and self._restoration is None
+        return self.session.is_member and self._restoration is None
 
     @property
     def is_joining(self) -> bool:
         """Whether this process is a replacement that has not met the others yet."""
-        return bool(self.strategy.joins_alone) and not self.session.has_met
+        return bool(self.strategy.joins_alone) and not self.session.is_member
 
     @property
     def _will_restore(self) -> bool:
-        return not self.session.has_met or self._restoration is not None
+        return not self.session.is_member or self._restoration is not None
 
     @property
     def is_run_over(self) -> bool:

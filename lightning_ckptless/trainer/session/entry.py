@@ -49,7 +49,9 @@ def enter_together(
     nodes = session.open(transport, ckpt_path)
     transport = session.share_votes(transport, nodes)
     relaunched, states = session.generation > 1, session.durable.states(transport)
-    members = session.meet(transport, nodes, after=max((state.snapshot.generation for state in states), default=0))
+    members = session.begin_generation(
+        transport, nodes, after=max((state.snapshot.generation for state in states), default=0)
+    )
     session.folders.adopt(members.noted.folders, session.rank)
     session.durable.assign_writer(members)
     saved = members.noted.logger_identities

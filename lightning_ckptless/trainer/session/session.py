@@ -6,7 +6,7 @@ A session owns what a rank has over all generations, and the member set of the c
 |---|---|
 | from the start | trainer, options, identity, ledger, report, loggers, checkpoint files, folders, durable states |
 | once it has its arena: `open` or `open_alone` | `arena` |
-| once the ranks have met: `meet`, again in each recovery | `members`, `outgoing` |
+| once the ranks have met: `begin_generation`, again in each recovery | `members`, `outgoing` |
 
 `generation` is derived from the member set. No other object of the trainer stores it.
 """
@@ -202,7 +202,7 @@ class Session:
         return self._members.generation if self._members is not None else self.world.generation
 
     @property
-    def has_met(self) -> bool:
+    def is_member(self) -> bool:
         """Whether this rank has met the others; a replacement has not until it joins them in the fit loop."""
         return self._members is not None
 
@@ -218,7 +218,7 @@ class Session:
         assert self._outgoing is not None, "this rank has not met the others yet"
         return self._outgoing
 
-    def meet(self, transport: Transport, nodes: tuple[str, ...], *, after: int = 0) -> MemberSet:
+    def begin_generation(self, transport: Transport, nodes: tuple[str, ...], *, after: int = 0) -> MemberSet:
         """Form the member set of a generation. All ranks call it together.
 
         Args:
@@ -246,7 +246,7 @@ class Session:
 
     def note_folders(self) -> None:
         """Record the folders of all ranks once the first processes of this fit have determined theirs."""
-        if self.has_met and self.members.noted.folders is None:
+        if self.is_member and self.members.noted.folders is None:
             folders = tuple(map(RankFolders.from_value, self.members.gather(asdict(self.folders.own()))))
             if self.acts_for_node:
                 self.arena.write_notes(ArenaNotes(folders=folders))

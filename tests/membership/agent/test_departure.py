@@ -67,7 +67,7 @@ def test_the_ranks_are_handed_over_once_the_others_can_meet() -> None:
     assert nodes.there.news() == WHY
     leaving.poll(nodes.workers)
     assert nodes.workers.sent == []
-    nodes.there.meet()
+    nodes.there.note_ready()
     nodes.now += 0.1
     leaving.poll(nodes.workers)
     leaving.poll(nodes.workers)
@@ -91,7 +91,7 @@ def test_a_node_that_may_not_wait_hands_over_at_once() -> None:
 def test_the_others_wait_as_long_as_the_leaving_node_is_alive() -> None:
     nodes = Nodes()
     leaving = nodes.leave()
-    nodes.there.meet()
+    nodes.there.note_ready()
     for _ in range(30):
         leaving.poll(nodes.workers)
         nodes.now += 2.0
@@ -107,7 +107,7 @@ def test_a_worker_that_is_lost_on_the_way_ends_the_node() -> None:
     with pytest.raises(DepartedError, match="the step in flight is replayed"):
         leaving.poll(nodes.workers)
     assert nodes.workers.running == 0
-    nodes.there.meet()
+    nodes.there.note_ready()
     assert nodes.there.is_finished()
 
 

@@ -15,10 +15,10 @@ import pytest
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.hang_watch import HangWatch
 from lightning_ckptless.membership.agent.workers import WorkerGroup
-from lightning_ckptless.protocol.hang_detection import STOPPED_S, Meeting
+from lightning_ckptless.protocol.hang_detection import STOPPED_S, RegroupStatus
 
-UNDER_WAY = Meeting(
-    coming={}, unreleased={1: 100.0}, ready={0: 100.0}, created={}, met=(), startup_s=1.0, is_whole=True
+UNDER_WAY = RegroupStatus(
+    coming={}, unreleased={1: 100.0}, ready={0: 100.0}, created={}, regrouped=(), startup_s=1.0, is_whole=True
 )
 
 
@@ -46,12 +46,12 @@ def test_a_stopped_survivor_is_found_while_the_ranks_recover(tmp_path: Path, sto
     now = 100.0
     watch = HangWatch(tmp_path, print, Clock(lambda: now, lambda: now))
     workers = cast("WorkerGroup", Workers(os.getpid(), stopped))
-    assert watch.poll_meeting(UNDER_WAY, workers) is None
+    assert watch.poll_regroup(UNDER_WAY, workers) is None
     now += STOPPED_S + 0.5
-    found = watch.poll_meeting(UNDER_WAY, workers)
+    found = watch.poll_regroup(UNDER_WAY, workers)
     assert found is not None
     assert (found.ranks, found.reason) == ((1,), "stopped by a signal for 10.5 s while the ranks recover")
 
     os.kill(stopped, signal.SIGCONT)
     os.waitpid(stopped, os.WCONTINUED)
-    assert watch.poll_meeting(UNDER_WAY, workers) is None
+    assert watch.poll_regroup(UNDER_WAY, workers) is None

@@ -223,7 +223,7 @@ def test_a_worker_notified_before_it_has_reached_fit_is_watched_from_there_on() 
     in_place.begin_round(Regroupings(store, 2, 5), lambda _: pytest.fail("no standby"))
     Regroupings(store, 2, 5).open(FAULT)
     in_place.follow(workers)
-    assert in_place.meeting(workers).unreleased == {0: 100.0}
+    assert in_place.regroup_status(workers).unreleased == {0: 100.0}
     in_place.receive([FromWorker(0, ReleasedGroups(), [])])
     now += 10 * RELEASE_S
     assert in_place.poll() is None, "it may still import"

@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
-from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, CutOff, NodesLost
+from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, NodesLost, Partitioned
 
 BOUND = Bound(0.2, 3)
 SOON_S = 10.0
@@ -103,8 +103,8 @@ def test_a_node_whose_packets_are_dropped_finds_itself_partitioned() -> None:
                 cable.fall_silent()
                 # As an agent does: it waits in the store, which no time-out of it ends.
                 waiting = pool.submit(store.add, "asked", 1)
-                took_s = wait_for(cut, CutOff)
-                assert BOUND.cut_s - BOUND.interval_s <= took_s < SOON_S
+                took_s = wait_for(cut, Partitioned)
+                assert BOUND.partitioned_s - BOUND.interval_s <= took_s < SOON_S
                 with pytest.raises(DistError):
                     waiting.result(timeout=SOON_S)
             wait_for(other, NodesLost)
