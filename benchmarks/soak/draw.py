@@ -146,7 +146,7 @@ class _Episodes:
         kind = self.chance.choices(list(kinds), list(kinds.values()))[0]
         if kind in SILENT and not self._take("silent"):
             kind = FaultKind.KILL
-        moment = self.chance.choice((Moment.REGROUP, Moment.MEET, Moment.RESTORE))
+        moment = self.chance.choice((Moment.REGROUP, Moment.CONNECT, Moment.RESTORE))
         self.injected.append(Fault(kind, self._rank(), first.step, moment))
 
     def _follow(self, first: Fault, *, is_pair: bool) -> None:

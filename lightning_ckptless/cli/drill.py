@@ -79,7 +79,7 @@ def drill(
     * kinds: kill, crash, raise, exit, leave, hang, stop
     * R: a rank, or `all`; S: the optimizer step in progress, counted from 1
     * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end,
-      regroup, meet, restore
+      regroup, connect, restore
 
     PATTERN is a shell-style pattern for the names of tensors, logged values or columns that the report shows:
     `--ignore samples_per_s`, `--ignore 'callback * (Speed)'`.

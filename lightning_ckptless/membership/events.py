@@ -327,7 +327,7 @@ class StandbysRefused(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class NewcomerFailed(Event):
+class ReplacementFailed(Event):
     """A new process has exited before it joined the other ranks.
 
     Args:

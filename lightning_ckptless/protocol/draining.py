@@ -14,7 +14,7 @@ a node that waits for a place, or to the other nodes. The first row that applies
 | a node | the run does not have it | refuse |
 | a node | it is the only one | refuse |
 | a node | another node is being drained | refuse |
-| a node | it hosts the rendezvous: the others could not meet without it | refuse |
+| a node | it hosts the rendezvous, which the other nodes need | refuse |
 | a node | no other node has a copy of some shards | refuse |
 | a node | the workers cannot continue at another world size, or cannot be joined | refuse |
 | a node | fewer nodes would be left than the run needs | refuse |
@@ -143,9 +143,7 @@ def _why_not_node(now: NodeSituation) -> str:
     if now.leaving:
         return f"another node is being drained ({now.leaving}); ask again when it has left"
     if now.hosts:
-        return (
-            f"it hosts the rendezvous, and the other nodes could not meet without it while they train; {_instead(now)}"
-        )
+        return f"it hosts the rendezvous, without which the other nodes could not regroup in place; {_instead(now)}"
     if now.sole_shards:
         return f"no other node has a copy of shard {min(now.sole_shards)}; see `copies` and `failure_domain`"
     if now.obstacle:
@@ -163,7 +161,7 @@ def _instead(now: NodeSituation) -> str:
     """What happens to a run whose host of the rendezvous is taken away, and what can be done about it."""
     if now.endpoints > 1:
         return (
-            "once it is gone, they meet at the next endpoint, and all workers start again from the newest version on "
+            "once it is gone, they use the next endpoint, and all workers start again from the newest version on "
             "the other nodes"
         )
     return (

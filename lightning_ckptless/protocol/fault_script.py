@@ -60,7 +60,7 @@ class Moment(StrEnum):
     VALIDATION = "validation"
     EPOCH_END = "epoch_end"
     REGROUP = "regroup"
-    MEET = "meet"
+    CONNECT = "connect"
     RESTORE = "restore"
     REWIND = "rewind"
     GO_BACK = "go_back"

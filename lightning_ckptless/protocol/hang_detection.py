@@ -5,7 +5,7 @@ therefore not a silent rank but the one that lags behind. No rank is blamed if a
 validation, a first compilation), if a debugger has stopped one, or if all have been stopped. Ranks at the same point
 are distinguished by what they do there. Each is asked, and in the backward pass a rank that does not wait, while the
 others wait, has not entered their collective. Elsewhere it may have work of its own, such as writing a checkpoint; it
-hangs only if neither it nor a child of it has used the processor for minutes.
+hangs only if neither it nor a child process has used any CPU time for minutes.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|
@@ -32,19 +32,19 @@ CEILING_S = 1800.0
 RELEASE_S = 30.0
 """For a survivor of a fault to release the process groups it shared with the lost ranks."""
 REGROUP_S = 60.0
-"""For all ranks of a node that are ready to meet the other ranks to do so."""
+"""For the ranks of a node that are ready to regroup to complete the regroup."""
 GROUP_S = 10.0
-"""For the last ranks to create a process group that others have created already, in a meeting after a fault."""
+"""For the last ranks to create a process group that others have already created, while they regroup."""
 STOPPED_S = 10.0
-"""For a rank that a signal has stopped while the ranks recover; the others wait for it."""
+"""For a rank that was stopped by a signal during a recovery; the other ranks wait for it."""
 STARTUP_S = 60.0
-"""Least time for a new process to reach `fit`; longer where the first processes took long."""
+"""Minimum time allowed for a new process to reach `fit`; more if the first processes took long."""
 STUCK_COLLECTIVE_S = 0.5
-"""After which a thread that sleeps in a collective without connections counts as stuck."""
+"""Time after which a thread that sleeps in a collective without connections counts as stuck."""
 IDLE_S = 120.0
-"""For which a rank that others wait for may use no processor time, outside the backward pass."""
+"""How long a rank that other ranks wait for may use no CPU time, outside the backward pass."""
 IDLE_SHARE = 0.005
-"""Share of one core below which a process counts as idle: answering its agent takes some processor time."""
+"""Share of one core below which a process counts as idle: answering its agent takes some CPU time."""
 ANSWER_S = 5.0
 """Longest wait for the answers of ranks that are asked whether they wait for others."""
 FACTOR = 8.0
@@ -72,14 +72,14 @@ class RankProgress:
         point: where it is in the step.
         count: signs of progress at this point, e.g. batches of a validation.
         at: when it gave the last sign, in seconds of a clock that all ranks of the node share.
-        longest_pause_s: between two signs, of all signs since its first step.
+        longest_pause_s: longest pause between two signs since its first step.
         own_s: its own time per step in seconds, without waiting for others; 0 if unknown.
         stopped: whether a signal has stopped it.
         traced: whether a debugger holds it.
         epoch: its epoch; -1 where that is not known.
-        out_of_data: whether it has made the last step of that epoch.
-        waits: whether it waits for other ranks; None if it was not asked, or its answers differ.
-        idle_s: how long it and its children have used no processor time, since all ranks fell silent.
+        out_of_data: whether it has completed the last step of that epoch.
+        waits: whether it waits for other ranks; None if it was not asked or its answers differ.
+        idle_s: how long it and its children have used no CPU time, since all ranks fell silent.
     """
 
     step: int
@@ -120,7 +120,7 @@ def limit_s(progress: Mapping[int, RankProgress], override_s: float | None) -> f
     if override_s is not None:
         return override_s
     longest_s = max((rank_progress.longest_pause_s for rank_progress in progress.values()), default=0.0)
-    # Before the first step is complete nothing is known: a compilation may take long.
+    # No limit before the first step is complete: a compilation may take long.
     learned_s = CEILING_S if longest_s == 0.0 else min(CEILING_S, max(FLOOR_S, FACTOR * longest_s))
     return min(learned_s, RELEASE_S) if _some_restore(progress) else learned_s
 
@@ -175,7 +175,7 @@ def find_hang(
         progress: by rank, of all ranks whose progress is known.
         now: time on the clock of the progress.
         override_s: the user's limit; None to learn it, 0 to disable detection.
-        is_whole: whether these are all ranks that wait for each other.
+        is_whole: whether these are all the ranks that wait for each other.
     """
     silence = _silence(progress, now, override_s)
     stopped = tuple(rank for rank, rank_progress in progress.items() if rank_progress.stopped)
@@ -202,7 +202,7 @@ def find_hang(
         )
     if all_there and not is_whole:
         return None
-    # The user's limit applies to a step: a version may take longer to restore.
+    # The user's limit is for a step: restoring a version may take longer.
     ceiling_s = max(allowed_s, CEILING_S if override_s is None or restoring else override_s)
     if silent_s <= ceiling_s + (0.0 if is_answered or not should_ask(progress, override_s=override_s) else ANSWER_S):
         return None
@@ -232,21 +232,21 @@ class Idleness:
     """Since when a process has been idle.
 
     Args:
-        used_s: processor time in seconds that it had used by then, with its children.
-        since: when that was, on any clock.
+        used_s: CPU time in seconds that it had used by then, with its children.
+        since: time of the measurement, on any clock.
     """
 
     used_s: float
     since: float
 
     def after(self, used_s: float, now: float) -> Idleness:
-        """Return the same if the process is still idle; else idle from now on.
+        """Return itself if the process is still idle, else a new record that starts now.
 
         Args:
-            used_s: processor time in seconds that it has used by now.
+            used_s: CPU time in seconds that it has used by now.
             now: time on the same clock.
         """
-        # The kernel counts in ticks of 0.01 s: a single one is no work.
+        # The kernel counts in ticks of 0.01 s: a single one does not count as work.
         is_idle = used_s - self.used_s <= max(0.02, IDLE_SHARE * (now - self.since))
         return self if is_idle else Idleness(used_s, now)
 
@@ -258,7 +258,7 @@ class SleepingThread:
     Args:
         thread: its name.
         where: module and function.
-        used_ticks: processor time that it has used, in kernel ticks.
+        used_ticks: CPU time that it has used, in kernel ticks.
     """
 
     thread: str
@@ -269,7 +269,7 @@ class SleepingThread:
 def unchanged_since(
     before: Mapping[int, tuple[SleepingThread, float]], found: Mapping[int, SleepingThread], now: float
 ) -> dict[int, tuple[SleepingThread, float]]:
-    """Return since when each thread has slept where it is found now, without any work in between.
+    """Return since when each thread has slept where it is now, without any work in between.
 
     Args:
         before: previous result of this function.
@@ -298,7 +298,7 @@ def find_stuck_collective(since: Mapping[int, tuple[SleepingThread, float]], now
 
 
 def find_unreleased(
-    told_at: Mapping[int, float],
+    notified_at: Mapping[int, float],
     *,
     now: float,
     override_s: float | None = None,
@@ -309,16 +309,16 @@ def find_unreleased(
     A driver that waits for a lost peer may hold a survivor forever.
 
     Args:
-        told_at: when they were notified of the fault, by rank, for ranks that have not released their groups.
+        notified_at: when they were notified of the fault, by rank, for ranks that have not released their groups.
         now: time on the same clock.
         override_s: the user's limit; None for our own, 0 to disable detection.
         held: why some of them report that they are stuck, by rank: those are not waited for.
     """
-    for rank, at in told_at.items():
+    for rank, at in notified_at.items():
         if held is not None and rank in held:
             return Hang((rank,), f"did not release its process groups after the fault: {held[rank]}", now - at)
     allowed_s = RELEASE_S if override_s is None else override_s
-    late = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
+    late = {rank: now - at for rank, at in notified_at.items() if now - at > allowed_s}
     if not late or allowed_s == 0.0:
         return None
     reason = f"did not release its process groups within {allowed_s:.1f} s of the fault report"
@@ -327,14 +327,14 @@ def find_unreleased(
 
 @dataclass(frozen=True, slots=True)
 class RegroupStatus:
-    """What an agent knows about the meeting of its workers with the other ranks after a fault.
+    """How far the workers of one agent have regrouped with the other ranks after a fault.
 
     Args:
         coming: since when new processes have been on their way to `fit`, by rank.
         unreleased: when survivors were notified of the fault that have not released their groups, by rank.
-        ready: since when ranks have released their groups without having met the other ranks, by rank.
-        created: how many process groups each rank has created for the meeting, and when the last one was, by rank.
-        met: ranks that have met the others.
+        ready: since when ranks have released their groups but not completed the regroup, by rank.
+        created: how many process groups each rank has created in this regroup, and when the last one was, by rank.
+        regrouped: ranks that have completed the regroup.
         startup_s: longest time in seconds that one of the first processes took to reach `fit`.
         is_whole: whether this node has all ranks.
     """
@@ -349,11 +349,11 @@ class RegroupStatus:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a rank has yet to meet the others."""
+        """Whether a rank has yet to complete the regroup."""
         return bool(self.coming or self.unreleased or self.ready)
 
     def is_late(self, now: float, override_s: float | None = None) -> bool:
-        """Whether ranks that are ready to meet have not met within the limit."""
+        """Whether ranks that are ready have not regrouped within the limit."""
         if self.coming or not self.ready or override_s == 0.0:
             return False
         return now - max(self.ready.values()) > _regroup_limit_s(override_s)
@@ -367,17 +367,17 @@ def find_late(
     stopped: Mapping[int, float] | None = None,
     waits: Mapping[int, bool | None] | None = None,
 ) -> Hang | None:
-    """Decide which ranks prevent a status.
+    """Decide which ranks hold up a regroup.
 
     | For longer than the limit | Late are |
     |---|---|
     | some ranks are stopped by a signal, and others are not | those that are stopped |
     | a new process is on its way to `fit` | this process |
-    | some ranks have not met, and others have | those that have not |
+    | some ranks have not regrouped, and others have | those that have not |
     | some ranks have not created a group that others have | those that have not |
-    | no rank has met, and some do not wait for others | those that do not wait |
-    | no rank has met, all wait, and no other node has ranks | all |
-    | the same for twice as long, and it cannot be told whether all wait | all |
+    | no rank has regrouped, and some do not wait for others | those that do not wait |
+    | no rank has regrouped, all wait, and no other node has ranks | all |
+    | the same for twice as long, and whether all wait is unknown | all |
 
     Args:
         status: what is known about the regroup.
@@ -397,7 +397,7 @@ def find_late(
     if found is not None or not status.is_late(now, override_s):
         return found
     silent_s, ranks = now - max(status.ready.values()), tuple(status.ready)
-    why = f"ranks that are ready to meet have not met within {_regroup_limit_s(override_s):.1f} s"
+    why = f"ranks that are ready to regroup have not regrouped within {_regroup_limit_s(override_s):.1f} s"
     if status.regrouped:
         return Hang(ranks, f"{why}, but others have", silent_s)
     if busy := tuple(rank for rank in ranks if waits.get(rank) is False):

@@ -116,7 +116,7 @@ class WorkerState(StrEnum):
 
     OUTSIDE = "outside"
     TRAINING = "training"
-    CUT = "cut"
+    ABORTED = "aborted"
     REGROUPING = "regrouping"
     RESTORING = "restoring"
     ENDED = "ended"
@@ -128,7 +128,7 @@ class WorkerEvent(StrEnum):
     ENTER = "enter"
     FAULT = "fault"
     ASSIGN = "assign"
-    MEET = "meet"
+    JOIN = "join"
     RESTORE = "restore"
     LEAVE = "leave"
     GIVE_UP = "give_up"
@@ -137,10 +137,10 @@ class WorkerEvent(StrEnum):
 _S, _E = WorkerState, WorkerEvent
 WORKER_TRANSITIONS: Mapping[WorkerState, Mapping[WorkerEvent, WorkerState]] = {
     _S.OUTSIDE: {_E.ENTER: _S.TRAINING, _E.ASSIGN: _S.REGROUPING},
-    _S.TRAINING: {_E.FAULT: _S.CUT, _E.LEAVE: _S.OUTSIDE},
-    _S.CUT: {_E.ASSIGN: _S.REGROUPING, _E.GIVE_UP: _S.ENDED},
-    _S.REGROUPING: {_E.MEET: _S.RESTORING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
-    _S.RESTORING: {_E.RESTORE: _S.TRAINING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
+    _S.TRAINING: {_E.FAULT: _S.ABORTED, _E.LEAVE: _S.OUTSIDE},
+    _S.ABORTED: {_E.ASSIGN: _S.REGROUPING, _E.GIVE_UP: _S.ENDED},
+    _S.REGROUPING: {_E.JOIN: _S.RESTORING, _E.FAULT: _S.ABORTED, _E.GIVE_UP: _S.ENDED},
+    _S.RESTORING: {_E.RESTORE: _S.TRAINING, _E.FAULT: _S.ABORTED, _E.GIVE_UP: _S.ENDED},
     _S.ENDED: {},
 }
 """The allowed transitions; any other event is a bug in this package."""

@@ -11,7 +11,7 @@
 | `validation` | the validation after the step has started |
 | `epoch_end` | the last step of the epoch is done, the end of the epoch is being processed |
 | `regroup` | after another fault at this or a later step, before the rendezvous in place |
-| `meet` | all ranks have joined that rendezvous, and the others are creating the process groups |
+| `connect` | all ranks have joined that rendezvous, and the others are creating the process groups |
 | `restore` | after that rendezvous, before the state is restored |
 | `rewind` | after all ranks have decided to rewind from this or a later step, before the state is restored |
 | `go_back` | the version that they go back to is committed again, those of the abandoned branch are being discarded |
@@ -220,7 +220,7 @@ class Injection:
     def _probe(self, moment: str, version: Version) -> None:
         if moment == "stage":
             self.strike(Moment.MIRROR, version.optimizer_step)
-        elif moment in (Moment.REGROUP, Moment.MEET, Moment.RESTORE):
+        elif moment in (Moment.REGROUP, Moment.CONNECT, Moment.RESTORE):
             self.strike(Moment(moment), version.optimizer_step)
         elif moment in (Moment.REWIND, Moment.GO_BACK):
             self.strike(Moment(moment), self._newest_step)

@@ -178,5 +178,5 @@ def test_the_host_of_the_rendezvous_is_not_drained(tmp_path: Path, stack: ExitSt
     refused = submit(cluster.ledger.parent, DrainRequest(node=0), timeout_s=END_S)
     asked.touch()
     assert not refused.accepted
-    assert "once it is gone, they meet at the next endpoint" in refused.reason
+    assert "once it is gone, they use the next endpoint" in refused.reason
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()

@@ -51,9 +51,9 @@ HAZARDS = {
     "replacement=1-during=restore": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore", in_place=2),
     "replacement=1-during=restore-twice": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore:times=2", 2, relaunches=1),
     # The other ranks block inside torch, waiting for an address that is never published.
-    "survivor=0-during=meet": Hazard(f"{FIRST},kill:rank=0:step=4:at=meet", in_place=2),
-    "replacement=1-during=meet": Hazard(f"{FIRST},kill:rank=1:step=4:at=meet:times=3", in_place=4),
-    "survivor=0-stopped-during=meet": Hazard(f"{FIRST},stop:rank=0:step=4:at=meet", in_place=2, options=WATCHED),
+    "survivor=0-during=connect": Hazard(f"{FIRST},kill:rank=0:step=4:at=connect", in_place=2),
+    "replacement=1-during=connect": Hazard(f"{FIRST},kill:rank=1:step=4:at=connect:times=3", in_place=4),
+    "survivor=0-stopped-during=connect": Hazard(f"{FIRST},stop:rank=0:step=4:at=connect", in_place=2, options=WATCHED),
     "standby-during=promotion": Hazard(
         "kill:rank=1:step=90,kill:rank=1:step=90:at=regroup", in_place=2, options=LONG, standbys=1
     ),

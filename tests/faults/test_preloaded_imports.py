@@ -52,7 +52,7 @@ def kill(site: Path, how: str, parent: ForkServer) -> DrillReport:
 
 def imports_of_replacements(report: DrillReport) -> list[tuple[str, bool]]:
     """For each replacement: the state of preloading when it started, and whether it had to import modules itself."""
-    (arrivals,) = (event.fields["newcomers"] for event in report.faulted.events if event.event == "recovery")
+    (arrivals,) = (event.fields["replacements"] for event in report.faulted.events if event.event == "recovery")
     return [(arrival["imports"], arrival["modules"] > 0) for arrival in arrivals]
 
 

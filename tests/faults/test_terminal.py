@@ -86,7 +86,7 @@ def test_kills_of_both_ranks_with_a_progress_bar(bar: str, tmp_path: Path) -> No
         assert ON_ITS_OWN_LINE.search(text[max(0, start - 300) : start]), text[max(0, start - 300) : start + 60]
     # Replacements run the script from the beginning, too; until they join, their output goes to files.
     assert text.count("head of the script") == 2
-    kept = list((tmp_path / "ckptless").glob("*/newcomers/rank*.log"))
+    kept = list((tmp_path / "ckptless").glob("*/replacements/rank*.log"))
     assert {path.name[:5] for path in kept} == {"rank0", "rank1"}
     assert all("head of the script" in path.read_text() for path in kept)
     # The progress bar of the new rank 0 shows the epoch, its length and the current position.

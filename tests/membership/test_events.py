@@ -12,9 +12,9 @@ from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.events import (
     Event,
     EventSink,
-    NewcomerFailed,
     NodeLost,
     RecoveredInPlace,
+    ReplacementFailed,
     StandbysChanged,
     StandbysRefused,
 )
@@ -59,5 +59,5 @@ def test_what_replaces_lost_ranks(new: dict[int, tuple[int, str]], how: str) -> 
 def test_the_output_of_a_new_process_is_shown_once() -> None:
     path = Path("rank1-2.log")
     what = "a new process failed before it joined the other ranks; its output, in rank1-2.log"
-    assert NewcomerFailed(path, ["a", "b"], 1).sentence == f"{what}:\n  a\n  b"
-    assert NewcomerFailed(path, ["a", "b"], 3).sentence == f"{what}, is the same as above, 3 times so far"
+    assert ReplacementFailed(path, ["a", "b"], 1).sentence == f"{what}:\n  a\n  b"
+    assert ReplacementFailed(path, ["a", "b"], 3).sentence == f"{what}, is the same as above, 3 times so far"

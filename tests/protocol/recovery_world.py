@@ -303,7 +303,7 @@ class World:
 
     def come(self, process: Process) -> None:
         """A worker that released its groups joins the newest regrouping."""
-        if process.alive and process.state is WorkerState.CUT:
+        if process.alive and process.state is WorkerState.ABORTED:
             self.send(process, ReleasedGroups())
             self.move(process, WorkerEvent.ASSIGN)
             self.meet(process, process.notified)
@@ -356,7 +356,7 @@ class World:
         """Choose the version, as all other ranks do, and restore it."""
         if process.state is not WorkerState.REGROUPING or process.meeting != meeting:
             return
-        self.move(process, WorkerEvent.MEET)
+        self.move(process, WorkerEvent.JOIN)
         self.send(process, Regrouped(meeting[1]))
         # No rank writes into the arenas between the meeting and the end of its restore.
         found = newest_complete(self.inventory())

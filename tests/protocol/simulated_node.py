@@ -422,9 +422,9 @@ def _parts(
         clock=clock,
     )
     faults = FaultLog(settings.name, run.faults, report, lambda: "", clock)
-    seat = one_machine("run", 1, 3)
+    membership = one_machine("run", 1, 3)
     stragglers = StragglerWatch(_NOWHERE, report, clock)
-    draining = Draining(settings.name, settings.least_nodes, 1, seat, stragglers, in_place, report, clock)
+    draining = Draining(settings.name, settings.least_nodes, 1, membership, stragglers, in_place, report, clock)
     rewinds = RewindRequests()
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(

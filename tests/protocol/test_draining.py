@@ -65,7 +65,7 @@ def test_the_work_of_a_node_moves_to_a_waiting_one_or_to_the_others() -> None:
         ({"hosts": True}, "its loss ends the run: start it again with several endpoints in --rdzv-endpoint"),
         (
             {"hosts": True, "endpoints": 2},
-            "once it is gone, they meet at the next endpoint, and all workers start again",
+            "once it is gone, they use the next endpoint, and all workers start again",
         ),
         ({"sole_shards": (5, 3)}, "no other node has a copy of shard 3"),
         ({"obstacle": "manual optimization"}, "could not continue without it: manual optimization"),

@@ -200,14 +200,14 @@ def test_the_rank_that_is_furthest_is_never_blamed_alone(found: dict[int, RankPr
 
 
 def test_a_survivor_that_does_not_release_its_groups_hangs() -> None:
-    told_at = {0: 100.0, 2: 125.0}
-    assert find_unreleased(told_at, now=100.0 + RELEASE_S) is None
-    hang = find_unreleased(told_at, now=101.0 + RELEASE_S)
+    notified_at = {0: 100.0, 2: 125.0}
+    assert find_unreleased(notified_at, now=100.0 + RELEASE_S) is None
+    hang = find_unreleased(notified_at, now=101.0 + RELEASE_S)
     assert hang is not None
     assert (hang.ranks, hang.silent_s) == ((0,), RELEASE_S + 1.0)
     assert "did not release its process groups within 30.0 s of the fault report" in hang.reason
-    assert find_unreleased(told_at, now=103.0, override_s=2.0) is not None
-    assert find_unreleased(told_at, now=1e6, override_s=0.0) is None
+    assert find_unreleased(notified_at, now=103.0, override_s=2.0) is not None
+    assert find_unreleased(notified_at, now=1e6, override_s=0.0) is None
     assert find_unreleased({}, now=1e6) is None
 
 

@@ -77,7 +77,7 @@ def test_recovery_in_place_needs_every_condition_and_a_final_fault_ends_the_run(
 
 def test_a_worker_that_survives_a_fault_trains_again() -> None:
     state = WorkerState.OUTSIDE
-    for event in ("enter", "fault", "assign", "meet", "fault", "assign", "meet", "restore", "leave"):
+    for event in ("enter", "fault", "assign", "join", "fault", "assign", "join", "restore", "leave"):
         state = next_state(state, WorkerEvent(event))
     assert state is WorkerState.OUTSIDE
 

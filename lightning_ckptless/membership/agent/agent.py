@@ -7,17 +7,17 @@ its state; what two parts share is passed to both.
 |---|---|
 | `WorkerStarter` | starts workers, and gives each process its environment |
 | `WorkerGroup` | the processes of this node: messages, exits, replacements |
-| `Recovery` | decides what follows the loss of workers, and does it |
+| `Recovery` | decides how to recover from the loss of workers, and does it |
 | `InPlaceRecovery` | replaces lost ranks while the survivors stay |
-| `Draining` | hands ranks over to processes that were made ready, or lets the node leave |
+| `Draining` | hands ranks over to prepared processes, or lets the node leave |
 | `Reconfiguration` | lets workers stay when nodes leave or join |
 | `PartitionGuard` | notices that this node or another one is partitioned |
 | `HangWatch`, `LateExits` | kill workers that hang, or that have failed and do not exit |
 | `LoopEnd` | lets the workers of all nodes leave the training loop together |
 | `Notices` | learns that this node is about to be taken away |
 | `HeldMemory`, `Sidecars` | what the agent holds for its workers |
-| `RunRequests` | takes what other terminals ask for |
-| `RewindRequests` | passes rewinds that another terminal asks for on to the workers |
+| `RunRequests` | takes requests from other terminals |
+| `RewindRequests` | passes rewind requests on to the workers |
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ class Found(Enum):
     """What a poll of the workers has found, for torch elastic."""
 
     NOTHING_NEW = auto()
-    """Workers run or have exited; those that have failed are to be started again."""
+    """Workers run or have exited; failed ones are to be restarted."""
     REPLACED = auto()
     """Lost workers have been replaced, or the node is leaving: the exits of its workers are no failures."""
     OVER = auto()
-    """Workers have failed, and none is to be started again."""
+    """Workers have failed, and none is restarted."""
     NODES_CHANGED = auto()
-    """The nodes have to rendezvous again."""
+    """The nodes must rendezvous again."""
     NOT_NEEDED = auto()
-    """The workers have joined too late and were stopped, which counts as success."""
+    """The workers joined too late and were stopped, which counts as success."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class NodeAgent:
 
         Args:
             store: the agents' store for the round.
-            node: place of this node in the order in which the nodes have met.
+            node: place of this node in the order in which the nodes joined the round.
 
         Raises:
             DistError: the store is lost.
@@ -205,7 +205,7 @@ class NodeAgent:
 
         Args:
             store: the agents' store for the round.
-            node: place of this node in the order in which they have met.
+            node: place of this node in the order in which the nodes joined the round.
             nodes: how many there are.
         """
         return agree(store, self._standing(), node, nodes)
@@ -232,7 +232,7 @@ class NodeAgent:
         """
         node, store = rendezvous.node, rendezvous.connect_worker_store()
         self._faults.lost_at = plan.lost_at
-        # Nodes that stay continue to train among themselves until they meet the others.
+        # Nodes that stay continue to train among themselves until the others are ready.
         peers: Collection[int] = plan.stay if node in plan.stay else range(rendezvous.nodes)
         positions = Positions(store, node, peers, rendezvous.ranks, self._events.report)
         self._hangs.begin_round(positions)
@@ -252,7 +252,7 @@ class NodeAgent:
         self._guard.begin_round(rendezvous, plan)
 
     def keeps_training(self) -> bool:
-        """Whether the workers train on while the nodes rendezvous; tells them so."""
+        """Whether the workers continue to train while the nodes rendezvous; notifies them if so."""
         if not self._standing().trains:
             return False
         if self._current.departure.why():
@@ -305,7 +305,7 @@ class NodeAgent:
             if self._run.relaunches:
                 self._report_relaunch(rendezvous.world_size)
         finally:
-            # The loss has been reported: what comes next does not date from it.
+            # The loss has been reported: the next fault does not date back to it.
             self._faults.lost_at = 0.0
 
     def _report_relaunch(self, world_size: int) -> None:
@@ -365,7 +365,7 @@ class NodeAgent:
         return Found.OVER if rung is Rung.END else Found.NOTHING_NEW
 
     def _is_leaving_now(self, workers: WorkerGroup) -> bool:
-        """Heed requests and notices; returns whether this node leaves from now on.
+        """Handle requests and notices; returns whether this node is leaving.
 
         Raises:
             AskedToEnd: it is about to be taken away, and nothing can take its work: the run ends as on SIGTERM.
@@ -380,7 +380,7 @@ class NodeAgent:
             if plan.action is DrainAction.REFUSE:
                 raise AskedToEnd(signal.SIGTERM)
         if self._draining.leaving is not None:
-            # The others exchange heartbeats without this node from now on.
+            # From here on the others exchange heartbeats without this node.
             self._guard.leave()
         return self._draining.leaving is not None
 
@@ -393,7 +393,7 @@ class NodeAgent:
         return Found.REPLACED
 
     def poll_nodes(self) -> Found:
-        """Let workers that stay and workers that join meet; called after `poll` unless workers have failed."""
+        """Bring workers that stay and workers that join together; called after `poll` unless workers have failed."""
         workers = self.workers
         match self._current.reconfiguration.poll(workers):
             case JoinProgress.UNDER_WAY:
@@ -429,7 +429,7 @@ class NodeAgent:
         self._hangs.limit_s = self._in_place.hang_timeout_s
 
     def _kill_stuck(self, workers: WorkerGroup, *, has_recovered: bool) -> None:
-        """Kill workers that have failed and do not exit, that hang, or that keep the others from meeting."""
+        """Kill workers that have failed and do not exit, that hang, or that hold up a regroup."""
         self._late_exits.poll(workers)
         hang = self._hangs.poll(workers) or self._in_place.poll()
         loop_end = self._current.loop_end
@@ -437,7 +437,7 @@ class NodeAgent:
             self._hangs.kill(hang, workers)
             return
         late = self._hangs.poll_regroup(self._in_place.regroup_status(workers), workers)
-        # Ranks that were already killed are about to exit.
+        # These ranks were already killed and are about to exit.
         if late is not None and not any(workers.hang_reason(rank) for rank in late.ranks):
             self._hangs.kill(late, workers)
 
@@ -459,7 +459,7 @@ class NodeAgent:
         workers = self.workers
         self._in_place.end_round()
         if workers.running:
-            # No worker failed: nodes have joined or left. The state is in the arenas, so there is nothing to wait for.
+            # No worker failed: nodes joined or left. The state is in the arenas, so there is nothing to wait for.
             at = self._clock.wall()
             workers.stop(signal.SIGKILL, 0)
             self._faults.add(self._faults.of_change(self._current.rendezvous.world_size, at))
@@ -476,14 +476,14 @@ class NodeAgent:
         self._in_place.end_round()
         workers = self._workers
         if isinstance(cause, RendezvousError | DistError) and workers is not None:
-            # The other nodes will meet elsewhere, and the state is in the arenas.
+            # The other nodes use another endpoint, and the state is in the arenas.
             workers.stop(signal.SIGKILL, 0)
         if isinstance(cause, AskedToEnd) and cause.number == signal.SIGTERM and workers is not None:
             return workers.finish(self._settings.finish_grace_s)
         return END_GRACE_S if cause is None or isinstance(cause, DepartedError) else 0.0
 
     def end(self, grace_s: float) -> None:
-        """End what runs beside the workers; they have exited.
+        """Stop the processes that run beside the workers, which have exited.
 
         Args:
             grace_s: how long sidecars may take, in seconds.

@@ -1,23 +1,22 @@
 """The parts of a real agent: processes of a fork server, files in a folder, the kernel's reports.
 
-Apart from the agent, because the simulation of recovery assembles another one.
+Apart from the agent, because the recovery simulation assembles a different one.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from lightning_ckptless.membership.agent.agent import AgentParts
 from lightning_ckptless.membership.agent.clock import Clock
-from lightning_ckptless.membership.agent.draining import Draining, Seat
+from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.notices import Notices
-from lightning_ckptless.membership.agent.partition_guard import Membership, PartitionGuard
+from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.run_requests import RunRequests
@@ -28,13 +27,10 @@ from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.membership.rendezvous.node_membership import NodeMembership
 from lightning_ckptless.membership.requests import Requests
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.system.control_groups import OomKills
-
-
-class Place(Seat, Membership, Protocol):
-    """A node's place in the rendezvous, as the parts of its agent use it."""
 
 
 def assemble(
@@ -45,7 +41,7 @@ def assemble(
     logs: LogFiles,
     memory: HeldMemory,
     bound: Bound,
-    seat: Place,
+    membership: NodeMembership,
     notices: Notices,
     report: Report,
     clock: Clock,
@@ -57,11 +53,11 @@ def assemble(
         run: the run on this node.
         parent: fork server of the workers; stays open.
         folder: the agent's folder, in which workers leave their reports.
-        logs: where the workers' output goes.
+        logs: destination of the workers' output.
         memory: memory held for the workers; stays held.
         bound: how much silence between nodes is tolerated.
-        seat: this node's place in the rendezvous.
-        notices: notice that this node is about to be taken away.
+        membership: this node's membership of the rendezvous.
+        notices: notices that this node is about to be taken away.
         report: receives events.
         clock: this node's clock.
     """
@@ -70,7 +66,7 @@ def assemble(
         standbys=settings.standbys,
         preload_imports=settings.preload_imports,
         folder=folder,
-        outputs=settings.newcomer_outputs or folder,
+        outputs=settings.replacement_outputs or folder,
         report=report,
         clock=clock,
     )
@@ -78,7 +74,7 @@ def assemble(
     faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
     stragglers = StragglerWatch(folder, report, clock)
     draining = Draining(
-        settings.name, settings.least_nodes, settings.endpoints, seat, stragglers, in_place, report, clock
+        settings.name, settings.least_nodes, settings.endpoints, membership, stragglers, in_place, report, clock
     )
     rewinds = RewindRequests()
     reports, oom_kills = ReportsInFolder(folder), OomKills()
@@ -92,7 +88,7 @@ def assemble(
         draining=draining,
         faults=faults,
         recovery=Recovery(settings, run, in_place, draining, faults, reports, oom_kills.news, report, clock),
-        guard=PartitionGuard(settings.name, bound, seat, faults, report, clock),
+        guard=PartitionGuard(settings.name, bound, membership, faults, report, clock),
         hangs=HangWatch(folder, report, clock),
         late_exits=LateExits(folder, settings.exit_grace_s, clock),
         memory=memory,

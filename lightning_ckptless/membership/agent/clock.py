@@ -1,4 +1,4 @@
-"""The clock of a node, for the parts of its agent. Apart from them, because the simulation of recovery has its own."""
+"""The clock of a node, for the parts of its agent. Apart from them, because the recovery simulation has its own."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
-"""The departure of a node that is drained: the other nodes meet without it first, then its ranks are handed over.
+"""The departure of a drained node: the other nodes rendezvous without it first, then its ranks are handed over.
 
     the leaving node                         the nodes that stay
     announces it, leaves the rendezvous
-    its workers train on                     rendezvous, with nodes that join; their workers train on
-                                             all joining workers wait at the loop: they can meet
+    its workers keep training                rendezvous, with nodes that join; their workers keep training
+                                             all joining workers wait at the loop: ready to regroup
     asks its workers to hand over
         all ranks stop at the same committed step
     its workers exit with code 0
-    is finished, its agent exits             notify their workers, which meet without it
+    is finished, its agent exits             notify their workers, which regroup without it
 
-If rank 0 is on the leaving node, the workers of another node are started again for it. They cannot train on meanwhile,
-so the leaving node does not wait for the others to meet.
+If rank 0 is on the leaving node, the workers of another node are restarted to take it. They cannot keep training
+meanwhile, so the leaving node does not wait for the others.
 
 | Key | Written by | Content |
 |---|---|---|
 | `departure` | the leaving node | why it leaves |
 | `departure/ready` | a node that stays | |
-| `departure/beat` | the leaving node, again and again | a number that grows |
+| `departure/beat` | the leaving node, periodically | a number that grows |
 | `departure/finished` | the leaving node | |
 """
 
@@ -48,7 +48,7 @@ class DepartedError(Exception):
 
 
 class Departure:
-    """The departure of a node from one round of the rendezvous, as its own agent and those of the other nodes see it.
+    """The departure of a node from a rendezvous round, as seen by its own agent and those of the other nodes.
 
     Args:
         store: the agents' store for the round.
@@ -66,12 +66,12 @@ class Departure:
         self._has_noted_ready = False
 
     def announce(self, why: str) -> str:
-        """Announce that this node leaves; returns why another one does, if that was faster, else the given reason."""
+        """Announce that this node leaves; returns the given reason, or that of a node that announced it first."""
         said: bytes = self._store.compare_set(_WHY, "", why)
         return said.decode()
 
     def news(self) -> str:
-        """Return why a node leaves, as a sentence; empty if none does, or where it was not looked up again."""
+        """Return why a node leaves, as a sentence; empty if none does, or if it is too early to look again."""
         return self._text(_WHY) if self._is_due() else ""
 
     def why(self) -> str:
@@ -79,14 +79,14 @@ class Departure:
         return self._text(_WHY)
 
     def note_ready(self) -> None:
-        """Record that the workers of the other nodes can meet without those of the leaving one."""
+        """Record that the workers of the other nodes are ready to regroup without those of the leaving one."""
         if not self._has_noted_ready:
             self._has_noted_ready = True
             self._heard = 0, self._clock.monotonic()
             self._set(_READY)
 
     def others_are_ready(self) -> bool:
-        """Whether the other nodes can meet; also where their store is lost."""
+        """Whether the other nodes are ready to regroup; also true if their store is lost."""
         return self._is_due() and self._is_set(_READY)
 
     def beat(self) -> None:
@@ -102,7 +102,7 @@ class Departure:
         self._set(_FINISHED)
 
     def is_finished(self) -> bool:
-        """Whether the leaving node has handed over, or is silent; called after `meet`."""
+        """Whether the leaving node has handed over, or is silent; called after `note_ready`."""
         if self._is_set(_FINISHED):
             return True
         now = self._clock.monotonic()
@@ -152,7 +152,7 @@ class LeavingWorkers(Protocol):
 
     @property
     def running(self) -> int:
-        """How many workers have not been seen to exit."""
+        """Number of workers that have not been seen to exit."""
 
     def lost(self) -> Mapping[int, End | None]:
         """Workers that are lost, by local rank."""
@@ -168,13 +168,13 @@ class LeavingWorkers(Protocol):
 
 
 class Leaving:
-    """The last part of a node's life: it has left the rendezvous, and its workers train until they hand over.
+    """The last phase of a node: it has left the rendezvous, and its workers train until they hand over.
 
     Args:
         node: its name.
         reason: why it leaves.
         departure: departure from the round.
-        wait_s: longest wait for the other nodes to meet, in seconds; 0 to hand over at once.
+        wait_s: longest wait for the other nodes to be ready, in seconds; 0 to hand over at once.
         report: receives events.
         clock: this node's clock.
 
@@ -195,7 +195,7 @@ class Leaving:
         self._has_asked = False
 
     def poll(self, workers: LeavingWorkers) -> None:
-        """Hand over once the other nodes can meet.
+        """Hand over once the other nodes are ready.
 
         Args:
             workers: this node's workers.
@@ -214,7 +214,7 @@ class Leaving:
             how = f"its ranks were handed over after step {max(steps)}" if steps else "its workers have ended"
             self._end(how, max(steps, default=None), codes)
         if workers.all_at_end:
-            # The run ends first. The workers of the other nodes do not wait for these.
+            # The run ends before the departure. The workers of the other nodes do not wait for these.
             workers.allow_leave()
         elif workers.all_train and not self._has_asked and self._is_time():
             self._has_asked = True

@@ -3,9 +3,9 @@
     request -> standby wanted -> standby ready: `HandOver` to the rank -> all ranks stop -> it exits -> replaced
 
 A rank is drained on request, or as a straggler; a node on request, on a notice, or when it fails its health check. A
-fault on the way is recovered from as always. If it took the standby, or
-another regrouping has begun, the rank is asked again once a standby is ready. If it took the rank itself, nothing is
-left to drain. How a node leaves is described in `departure.py`.
+fault in between is recovered from as usual. If it takes the standby, or if another regrouping begins, the rank is asked
+again once a standby is ready. If it takes the rank itself, there is nothing left to drain. How a node leaves is
+described in `departure.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, Worker
 from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
 from lightning_ckptless.membership.drain_events import Drained, DrainGivenUp, DrainPlanned
 from lightning_ckptless.membership.events import Report
+from lightning_ckptless.membership.rendezvous.node_membership import NodeMembership
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.membership.requests import DrainRequest, TakenRequest
 from lightning_ckptless.protocol.draining import (
@@ -32,7 +33,7 @@ from lightning_ckptless.protocol.draining import (
 from lightning_ckptless.protocol.messages import HandOver
 
 _MEET_S = 600.0
-"""Longest wait of a leaving node for the others: a node that takes its place may run its script for long."""
+"""Longest wait of a leaving node for the others: the script of a node that takes its place may take long."""
 ON_REQUEST = "requested with `ckptless drain`"
 
 
@@ -47,21 +48,9 @@ class DrainableWorkers(WorkerControl, Protocol):
         """Process ids by local rank."""
 
 
-class Seat(Protocol):
-    """This node's place in the rendezvous; see `handlers.py`."""
-
-    hosts: bool
-
-    def leave(self) -> None:
-        """Leave the round, so that the other nodes can complete the next one without this node."""
-
-    def spare_nodes(self) -> int:
-        """How many nodes wait for a place."""
-
-
 @dataclass(slots=True)
 class _Drain:
-    """One rank that is being drained.
+    """A rank that is being drained.
 
     Args:
         rank: the rank.
@@ -85,7 +74,7 @@ class Draining:
         node: its name.
         least_nodes: how many nodes the run needs.
         endpoints: how many rendezvous endpoints it has.
-        seat: this node's place in the rendezvous.
+        membership: this node's membership of the rendezvous.
         stragglers: finds stragglers among the workers.
         in_place: the recoveries in place of this node.
         report: receives events.
@@ -100,7 +89,7 @@ class Draining:
         node: str,
         least_nodes: int,
         endpoints: int,
-        seat: Seat,
+        membership: NodeMembership,
         stragglers: StragglerWatch,
         in_place: InPlaceRecovery,
         report: Report,
@@ -110,7 +99,7 @@ class Draining:
         self._node = node
         self._least_nodes = least_nodes
         self._endpoints = endpoints
-        self._seat = seat
+        self._membership = membership
         self._stragglers = stragglers
         self._in_place = in_place
         self._report = report
@@ -143,10 +132,10 @@ class Draining:
                 drain.asked_in = self._in_place.number
                 workers.send_to(local_rank, HandOver(drain.reason))
 
-    # ------------------------------------------------------------------ why
+    # ------------------------------------------------------------------ causes
 
     def concerns(self, request: DrainRequest, rendezvous: Round) -> bool:
-        """Whether this agent answers a request now. Exactly one refuses a rank or a node that does not exist."""
+        """Whether this agent answers a request now. Exactly one agent refuses a rank or node that does not exist."""
         if not self._in_place.trains and rendezvous.world_size > 1:
             return False
         is_first = rendezvous.node == 0
@@ -167,7 +156,7 @@ class Draining:
 
         Args:
             taken: the request, which is answered.
-            asked: what it asks for.
+            asked: the request.
             rendezvous: the round.
             departure: a node's departure from the round.
             workers: this node's workers.
@@ -208,7 +197,7 @@ class Draining:
         workers: DrainableWorkers,
         taken: TakenRequest | None = None,
     ) -> DrainPlan:
-        """Drain a rank of this node, if that is possible.
+        """Drain a rank of this node if possible.
 
         Args:
             rank: the rank.
@@ -238,7 +227,7 @@ class Draining:
 
         Args:
             local_rank: the rank.
-            done: how.
+            done: what was done.
         """
         self._report(done)
         drain = self._drains.pop(local_rank, None)
@@ -264,10 +253,10 @@ class Draining:
         wait_s: float = _MEET_S,
         taken: TakenRequest | None = None,
     ) -> DrainPlan:
-        """Let this node leave, if that is possible: from then on, `leaving` has to be polled.
+        """Let this node leave if possible; `leaving` must be polled from then on.
 
         Args:
-            node: number of the node; another one than this one does not exist.
+            node: number of the node; any number but this node's is refused.
             reason: why.
             rendezvous: the round.
             departure: a node's departure from the round.
@@ -279,9 +268,9 @@ class Draining:
                 node=node,
                 nodes=rendezvous.nodes,
                 least_nodes=self._least_nodes,
-                spare_nodes=self._seat.spare_nodes(),
+                spare_nodes=self._membership.spare_nodes(),
                 leaving=departure.why(),
-                hosts=self._seat.hosts,
+                hosts=self._membership.hosts,
                 endpoints=self._endpoints,
                 sole_shards=self._in_place.sole_shards,
                 obstacle=self._in_place.obstacle_to_world_change,
@@ -289,14 +278,14 @@ class Draining:
         )
         if plan.action is not DrainAction.REFUSE and (other := departure.announce(plan.reason)) != plan.reason:
             plan = DrainPlan(DrainAction.REFUSE, f"node {node} is not drained: another node is being drained ({other})")
-        # A check that fails again and again is refused for the same reason each time.
+        # A check that fails repeatedly is refused for the same reason each time.
         if (said := f"{plan.reason} ({reason})") != self._refused or taken is not None:
             self._report(DrainPlanned(self._node, reason, plan.reason, str(plan.action)))
         self._refused = said
         if plan.action is not DrainAction.REFUSE:
-            self._seat.leave()
+            self._membership.leave()
             self._node_request = taken
-            # The workers of another node are started again as rank 0, so they cannot train on meanwhile.
+            # The workers of another node are restarted to take rank 0, so they cannot keep training meanwhile.
             wait_s = wait_s if rendezvous.node else 0.0
             self.leaving = Leaving(self._node, reason, departure, wait_s, self._report, self._clock)
         return plan

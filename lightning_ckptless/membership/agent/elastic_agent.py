@@ -1,7 +1,7 @@
 """The adapter between torch elastic's agent and ours.
 
-torch elastic provides the rendezvous, the assignment of ranks to nodes and the loop that polls the workers; its methods
-are overridden by calls of `NodeAgent`, which makes all decisions.
+torch elastic provides the rendezvous, the assignment of ranks to nodes and the loop that polls the workers. Its methods
+are overridden with calls to `NodeAgent`, which makes all decisions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CkptlessAgent(LocalElasticAgent):
         super().__init__(spec, logs)
         self._agent = agent
         self._stop_grace_s = stop_grace_s
-        self._plan = MovePlan((), (), (), 0, "the nodes have not met yet")
+        self._plan = MovePlan((), (), (), 0, "the nodes have not completed a rendezvous yet")
 
     # ---------------------------------------------------------------- rendezvous
 
@@ -50,7 +50,7 @@ class CkptlessAgent(LocalElasticAgent):
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: api.WorkerSpec
     ) -> list[api.Worker]:
-        """Called when the nodes have met, in the order of their addresses, which is not the order of ranks."""
+        """Called when the nodes have joined a round, ordered by address, which is not the order of ranks."""
         self._plan = self._agent.agree(store, group_rank, group_world_size)
         node = self._plan.node_ranks[group_rank]
         workers: list[api.Worker] = super()._assign_worker_ranks(store, node, group_world_size, spec)

@@ -1,4 +1,4 @@
-"""The faults that one agent has seen: the report of each, and which of them no committed step has followed yet."""
+"""The faults that one agent has seen: the report of each, and which ones no committed step has followed yet."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class FaultLog:
         Args:
             rank: its rank.
             pid: its process id.
-            end: how it has exited; None if unknown.
-            detected_at: wall clock at which it was noticed.
+            end: how it exited; None if unknown.
+            detected_at: wall-clock time of its detection.
             world_size: number of ranks.
             hung: why it was killed as hung; empty if it was not.
             out_of_memory: what the kernel has killed for lack of memory, in words; empty for nothing.
@@ -87,7 +87,7 @@ class FaultLog:
         )
 
     def of_change(self, world_size: int, detected_at: float | None = None, *, drained: str = "") -> FaultReport:
-        """Return the report of a change of the nodes, for which no worker of this node is the cause.
+        """Return the report of a change of the nodes that no worker of this node has caused.
 
         Args:
             world_size: number of ranks before it.

@@ -31,14 +31,14 @@ from lightning_ckptless.system.procfs import stat_fields, used_s
 _POLL_EVERY_S = 0.25
 _EXCHANGE_EVERY_S = 1.0
 _ANSWERS = 4
-"""How many answers in a row must agree."""
+"""Number of consecutive answers that must agree."""
 _STACKS_WAIT_S = 0.5
 _STACKS_POLL_S = 0.02
 _MOST_STACKS = 8000
 
 
 class _Answers:
-    """What ranks have answered to `QueryBlocked`: whether they wait for other ranks."""
+    """The answers of ranks to `QueryBlocked`: whether they wait for other ranks."""
 
     def __init__(self) -> None:
         self._asked = 0
@@ -57,7 +57,7 @@ class _Answers:
             self._given.setdefault(rank, deque(maxlen=_ANSWERS)).append(waits)
 
     def waits(self, rank: int) -> bool | None:
-        """Whether a rank waits for others, by its last answers. A rank that cannot even answer does not."""
+        """Whether a rank waits for others, by its last answers. A rank that cannot answer does not."""
         answers = self._given.get(rank, deque())
         if len(answers) < _ANSWERS:
             return False if not answers and self._asked > 2 * _ANSWERS else None
@@ -79,7 +79,7 @@ class HangWatch:
 
     Attributes:
         limit_s: silence in seconds after which ranks count as hung; None to learn it, 0 to disable.
-        elsewhere: where the ranks of the other nodes stand, by rank, while no rank of any node makes progress.
+        elsewhere: positions of the ranks of the other nodes, by rank, while no rank of any node makes progress.
     """
 
     def __init__(self, folder: Path, report: Report, clock: Clock) -> None:
@@ -105,7 +105,7 @@ class HangWatch:
         self._positions, self.elsewhere = positions, {}
 
     def poll(self, workers: WorkerGroup) -> Hang | None:
-        """Check for hangs, if it is time to; returns the ranks that hang."""
+        """Check for hangs if a check is due; returns the ranks that hang."""
         now = self._clock.monotonic()
         if now - self._looked_at < _POLL_EVERY_S:
             return None
@@ -128,7 +128,7 @@ class HangWatch:
             self._positions.withdraw()
 
     def _look_everywhere(self, silent: dict[int, RankProgress], now: float) -> Hang | None:
-        """Find hung ranks of this node where its progress alone shows none; that of the other nodes may."""
+        """Find hung ranks of this node that only the progress of the other nodes reveals."""
         positions = self._positions
         if positions is None or not positions.is_shared:
             return find_hang(silent, now=now, override_s=self.limit_s)
@@ -154,7 +154,7 @@ class HangWatch:
         return {rank: replace(rank_progress, waits=self._in_step.waits(rank)) for rank, rank_progress in found.items()}
 
     def poll_regroup(self, status: RegroupStatus, workers: WorkerGroup) -> Hang | None:
-        """Find ranks that keep the others from meeting after a fault; asks them what they do once they are late."""
+        """Find ranks that hold up a regroup; once they are late, they are asked what they do."""
         now = self._clock.monotonic()
         stopped = self._note_stopped(workers if status.is_under_way else None, now)
         if not status.is_late(now, self.limit_s):
@@ -168,7 +168,7 @@ class HangWatch:
         """Return since when each rank has been seen stopped by a signal.
 
         Args:
-            workers: this node's workers; None if no meeting is under way.
+            workers: this node's workers; None if no regroup is under way.
             now: time on the clock of the progress.
         """
         fields = {} if workers is None else {rank: stat_fields(pid) for rank, pid in workers.pids().items()}
@@ -186,14 +186,14 @@ class HangWatch:
         }
 
     def receive(self, received: Sequence[FromWorker]) -> None:
-        """Take note of what workers have answered."""
+        """Process the answers of workers."""
         for rank, message, _ in received:
             if isinstance(message, Blocked):
                 for answers in (self._in_step, self._in_regroup):
                     answers.receive(rank, waits=message.waits)
 
     def kill(self, hang: Hang, workers: WorkerGroup) -> None:
-        """Record the stacks of hung workers, and kill them: their exits are detected as any other."""
+        """Record the stacks of hung workers and kill them; their exits are detected like any other."""
         stacks = {rank: self._stacks(rank, workers) for rank in hang.ranks}
         self._report(HangFound(list(hang.ranks), hang.reason, stacks))
         workers.kill_hung(hang.ranks, hang.reason, since=self._clock.wall() - hang.silent_s)
@@ -225,7 +225,7 @@ class LateExits:
         self._since: dict[int, float] = {}
 
     def poll(self, workers: WorkerGroup) -> None:
-        """Kill workers whose time is up.
+        """Kill workers whose grace period is over.
 
         Args:
             workers: this node's workers.

@@ -20,7 +20,7 @@ from lightning_ckptless.protocol.messages import HoldMemory, MemoryHeld
 from lightning_ckptless.system.memory_files import is_memory_file, make_memory_file
 
 _ANSWER_WITHIN_S = 120.0
-"""An agent that takes longer to answer is stopped or stuck."""
+"""An agent that takes longer to answer is suspended or stuck."""
 _RELEASE_EVERY_S = 1.0
 
 
@@ -40,10 +40,10 @@ class HeldMemory:
         self._released_at = time.monotonic()
 
     def maintain(self, received: Sequence[FromWorker]) -> None:
-        """Make the files that workers ask for, and release those whose links have been removed.
+        """Create the files that workers request, and release those whose links have been removed.
 
         Args:
-            received: what workers have sent.
+            received: messages from workers.
         """
         for _, message, files in received:
             if isinstance(message, HoldMemory):
@@ -84,7 +84,7 @@ class HeldMemory:
 
 
 def request_memory(channel: AgentChannel, paths: Sequence[Path], reason: str) -> None:
-    """Have the agent make files of anonymous memory, and wait until they exist.
+    """Have the agent create files of anonymous memory, and wait until they exist.
 
     Args:
         channel: to the agent.

@@ -1,4 +1,4 @@
-"""Recoveries in place on one node: what its workers have reported, which ranks are replaced, and who is notified."""
+"""Recoveries in place on one node: what its workers report, which ranks are replaced, and who is notified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.channel.program_failure import without_numbers
 from lightning_ckptless.membership.events import (
-    NewcomerFailed,
+    ReplacementFailed,
     Report,
     StandbysChanged,
     StandbysRefused,
@@ -44,7 +44,7 @@ _LINES_SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class RequestedOptions:
-    """What the user has requested, on the command line or through the strategy of the workers.
+    """The user's settings, from the command line or from the strategy of the workers.
 
     Args:
         in_place: whether survivors may recover in place.
@@ -53,7 +53,7 @@ class RequestedOptions:
         hang_timeout_s: silence in seconds after which lagging ranks are killed; None to learn it, 0 to disable.
         limits: how often the run may recover.
         fixed_world: why the workers cannot train with another world size; empty if they can.
-        stragglers: what is done about stragglers.
+        stragglers: how stragglers are handled.
     """
 
     in_place: bool = True
@@ -70,14 +70,14 @@ class WorkerControl(Protocol):
 
     @property
     def running_ranks(self) -> tuple[int, ...]:
-        """Local ranks whose processes run."""
+        """Local ranks whose processes are running."""
 
     @property
     def inside(self) -> Collection[int]:
-        """Local ranks that are in the training loop, or on their way back into it."""
+        """Local ranks that are in the training loop, or on their way back to it."""
 
     def send_to(self, rank: int, message: Message) -> None:
-        """Send a message to one local rank that runs."""
+        """Send a message to one running local rank."""
 
     def replace(self, rank: int, env: Mapping[str, str]) -> None:
         """Start a new worker in the place of a lost one."""
@@ -108,17 +108,17 @@ class _Progress:
 
     Args:
         began_at: when the round began.
-        tries: recoveries in place since the last committed step in which the ranks have met. A meeting that another
-            fault has interrupted is not counted: it says nothing about what would have followed.
+        tries: completed regroups since the last committed step. One that was interrupted by another fault is not
+        counted, since its outcome is unknown.
         trains: whether a step was committed.
         obstacle: why a worker cannot recover in place; None if none has reported that.
         completed: number of the last completed regrouping.
         waiting_at_loop: ranks that have reached the training loop and wait there for the other ranks.
-        notified_at: when ranks were notified that have yet to release their process groups.
+        notified_at: when ranks that have yet to release their process groups were notified.
         coming: since when new processes are on their way to `fit`.
-        joining: first processes of a node that were notified before they had reached `fit`. They have no limit there,
-            as where all ranks start together.
-        ready: since when ranks wait for the others to meet.
+        joining: first processes of a node that were notified before they reached `fit`. There is no limit for them, as
+        if all ranks started together.
+        ready: since when ranks have been waiting for the others.
         created: how many process groups ranks have created in the last regrouping, and since when.
         regrouped: ranks that have completed the last regrouping.
         held: why ranks cannot release their process groups, as they report.
@@ -157,7 +157,7 @@ class InPlaceRecovery:
 
     Attributes:
         number: number of the last regrouping that the workers were notified of.
-        wanted_for_drains: standbys that are needed for ranks to be drained, in addition to those requested.
+        wanted_for_drains: standbys needed to drain ranks, in addition to those requested.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class InPlaceRecovery:
 
     @property
     def tries(self) -> int:
-        """Recoveries in place since the last committed step, counting those in which the ranks have met."""
+        """Recoveries in place since the last committed step, counting those whose ranks have regrouped."""
         return self._progress.tries
 
     @property
@@ -247,7 +247,7 @@ class InPlaceRecovery:
 
     @property
     def obstacle_to_world_change(self) -> str:
-        """Why this node's workers cannot train with another world size, in a worker's words; empty if they can."""
+        """Why this node's workers cannot train with another world size, as one of them reported; empty if they can."""
         if not self.is_wanted:
             return "recovery in place is switched off"
         return self.obstacle or ("" if self._requested is None else self._requested.fixed_world)
@@ -259,7 +259,7 @@ class InPlaceRecovery:
 
     @property
     def stragglers(self) -> StragglerOptions:
-        """What is done about stragglers."""
+        """How stragglers are handled."""
         return StragglerOptions() if self._requested is None else self._requested.stragglers
 
     @property
@@ -273,7 +273,7 @@ class InPlaceRecovery:
         return RecoveryLimits() if self._requested is None else self._requested.limits
 
     def disable(self, reason: str) -> None:
-        """Recover in place no more for the rest of the agent's life."""
+        """Disable recovery in place for the rest of the agent's life."""
         self._lasting = self._lasting or reason
 
     @property
@@ -283,7 +283,7 @@ class InPlaceRecovery:
         return self._lasting or self._progress.obstacle or unknown
 
     def receive(self, received: Sequence[FromWorker]) -> None:
-        """Take note of what workers have sent."""
+        """Process messages from workers."""
         progress = self._progress
         for rank, message, _ in received:
             match message:
@@ -312,7 +312,7 @@ class InPlaceRecovery:
         progress, starts_together = self._progress, self._round is not None and self._round.env_of is None
         if progress.coming.pop(rank, None) is not None or rank in progress.joining:
             progress.joining.discard(rank)
-            # Its next message is the one that survivors send, too: it is watched as they are until then.
+            # Its next message is one that survivors also send. Until then it is watched like a survivor.
             progress.notified_at[rank] = self._clock.monotonic()
         elif starts_together and not progress.trains:
             self._startup_s = max(self._startup_s, self._clock.monotonic() - progress.began_at)
@@ -339,7 +339,7 @@ class InPlaceRecovery:
         self._report(StuckCollectiveReported(rank, believed, message))
 
     def regroup_status(self, workers: WorkerControl) -> RegroupStatus:
-        """Return how far this node's workers have met the other ranks."""
+        """Return how far this node's workers have regrouped with the other ranks."""
         running, progress = workers.running_ranks, self._progress
         return RegroupStatus(
             coming={rank: at for rank, at in progress.coming.items() if rank in running},
@@ -365,7 +365,7 @@ class InPlaceRecovery:
         self._lasting = message.obstacle or self._lasting
 
     def poll(self) -> Hang | None:
-        """Find survivors that do not release their process groups; one at a time where they report it themselves."""
+        """Find survivors that do not release their process groups; one at a time if they report it themselves."""
         progress = self._progress
         found = find_unreleased(
             progress.notified_at, now=self._clock.monotonic(), override_s=self.hang_timeout_s, held=progress.held
@@ -376,7 +376,7 @@ class InPlaceRecovery:
 
     @property
     def ready_standbys(self) -> int:
-        """How many standbys wait for a rank."""
+        """Number of standbys that wait for a rank."""
         return 0 if self._standbys is None else self._standbys.ready
 
     @property
@@ -405,7 +405,7 @@ class InPlaceRecovery:
         try:
             has_changed = self._standbys.maintain()
         except ForkServerLostError:
-            # All workers have died with it, which is detected next.
+            # All workers died with it, which is detected next.
             return
         except ForkError as error:
             self._report(StandbysRefused(error))
@@ -418,14 +418,14 @@ class InPlaceRecovery:
     # ------------------------------------------------------------------ recovering
 
     def show_output_of(self, rank: int) -> None:
-        """Show the output of a lost local rank that was a new process and had not joined the other ranks yet."""
+        """Show the output of a lost local rank that was a new process and had not yet joined the other ranks."""
         path = self._output_of.pop(rank, None)
         if path is None or not path.exists():
             return
         lines = path.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]
         outline = without_numbers("\n".join(lines))
         self._shown[outline] = count = self._shown.get(outline, 0) + 1
-        self._report(NewcomerFailed(path, lines, count))
+        self._report(ReplacementFailed(path, lines, count))
 
     def open(self, fault: FaultReport) -> Regrouping:
         """Open a regrouping for a fault of this node."""
@@ -433,7 +433,7 @@ class InPlaceRecovery:
         return self._round.regroupings.open(fault)
 
     def regroup(self, workers: WorkerControl, number: int, fault: FaultReport) -> None:
-        """Notify this node's workers of another world, unless a later fault has: all ranks meet under its number."""
+        """Notify this node's workers of a world change, unless a later fault has superseded it."""
         if number > self.number:
             self._notify(workers, Regrouping(number, fault), leave=frozenset())
 
@@ -456,7 +456,7 @@ class InPlaceRecovery:
         progress.regrouped.clear()
         progress.created.clear()
         now = self._clock.monotonic()
-        # Ranks on their way to `fit` have nothing to release, and may take their time.
+        # Ranks on their way to `fit` have nothing to release, and no limit applies to them.
         progress.coming |= dict.fromkeys(leave, now)
         progress.joining = {rank for rank in notified if rank not in workers.inside}
         holding = (rank for rank in notified if rank not in progress.coming and rank not in progress.joining)
@@ -474,7 +474,7 @@ class InPlaceRecovery:
         Args:
             workers: this node's workers.
             lost: local ranks.
-            regrouping: regrouping in which all ranks meet.
+            regrouping: regrouping that all ranks join.
             env_of: environment variables that make a process a local rank.
 
         Returns:
@@ -500,7 +500,7 @@ class InPlaceRecovery:
 
 
 def joining(regrouping: Regrouping) -> dict[str, str]:
-    """Return the environment variables that tell a new process to meet survivors."""
+    """Return the environment variables that make a new process join the survivors."""
     return {
         environment.REGROUPING: str(regrouping.number),
         environment.FAULT_REPORT: regrouping.fault.to_json(),

@@ -18,11 +18,11 @@ from lightning_ckptless.membership.launch.config import LaunchConfig
 
 
 class LogFiles(DefaultLogsSpecs):
-    """Where the output of each worker goes, as torch elastic expects it.
+    """The log files of the workers, in the form that torch elastic expects.
 
     Args:
         folder: folder of all log files.
-        is_named: whether the user has named it.
+        is_named: whether the user named it.
         config: which streams go to files.
 
     Raises:
@@ -53,7 +53,7 @@ class LogFiles(DefaultLogsSpecs):
             raise LaunchError(self._cannot(error)) from error
 
     def why_full(self) -> str:
-        """Explain why no more output can be written; empty if it can, or where none goes to files."""
+        """Explain why no more output can be written; empty if it can, or if none goes to files."""
         if not self._is_written_to:
             return ""
         disk = os.statvfs(self._folder)
@@ -72,6 +72,6 @@ class LogFiles(DefaultLogsSpecs):
 
 @contextmanager
 def log_files(config: LaunchConfig) -> Iterator[LogFiles]:
-    """Yield the log files of a run. torch elastic requires a folder even where there are none."""
+    """Yield the log files of a run. torch elastic requires a folder even if there are none."""
     with ScratchFolder("logs") as scratch:
         yield LogFiles(config.log_dir or scratch.path, config, is_named=config.log_dir is not None)

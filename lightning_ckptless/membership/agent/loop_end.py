@@ -1,8 +1,8 @@
 """The end of the training loop: the workers of all nodes leave it together, or all fail with one error.
 
-A worker that has made its last step asks its agent whether it may leave. It may when every rank on every node has
-ended. If one rank has ended and another one has begun a further step, that rank would wait forever. The agent that
-finds this first publishes the reason, and all agents have their workers raise it.
+A worker that has completed its last step asks its agent whether it may leave. It may once every rank on every node has
+completed its last step. If one rank has, and another one has begun a further step, the latter would wait forever.
+The agent that finds this first publishes the reason, and all agents have their workers raise it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lightning_ckptless.protocol.messages import TrainingFailed
 from lightning_ckptless.protocol.uneven_steps import AtEnd, find_uneven, out_of_data
 
 _RAISE_S = 30.0
-"""For workers to raise the reason why training cannot continue, once it has been sent to them."""
+"""Time for workers to raise the reason why training cannot continue, once they have received it."""
 _KNOW_S = 5.0
-"""For the other nodes to read the reason, before this node's workers raise it and its store may disappear."""
+"""Time for the other nodes to read the reason, before this node's workers raise it and its store may disappear."""
 _SILENT_S = 1.0
-"""Without progress on this node, after which it checks whether another node has ended."""
+"""Time without progress on this node after which it checks whether another node has completed its last step."""
 _SHORTEST_PAUSE_S = 0.005
 _PAUSE_SHARE = 0.25
 """Pause between two checks of the other nodes, as a share of the time waited for them so far."""
@@ -51,7 +51,7 @@ class LoopEnd:
         """How long the agent may wait for its workers before it checks the other nodes again, in seconds.
 
         Args:
-            longest_s: pause where there is nothing to check.
+            longest_s: pause if there is nothing to check.
         """
         if self._waiting_since is None:
             return longest_s
@@ -66,12 +66,12 @@ class LoopEnd:
         return self._sent_at is None or self._clock.monotonic() - self._sent_at < _RAISE_S
 
     def maintain(self, workers: WorkerGroup, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
-        """Let workers that have made their last step leave together, or fail those that never can.
+        """Let workers that have completed their last step leave together, or fail those that never can.
 
         Args:
             workers: this node's workers.
             number: number of the last regrouping that they were notified of.
-            may_end: whether they may leave once all ranks have ended.
+            may_end: whether they may leave once all ranks have completed their last step.
             has_recovered: whether the run has recovered from a fault.
         """
         if workers.all_at_end and not self._reason:
@@ -87,7 +87,7 @@ class LoopEnd:
         self._send(workers)
 
     def explains_hang(self, workers: WorkerGroup, *, has_recovered: bool) -> bool:
-        """Whether workers make no progress because one rank has run out of data and another has not.
+        """Whether workers make no progress because one rank ran out of data and another did not.
 
         Args:
             workers: this node's workers, of which some are considered hung.
@@ -133,7 +133,7 @@ class LoopEnd:
             self._sent_at = self._clock.monotonic()
 
     def _is_silent(self, workers: WorkerGroup) -> bool:
-        """Whether it is time to check other nodes: all workers are in the loop, and none makes progress."""
+        """Whether to check the other nodes: all workers are in the loop, and none makes progress."""
         now = self._clock.monotonic()
         if now - self._looked_at < _SILENT_S:
             return False

@@ -2,8 +2,8 @@
 
 There are three threads. One exchanges heartbeats with the store and may wait for an answer forever, because a
 connection that drops packets reports no error. One waits until the connection to the agent of a watched node is closed,
-and then lets heartbeats be exchanged more often. One watches the clock. When it finds this node partitioned, it shuts
-down the agent's connections to the stores, so that whatever the agent's main thread waits for there fails at once.
+and then lets heartbeats be exchanged more often. One watches the clock. When it finds that this node is partitioned, it
+shuts down the agent's connections to the stores, so that any wait of the agent's main thread there fails at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CLOSE_S = 5.0
 _CUT_EVERY_S = 0.05
 _GOODBYE = -(2**62)
 _HURRIED_S = 0.1
-"""Between two heartbeats while a connection was closed and what that means is not known yet."""
+"""Pause between two heartbeats after a connection was closed, until it is known why."""
 
 
 class Heartbeat:
@@ -71,14 +71,14 @@ class Heartbeat:
         return self._finding
 
     def begin_round(self, store: Any, *, node: int, nodes: int, place: Address, worker_store: Address) -> None:
-        """Exchange heartbeats among the nodes that have met.
+        """Exchange heartbeats among the nodes of a round.
 
         Args:
             store: store of the round; a separate connection to it is opened.
             node: number of this node in the round.
             nodes: how many there are.
             place: address of the rendezvous.
-            worker_store: address of the store in which the workers of the round meet.
+            worker_store: address of the store of the round's workers.
         """
         self.rest()
         beats = _Round(
@@ -102,7 +102,7 @@ class Heartbeat:
             before.end()
 
     def leave(self) -> None:
-        """Record that this node has done its part: from now on it may be silent."""
+        """Record that this node has done its part and may be silent from now on."""
         with self._lock:
             beats = self._round
         self.rest()
@@ -192,16 +192,16 @@ class _Round:
         self._thread.join(_CLOSE_S)
 
     def say_goodbye(self) -> None:
-        """Announce that this node leaves, so that no node misses it; called after `end`."""
+        """Announce that this node leaves, so that it does not count as lost; called after `end`."""
         # If the store does not answer, no node can be notified.
         with suppress(DistError, RuntimeError):
             self._store.add(_key(self._node), _GOODBYE)
 
     def judge(self) -> Finding:
-        """Return the finding on what was seen so far."""
+        """Return the finding from what was seen so far."""
         with self._lock:
             now, liveness = self._clock(), self._progress
-            # A process that was stopped has seen nothing of what happened meanwhile.
+            # A process that was suspended saw nothing of what happened meanwhile.
             was_stopped = now - liveness.looked_at > self._bound.partitioned_s / 2
             self._progress = self._new_liveness() if was_stopped else replace(liveness, looked_at=now)
         return judge(liveness, self._bound, now=now, endpoint=self._place)
@@ -262,7 +262,7 @@ class _Round:
             return [node for node, heard in self._progress.heard.items() if heard.seems_dead]
 
     def _note(self, counts: dict[int, int], pauses_s: dict[int, float]) -> None:
-        """Take note of an answer of the store."""
+        """Process an answer of the store."""
         now = self._clock()
         with self._lock:
             heard = dict(self._progress.heard)

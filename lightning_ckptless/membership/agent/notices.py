@@ -1,6 +1,6 @@
-"""Notices that this node is about to be taken away: SIGTERM, or a function of the user that is called again and again.
+"""Notices that this node is about to be taken away: SIGTERM, or a function of the user that is called periodically.
 
-The function runs in a thread of its own, so that one that hangs delays nothing. What it raises is reported once.
+The function runs in its own thread, so that a hang delays nothing. An exception that it raises is reported once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_ckptless.membership.events import Report
 
 CALL_EVERY_S = 5.0
 _SLOW_S = 30.0
-"""After this time, a call that has not returned is reported."""
+"""A call that has not returned after this time is reported."""
 _CLOSE_S = 1.0
 ON_SIGTERM = "the agent received SIGTERM"
 
@@ -25,7 +25,7 @@ Hook = Callable[[], object]
 
 
 class SigtermNotice:
-    """Whether the agent was asked by SIGTERM to drain its node. A signal handler sets it."""
+    """Whether SIGTERM asked the agent to drain its node. Set by a signal handler."""
 
     def __init__(self) -> None:
         self.is_given = False
@@ -39,7 +39,7 @@ class Notices:
     """The notices of one agent. Each is taken once.
 
     Args:
-        sigterm: is set by the signal handler.
+        sigterm: set by the signal handler.
         name: name of the user's function; empty for none.
         hook: the function: returns false, or what is about to happen; None for none.
         report: receives events.
@@ -71,7 +71,7 @@ class Notices:
         self._thread: threading.Thread | None = None
 
     def take(self) -> str:
-        """Return why this node is about to be taken away; empty if no notice was given since the last call."""
+        """Return why this node is about to be taken away; empty if there was no notice since the last call."""
         if self._hook is not None and self._thread is None:
             self._thread = threading.Thread(target=self._ask, args=(self._hook,), name="ckptless-notice", daemon=True)
             self._thread.start()
@@ -104,7 +104,7 @@ class Notices:
                 return
 
     def close(self) -> None:
-        """Call the function no more. A call that hangs ends with this process."""
+        """Stop calling the function. A call that hangs ends with this process."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_S)

@@ -1,13 +1,12 @@
-"""Detection of a network partition: of this node, or of another one.
+"""Detection of network partitions, of this node or of another one.
 
 If this node is partitioned, its workers are killed and the agent ends: the other nodes may continue without it. If
-another node falls silent, the remaining nodes rendezvous again, with as many as the user allows.
+another node falls silent, the remaining nodes rendezvous again, if they are as many as the user requires.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
@@ -16,20 +15,10 @@ from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.events import NodeLost, NodePartitioned, Report
+from lightning_ckptless.membership.rendezvous.node_membership import NodeMembership
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.node_liveness import Bound, NodesLost, Partitioned
 from lightning_ckptless.protocol.reconfiguration import MovePlan
-
-
-class Membership(Protocol):
-    """This node's place in the rendezvous; see `handlers.py`."""
-
-    @property
-    def address(self) -> str:
-        """Host name or address under which other nodes reach this one."""
-
-    def expel(self, places: Collection[int]) -> None:
-        """Remove nodes that are lost from the round, by their places in the order in which the nodes have met."""
 
 
 class PartitionGuard:
@@ -38,14 +27,14 @@ class PartitionGuard:
     Args:
         node: its name.
         bound: how much silence is tolerated.
-        membership: this node's place in the rendezvous.
+        membership: this node's membership of the rendezvous.
         faults: this node's faults.
         report: receives events.
         clock: this node's clock.
     """
 
     def __init__(
-        self, node: str, bound: Bound, membership: Membership, faults: FaultLog, report: Report, clock: Clock
+        self, node: str, bound: Bound, membership: NodeMembership, faults: FaultLog, report: Report, clock: Clock
     ) -> None:
         self._node = node
         self._membership = membership
@@ -62,7 +51,7 @@ class PartitionGuard:
         return found.reason if isinstance(found, Partitioned) else ""
 
     def begin_round(self, rendezvous: Round, plan: MovePlan) -> None:
-        """Exchange heartbeats with the nodes that have met.
+        """Exchange heartbeats with the nodes of a round.
 
         Args:
             rendezvous: the round.
@@ -71,7 +60,7 @@ class PartitionGuard:
         self._node_ranks = plan.node_ranks
         store = rendezvous.store.underlying_store
         if rendezvous.nodes < 2 or not isinstance(store, TCPStore):
-            # There is no other node, or no network in between: they rendezvous in a file.
+            # There is no other node, or no network in between: the rendezvous is in a file.
             self._heartbeat.rest()
             return
         self._heartbeat.begin_round(
@@ -108,7 +97,7 @@ class PartitionGuard:
     def report_partition(self) -> None:
         """Report that this node was partitioned, if it was.
 
-        Called after the workers have exited: the ledger may be on the network that is lost.
+        Called after the workers have exited: the ledger may be on the lost network.
         """
         if self.partition_reason:
             self._report(NodePartitioned(self._node, self.partition_reason))

@@ -1,7 +1,8 @@
-"""Connections between agents over which nothing is sent: the kernel closes them when the process at one end exits.
+"""Connections between agents that carry no data: the kernel closes them when the process at one end exits.
 
-The kernel of the listening agent also establishes them, so that no code of that agent is involved. Where a firewall
-allows none, or a cable is unplugged, nothing is ever closed: what a closed connection means is decided elsewhere.
+The kernel of the listening agent also establishes them, so that no code of that agent is involved. If a firewall allows
+none, or a cable is unplugged, nothing is ever closed. What a closed connection means is decided in
+`protocol/node_liveness.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class PeerConnections:
         """Close the connections, and end the thread; nothing is reported any more."""
         self._over.set()
         for connection in list(self._open):
-            # Ends the thread's wait.
+            # Wake the thread.
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self._thread.join(_CLOSE_S)

@@ -1,14 +1,14 @@
 """Positions: what the agents of a round share about where their workers are.
 
-An agent sees its own workers only. Two questions need those of all nodes: whether all ranks have made the same last
-step, and which rank the others wait for. So an agent publishes where its workers have ended, and where they stand while
-all of them are silent. In a run that makes progress nothing is written or read.
+An agent sees its own workers only. Two questions need those of all nodes: whether all ranks have the same last step,
+and which rank the others wait for. So an agent publishes the last steps of its workers, and their positions while all
+of them are silent. In a run that makes progress nothing is written or read.
 
 | Key | Written by | Content |
 |---|---|---|
 | `end/NUMBER/FIT` | the first node whose workers have all ended | their last steps |
-| `ended/NUMBER/FIT` | every such node | the number of such nodes |
-| `silent/NODE` | a node whose workers are all silent | where they stand; empty when one makes progress again |
+| `ended/NUMBER/FIT` | every such node | number of such nodes |
+| `silent/NODE` | a node whose workers are all silent | their positions; empty when one makes progress again |
 | `uneven` | the first node that finds unequal numbers of steps | why no rank can continue |
 | `uneven/known` | every node that has read this | the number of such nodes |
 
@@ -116,7 +116,7 @@ class Positions:
     # ------------------------------------------------------------------ ends
 
     def have_all_ended(self, regrouping: int, ended: Mapping[int, AtEnd]) -> bool:
-        """Publish that all workers of this node have ended; returns whether those of all nodes have.
+        """Publish that all workers of this node have completed their last step; returns whether all nodes have.
 
         Args:
             regrouping: number of the regrouping that they belong to.
@@ -136,7 +136,7 @@ class Positions:
         self._fits[regrouping] = self._fits.get(regrouping, 0) + 1
 
     def first_ended(self, regrouping: int) -> dict[int, AtEnd]:
-        """Return where the workers of the first node have ended, by rank; empty if none has ended yet.
+        """Return the last steps of the workers of the first node that published them, by rank; empty if none has.
 
         Args:
             regrouping: number of the regrouping that this node's workers belong to.
@@ -151,7 +151,7 @@ class Positions:
         return {self.ranks[local]: progress for local, progress in progress.items()}
 
     def exchange(self, progress: Mapping[int, RankProgress], now: float) -> dict[int, RankProgress]:
-        """Publish where the silent workers of this node stand, and read the positions of the other nodes.
+        """Publish the positions of this node's silent workers, and read those of the other nodes.
 
         Args:
             progress: progress of this node's workers, by local rank.
@@ -177,7 +177,7 @@ class Positions:
         return found
 
     def withdraw(self) -> None:
-        """Withdraw the published position: a worker of this node makes progress again."""
+        """Withdraw the published positions: a worker of this node makes progress again."""
         if self._published:
             self._answer(lambda: self._store.set(_SILENT.format(self._node), ""), otherwise=None)
             self._published = ""
@@ -194,7 +194,7 @@ class Positions:
         return reason if decoded is None else str(decoded["reason"])
 
     def settled(self) -> str:
-        """Return why no rank can continue, as another node has found; empty if none has."""
+        """Return why no rank can continue, as found by another node; empty if none has."""
         found = self._read(_UNEVEN, _REASON) if self.is_shared else None
         return "" if found is None else str(found["reason"])
 
@@ -224,7 +224,7 @@ class Positions:
             return otherwise
 
     def _decoded(self, key: str, said: bytes, check: Check) -> Any:
-        """Return what another agent has published; None if that is nothing, or nothing readable."""
+        """Return what another agent has published; None if that is nothing or unreadable."""
         if not said:
             return None
         try:

@@ -1,6 +1,6 @@
 """Starting processes and waiting for them, for the workers of one agent.
 
-Apart from the workers, because the simulation of recovery has processes of its own.
+Apart from the workers, because the recovery simulation has its own processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_ckptless.membership.worker.startup import Job
 
 
 class Waited(NamedTuple):
-    """What a wait for processes has found.
+    """The result of waiting for processes.
 
     Args:
         ended: keys of those that have exited.

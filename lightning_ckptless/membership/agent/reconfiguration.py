@@ -2,14 +2,14 @@
 
 The nodes rendezvous again, as torch elastic requires, but the workers are not stopped for it. Joining workers reach the
 training loop on their own while the others continue to train. Once they wait there, the training workers receive their
-new ranks. One step is lost, and the time in which the ranks meet. `protocol/reconfiguration.py` decides which workers
-stay, and when all are relaunched after all.
+new ranks. This costs one step, and the time for the ranks to regroup. `protocol/reconfiguration.py` decides which
+workers stay, and when all are relaunched instead.
 
 | Key | Written by | Content |
 |---|---|---|
 | `status/NODE` | every node, during the rendezvous | its status |
 | `ready/NODE` | a node whose workers all wait at the training loop | |
-| `outcome` | the first node whose workers can meet the others, or have left the training loop | which of both |
+| `outcome` | the first node whose workers can regroup, or have left the training loop | which of the two |
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _JOIN, _OVER = "join", "over"
 
 
 def publish_status(store: Any, status: NodeStatus, node: int) -> None:
-    """Publish the status of a node, by its place in the order in which the nodes have met."""
+    """Publish the status of a node, by its place in the order in which the nodes joined the round."""
     store.set(_STATUS.format(node), json.dumps(asdict(status)))
 
 
@@ -48,7 +48,7 @@ def agree(store: Any, status: NodeStatus, node: int, nodes: int) -> MovePlan:
     Args:
         store: the agents' store for this round.
         status: status of this node.
-        node: its place in the order in which the nodes have met, which is not the order of their numbers.
+        node: its place in the order in which the nodes joined the round, which is not the order of their numbers.
         nodes: how many there are.
     """
     if nodes == 1:
@@ -59,21 +59,21 @@ def agree(store: Any, status: NodeStatus, node: int, nodes: int) -> MovePlan:
         store.wait(keys, timedelta(seconds=_AGREE_S))
         return plan_move([NodeStatus(**json.loads(store.get(key))) for key in keys])
     except DistError as error:
-        # A node has left again. Those that stay would wait for it: its absence is detected, and all nodes rendezvous
-        # once more.
+        # A node has left again, and those that stay would wait for it. Its absence is detected, and all nodes
+        # rendezvous again.
         everyone = tuple(range(nodes))
         return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree which of them stay: {error}")
 
 
 class JoinProgress(Enum):
-    """How the meeting of the workers that stay with those that join proceeds."""
+    """How the regroup of workers that stay with those that join proceeds."""
 
     UNDER_WAY = auto()
-    """Nothing is to be done: it is not due yet, or it is settled."""
+    """Nothing to do: it is too early, or all is settled."""
     WITHOUT_US = auto()
-    """The other nodes rendezvous once more, and cannot finish without this one."""
+    """The other nodes rendezvous again, and cannot complete that without this one."""
     TOO_LATE = auto()
-    """The workers that this node's workers were to join have left the training loop."""
+    """The workers that this node's workers should have joined have left the training loop."""
 
 
 class StayingWorkers(WorkerControl, Protocol):
@@ -88,10 +88,10 @@ class StayingWorkers(WorkerControl, Protocol):
 
 
 class Reconfiguration:
-    """One node's part in the meeting of the nodes of a round of the rendezvous.
+    """One node's part in the regroup of the nodes of a rendezvous round.
 
     Args:
-        plan: which of them keep their workers.
+        plan: which nodes keep their workers.
         node: number of this node.
         store: store that all workers of the round share.
         in_place: the recoveries in place of this node.
@@ -131,15 +131,15 @@ class Reconfiguration:
         return bool(self._plan.stay) and self._node in self._plan.come
 
     def keep_workers(self, world_before: int) -> None:
-        """Record that the workers have stayed, and have yet to be notified that they meet others.
+        """Record that the workers stay, and have yet to be notified of the regroup.
 
         Args:
-            world_before: number of ranks with which they train until then.
+            world_before: number of ranks until then.
         """
         self._has_to_notify, self._world_before = True, world_before
 
     def joined_regrouping(self, world_size: int) -> Regrouping | None:
-        """Return the regrouping in which new workers of this node join others; None if all start together.
+        """Return the regrouping in which new workers of this node join the others; None if all start together.
 
         Args:
             world_size: number of ranks.
@@ -147,7 +147,7 @@ class Reconfiguration:
         return Regrouping(self._plan.number, self._faults.of_change(world_size)) if self._joins else None
 
     def poll(self, workers: StayingWorkers) -> JoinProgress:
-        """Advance the meeting.
+        """Advance the regroup.
 
         Args:
             workers: this node's workers.
@@ -164,7 +164,7 @@ class Reconfiguration:
         return JoinProgress.WITHOUT_US if is_apart else JoinProgress.UNDER_WAY
 
     def may_end(self) -> bool:
-        """Whether workers may leave: not when a meeting with joining nodes is settled, of which they are notified."""
+        """Whether workers may leave: not once a regroup with joining nodes is settled."""
         try:
             return not self._has_to_notify or self._settle_on(_OVER) == _OVER
         except DistError:
@@ -195,7 +195,7 @@ class Reconfiguration:
         return self._departure.is_finished()
 
     def _settle_on(self, outcome: str) -> str:
-        """Return the outcome of the round, set by the first node whose workers can meet others or have left."""
+        """Return the outcome of the round, set by the first node whose workers can regroup with others or have left."""
         settled: bytes = self._store.compare_set(_OUTCOME, "", outcome)
         return settled.decode()
 

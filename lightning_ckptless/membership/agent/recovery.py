@@ -1,6 +1,6 @@
-"""What follows the loss of workers on one node: a recovery in place, a relaunch of all workers, or the end of the run.
+"""Recovery from the loss of workers on one node: in place, by a relaunch of all workers, or not at all.
 
-`protocol/recovery.py` makes the decision; this module collects what it needs and does what it says.
+`protocol/recovery.py` decides; this module collects what it needs and carries out the decision.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Recovery:
         in_place: the recoveries in place.
         draining: receives which ranks were handed over.
         faults: the faults of this node.
-        reports: what its workers have left.
+        reports: reports that its workers have left.
         oom_kills: describes the kills for lack of memory since the last call; empty for none.
         report: receives events.
         clock: this node's clock.
 
     Attributes:
-        reason: why all workers were stopped last, in a sentence.
+        reason: why all workers were last stopped, in a sentence.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Recovery:
         return has_stepped
 
     def begin_round(self, local_ranks: Collection[int]) -> None:
-        """Drop what the workers of the previous round have left."""
+        """Discard what the workers of the previous round have left."""
         self._reports.take_final()
         self.take_progress()
         for local_rank in local_ranks:
@@ -117,7 +117,7 @@ class Recovery:
     def recover(
         self, rendezvous: Round, workers: LosableWorkers, lost: Lost, env_of: Callable[[int], dict[str, str]]
     ) -> Rung:
-        """Decide how to recover from the loss of workers, and do it.
+        """Decide how to recover from the loss of workers, and do so.
 
         Args:
             rendezvous: the round.
@@ -131,7 +131,7 @@ class Recovery:
         at, ranks = self._clock.wall(), rendezvous.ranks
         has_stepped = self.take_progress()
         self._out_of_memory = self._oom_kills()
-        # Those that were handed over last: any other is the culprit.
+        # Handed-over workers come last: any other one is the culprit.
         lost = dict(sorted(lost.items(), key=lambda item: item[0] in workers.handed_over))
         is_planned = next(iter(lost)) in workers.handed_over
         exit_report = self._reports.take_final()
@@ -214,7 +214,7 @@ class Recovery:
         plan: RecoveryPlan,
         exit_report: ExitReport | None,
     ) -> None:
-        """Stop all workers in the way that suits what comes next, and record what happened."""
+        """Stop all workers in the way that the next action needs, and record what happened."""
         relaunches, run = plan.rung is Rung.RELAUNCH, self._run
         if not relaunches:
             run.has_given_up = exit_report is None or exit_report.keeps_state
@@ -240,7 +240,7 @@ class Recovery:
     def _judge_end(
         self, ranks: Mapping[int, int], workers: LosableWorkers, lost: Lost, *, has_stepped: bool
     ) -> ExitReport | None:
-        """Decide whether the script has ended by itself, and whether it would do so again."""
+        """Decide whether the script ended by itself, and whether it would do so again."""
         culprit, end = next(iter(lost.items()))
         failure = self._reports.failure_of(workers.pids()[culprit]) or Failure("")
         stages = workers.stages.values()

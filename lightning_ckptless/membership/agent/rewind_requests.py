@@ -1,6 +1,6 @@
-"""Rewinds that another terminal asks for: passed on to the workers of this node, whose decision is the answer.
+"""Rewinds requested from another terminal: passed on to the workers of this node, whose decision is the answer.
 
-One rank that asks is enough for all ranks to decide.
+A request to one rank is enough for all ranks to decide.
 
 Apart from `agent.py`, because each part of the agent has its own file.
 """
@@ -16,14 +16,14 @@ from lightning_ckptless.protocol.messages import Rewind, RewindDecided
 
 
 class RewindRequests:
-    """The requests of one agent that were taken and not answered yet."""
+    """The requests that one agent has taken but not yet answered."""
 
     def __init__(self) -> None:
         self._taken: dict[int, TakenRequest] = {}
         self._count = 0
 
     def receive(self, received: Sequence[FromWorker]) -> None:
-        """Answer what the workers have decided."""
+        """Answer requests that the workers have decided on."""
         for _, message, _ in received:
             if isinstance(message, RewindDecided) and (taken := self._taken.pop(message.number, None)) is not None:
                 taken.answer(accepted=message.accepted, reason=message.reason)

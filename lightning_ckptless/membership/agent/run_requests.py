@@ -1,6 +1,6 @@
-"""The requests to the run that come from other terminals: taken here, and passed to the part that carries them out.
+"""Requests to the run from other terminals: taken here and passed to the part that carries them out.
 
-A rewind is taken only while all workers of this node train, a drain once a step is committed; one that comes during a
+A rewind is taken only while all workers of this node train, a drain once a step is committed; one that arrives during a
 recovery waits for its end.
 
 Apart from `agent.py`, because each part of the agent has its own file.
@@ -37,7 +37,7 @@ class RunRequests:
         self._looked_at = 0.0
 
     def poll(self, rendezvous: Round, departure: Departure, workers: WorkerGroup) -> None:
-        """Take requests, if it is time to, and have them carried out.
+        """Take requests if a check is due, and have them carried out.
 
         Args:
             rendezvous: the round.

@@ -37,7 +37,7 @@ class ScratchFolder:
             fcntl.flock(self._handle, fcntl.LOCK_EX)
             if self.path.exists():
                 return
-            # Another process removed it before it was locked, as a dead agent's.
+            # Another process took it for that of a dead agent and removed it before it was locked.
             os.close(self._handle)
 
     def __enter__(self) -> Self:
@@ -57,12 +57,12 @@ class ScratchFolder:
 
 
 def find_abandoned() -> list[Path]:
-    """Return this user's folders whose agents no longer exist."""
+    """Return this user's scratch folders whose agents no longer exist."""
     return [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{_PREFIX}*")) if _take(path, remove=False)]
 
 
 def remove_abandoned(path: Path) -> bool:
-    """Remove a folder whose agent no longer exists; returns False if that is not so."""
+    """Remove a folder whose agent no longer exists; returns False if it does."""
     return _take(path, remove=True)
 
 

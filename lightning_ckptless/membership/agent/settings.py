@@ -1,4 +1,4 @@
-"""The settings of one node's agent, and what its agents have in common over the life of the run."""
+"""The settings of one node's agent, and the state that its agents share over the life of the run."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class NodeSettings:
         preload_imports: whether new processes preload what the script imports; None to leave it to the strategy.
         log_line_prefix: prefix of each line of worker output that is both shown and logged; a template with
             `${role_name}`, `${rank}` and `${local_rank}`.
-        time_limit_s: time in seconds from the agent's start after which the run is ended; None for no limit.
-        newcomer_outputs: folder for the output of new processes until they have joined the other ranks; None for a
+        time_limit_s: seconds after the agent's start at which the run is ended; None for no limit.
+        replacement_outputs: folder for the output of new processes until they have joined the other ranks; None for a
             temporary one.
         host: name of the host.
     """
@@ -63,7 +63,7 @@ class NodeSettings:
     preload_imports: bool | None = None
     log_line_prefix: str | None = None
     time_limit_s: float | None = None
-    newcomer_outputs: Path | None = None
+    replacement_outputs: Path | None = None
     host: str = field(default_factory=socket.gethostname)
 
     def limits(self, asked: RecoveryLimits) -> RecoveryLimits:
@@ -91,16 +91,16 @@ class NodeSettings:
 
 @dataclass(slots=True)
 class NodeRun:
-    """The run on one node, over all its agents: where a rendezvous is lost, the next agent continues.
+    """The run on one node, over all its agents: if a rendezvous is lost, the next agent continues.
 
     Attributes:
-        faults: what was seen of each fault, in order.
+        faults: reports of the faults, in order.
         history: the recoveries, for their limits.
-        starts: how often all workers were started.
-        recoveries_in_place: how often lost ranks were replaced while the others stayed.
-        hydra: run folder that Hydra has made for the first worker; empty if there is none.
+        starts: number of starts of all workers.
+        recoveries_in_place: number of recoveries in which the survivors stayed.
+        hydra: run folder that Hydra created for the first worker; empty if there is none.
         exit_code: this node's exit code.
-        has_given_up: whether it has ended with a fault after which the state is kept.
+        has_given_up: whether it ended with a fault after which the state is kept.
     """
 
     faults: list[FaultReport] = field(default_factory=list)

@@ -22,8 +22,8 @@ class AskedToEnd(BaseException):
 def raising_on_signals() -> Iterator[None]:
     """Make termination signals raise `AskedToEnd`. For the main thread only.
 
-    An ignored signal stays ignored, as under `nohup`. After the first one all are ignored: the workers get their time
-    to exit, which the agent enforces.
+    An ignored signal stays ignored, as under `nohup`. After the first one all are ignored: the workers get time to
+    exit, which the agent enforces.
     """
     before = {number: signal.getsignal(number) for number in ASKING}
     for number, handler in before.items():

@@ -26,7 +26,7 @@ from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.membership.worker.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.protocol.messages import ProgramImported, ReachedTrainer
-from lightning_ckptless.protocol.newcomer import Imports
+from lightning_ckptless.protocol.replacement_startup import Imports
 
 
 class Starter(Protocol):
@@ -47,7 +47,7 @@ class Starter(Protocol):
         """Take note of what workers have sent."""
 
     def maintain_successor(self, received: Sequence[FromWorker], workers: WorkerGroup, *, trains: bool) -> None:
-        """Have later processes preload what the script imports."""
+        """Have later processes preload the script's imports."""
 
     def close(self) -> None:
         """Release what starts processes."""
@@ -62,7 +62,7 @@ class WorkerStarter(Starter):
         parent: fork server; its owner closes it.
         folder: the agent's folder.
         logs: where the workers' output goes.
-        learns_imports: whether new processes preload what the script imports, as the workers have asked.
+        learns_imports: whether new processes preload what the script imports, as requested by the workers.
         report: receives events.
         clock: this node's clock.
     """
@@ -104,7 +104,7 @@ class WorkerStarter(Starter):
         Args:
             rendezvous: the round.
             made: called with the workers before they start, so that an interrupted start stops those already running.
-            regrouping: regrouping in which they meet workers of other nodes that train; None if all start together.
+            regrouping: regrouping in which they join training workers of other nodes; None if all start together.
         """
         joins = {} if regrouping is None else joining(regrouping)
         envs = {local_rank: {**self.env_of(rendezvous, local_rank), **joins} for local_rank in rendezvous.ranks}
@@ -132,7 +132,7 @@ class WorkerStarter(Starter):
             workers: this node's workers.
             stdio: its stdin, stdout and stderr.
         """
-        # Its rank is not known yet. The last rank is a placeholder, and speaks for no node.
+        # Its rank is not known yet. The last rank is a placeholder: it acts for no node.
         last = max(rendezvous.ranks)
         env = {**self.env_of(rendezvous, last), environment.STANDBY: "1"}
         return self._control.start(workers.job(last, env), stdio)
@@ -173,16 +173,16 @@ class WorkerStarter(Starter):
         is_named = bool(self._run.hydra) or environment.HYDRA in settings.env
         return 0.0 if is_named or not imports_hydra(settings.program, Path(settings.cwd)) else FIRST_WAIT_S
 
-    # ------------------------------------------------------------------ while they run
+    # ------------------------------------------------------------------ while workers run
 
     def receive(self, received: Sequence[FromWorker]) -> None:
-        """Take note of the run folder that Hydra has made for the first worker."""
+        """Record the run folder that Hydra created for the first worker."""
         for _, message, _ in received:
             if isinstance(message, ReachedTrainer):
                 self._run.hydra = self._run.hydra or message.hydra
 
     def maintain_successor(self, received: Sequence[FromWorker], workers: WorkerGroup, *, trains: bool) -> None:
-        """Have a successor of the fork server import what the script imports, for processes that are forked later.
+        """Have a successor of the fork server import what the script imports, for processes forked later.
 
         Args:
             received: what workers have sent.

@@ -1,4 +1,4 @@
-"""Detection of stragglers on one node, and of the moment from which one is to be drained."""
+"""Detection of stragglers on one node, and of the moment at which one must be drained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REPORT_EVERY_S = 60.0
 
 
 class TimedWorkers(Protocol):
-    """What this needs of a node's workers; see `WorkerGroup`."""
+    """What the straggler watch needs of a node's workers; see `WorkerGroup`."""
 
     @property
     def inside(self) -> Collection[int]:
@@ -53,12 +53,12 @@ class StragglerWatch:
     def poll(
         self, workers: TimedWorkers, ranks: Mapping[int, int], options: StragglerOptions, *, is_draining: bool
     ) -> StragglerPlan | None:
-        """Look for a straggler, if it is time to; returns a plan where it is to be drained.
+        """Look for a straggler if a check is due; returns a plan if it must be drained.
 
         Args:
             workers: this node's workers.
             ranks: their ranks, by local rank.
-            options: what the user has asked for.
+            options: the user's settings.
             is_draining: whether a rank of this node is being drained.
         """
         now = self._clock.monotonic()

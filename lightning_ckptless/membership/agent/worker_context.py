@@ -1,4 +1,4 @@
-"""The workers of one agent, as torch elastic sees them: their log files, their outcome, and their end."""
+"""The workers of one agent as torch elastic sees them: log files, outcome and end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WorkerContext(PContext):
         self.workers.start()
 
     def _poll(self) -> RunProcsResult | None:
-        # Reports what was polled before, and nothing newer: the agent has decided on the same basis.
+        # Report only what was polled before: the agent has decided on that basis.
         failed, pids = self.workers.failed(), self.pids()
         if self.workers.running and not failed:
             return None

@@ -35,10 +35,10 @@ from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 _CLOCK = Clock()
 _KILL_WAIT_S = 60.0
 _POLL_EVERY_S = 0.005
-"""Between two checks whether a worker is dying: the kernel reports an exit only once it has freed the memory."""
+"""Pause between two checks for dying workers: the kernel reports an exit only once it has freed the memory."""
 _DYING_GRACE_S = 0.025
-"""Longest wait for the exit of a dying worker. On a machine without a free core its memory is better freed before the
-other ranks meet. The cause of death is known without it."""
+"""Longest wait for the exit of a dying worker. On a machine without a free core, its memory should be freed before the
+other ranks regroup. The cause of death is known before."""
 
 _HANDED_OVER_GRACE_S = 1.0
 """Longest wait for the exit of a worker that hands its rank over: its successor may need what its exit frees."""
@@ -46,11 +46,11 @@ _HANDED_OVER_GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """A worker that has made its last step and asks whether it may leave the training loop.
+    """A worker that has completed its last step and asks whether it may leave the training loop.
 
     Args:
         number: number of the regrouping that it belongs to.
-        at: where it ended.
+        at: its last step.
     """
 
     number: int
@@ -70,9 +70,9 @@ class WorkerGroup:
         clock: this node's clock.
 
     Attributes:
-        inside: local ranks that are in the training loop, or on their way back into it.
+        inside: local ranks that are in the training loop, or on their way back to it.
         stages: where each local rank is in its script.
-        at_end: those in the loop that have made their last step and ask whether they may leave.
+        at_end: those in the loop that have completed their last step and ask whether they may leave.
         ending: those that may.
         handed_over: those that exit to hand their rank over.
     """
@@ -118,7 +118,7 @@ class WorkerGroup:
             self._launch(rank, self.job(rank, {environment.HYDRA: folder} if folder else {}), os.O_TRUNC)
 
     def _folder_of(self, first: int) -> str:
-        """Return the run folder that the first worker reports at its trainer; empty if none comes in time."""
+        """Return the run folder that the first worker reports at its trainer; empty if it reports none in time."""
         deadline = self._clock.monotonic() + self._first_wait_s
         while first in self._running and (left_s := deadline - self._clock.monotonic()) > 0:
             self._wait(left_s, for_messages=True)
@@ -149,7 +149,7 @@ class WorkerGroup:
         return replace(job, env={**job.env, **env})
 
     def replace(self, rank: int, env: Mapping[str, str]) -> None:
-        """Start a new worker in the place of a lost one; if that fails, the new one counts as lost.
+        """Start a new worker in place of a lost one; if that fails, the new one counts as lost.
 
         Raises:
             ForkError: the system allows no further process.
@@ -164,13 +164,13 @@ class WorkerGroup:
             raise
 
     def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
-        """Let a standby take the place of a lost worker.
+        """Give a standby the rank of a lost worker.
 
         Args:
             rank: local rank of the lost worker.
             standby: the process.
             env: environment variables that give it the rank.
-            regrouping: regrouping in which it meets the other ranks.
+            regrouping: regrouping in which it joins the other ranks.
         """
         stdio = self._open_stdio(rank, os.O_APPEND)
         try:
@@ -185,7 +185,7 @@ class WorkerGroup:
         lost = self._processes[rank]
         lost.channel.close()
         if rank in self._running:
-            # It is dying or stuck: its memory is freed while the new one starts.
+            # The old one is dying or stuck: its memory is freed while the new one starts.
             lost.signal(signal.SIGKILL)
             self._running.remove(rank)
             self._leaving.append(lost)
@@ -207,7 +207,7 @@ class WorkerGroup:
 
     @property
     def running(self) -> int:
-        """How many workers have not been seen to exit."""
+        """Number of workers that have not been seen to exit."""
         return len(self._running)
 
     # ------------------------------------------------------------------ the channels
@@ -223,11 +223,11 @@ class WorkerGroup:
         return tuple(sorted(self._running))
 
     def send_to(self, rank: int, message: Message) -> None:
-        """Send a message to one local rank that runs."""
+        """Send a message to one running local rank."""
         self._processes[rank].channel.send(message)
 
     def signal_one(self, rank: int, number: int) -> None:
-        """Send a signal to the process of a local rank, and not to the processes it has started."""
+        """Send a signal to the process of a local rank, but not to the processes it has started."""
         self._processes[rank].signal(number, alone=True)
 
     def receive(self) -> list[FromWorker]:
@@ -237,7 +237,7 @@ class WorkerGroup:
         return received
 
     def _listen(self) -> None:
-        # Workers that have exited included: the last message of a worker says why it exits.
+        # Including workers that have exited: a worker's last message tells why.
         for rank, process in self._processes.items():
             for message, files in process.channel.poll():
                 self._received.append(FromWorker(rank, message, files))
@@ -313,11 +313,11 @@ class WorkerGroup:
         process = self._processes[rank]
         self._running.remove(rank)
         end = process.end()
-        # The culprit is the worker that begins to die first, not the one whose memory is freed first.
+        # The culprit is the worker that starts to die first, not the one whose memory is freed first.
         self._ends[rank] = replace(end, at=min(end.at, self._first_signs.pop(rank, end.at)))
 
     def signs(self) -> dict[int, float]:
-        """When workers that have failed were first seen to, by local rank: their exit, or the first sign of it."""
+        """When the failure of each failed worker was first seen, by local rank: its exit, or the first sign of it."""
         return {rank: end.at for rank, end in self.failed().items()} | self._first_signs
 
     def kill_hung(self, ranks: Collection[int], reason: str, since: float) -> None:
@@ -340,8 +340,8 @@ class WorkerGroup:
     def lost(self) -> dict[int, End | None]:
         """Return workers that failed by themselves, by local rank, in the order of their deaths.
 
-        Exit code 0 is a failure for a worker in the training loop. None stands for the exit of a dying worker that
-        neither a short wait nor the kernel reveals.
+        Exit code 0 is a failure for a worker in the training loop. None means that the worker is dying and its exit is
+        not known yet.
         """
         # A worker that has left the loop may exit as it likes, and take its time. Workers killed as hung are lost at
         # once and together, even one that the kernel does not release yet. So are those that hand their ranks over.
@@ -393,17 +393,17 @@ class WorkerGroup:
         self._wait_all(grace_s)
         if self._running and death_signal != signal.SIGKILL:
             self._signal_running(signal.SIGKILL)
-        # A process that takes longer is stuck in the kernel; waiting for it would block the agent as well.
+        # A process that takes longer is stuck in the kernel; waiting for it would block the agent too.
         self._wait_all(_KILL_WAIT_S)
 
     def finish(self, grace_s: float) -> float:
-        """Ask workers that train to exit after the current step, and give them time to.
+        """Ask training workers to exit after the current step, and give them time to do so.
 
         Args:
-            grace_s: how much, in seconds.
+            grace_s: that time, in seconds.
 
         Returns:
-            How much of it is left.
+            The time left, in seconds.
         """
         if not self._running <= self.inside:
             return grace_s

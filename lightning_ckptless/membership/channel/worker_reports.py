@@ -1,6 +1,6 @@
 """What the workers of one node leave in its agent's folder, as the agent reads it.
 
-Apart from the files' own modules, because the simulation of recovery has its own workers, which leave nothing in files.
+Apart from the modules of the files, because the workers of the recovery simulation leave nothing in files.
 """
 
 from __future__ import annotations

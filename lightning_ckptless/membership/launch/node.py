@@ -208,14 +208,14 @@ def _settings(config: LaunchConfig) -> NodeSettings:
         preload_imports=config.preload_imports,
         log_line_prefix=config.log_line_prefix,
         time_limit_s=config.time_limit_s,
-        newcomer_outputs=_newcomer_outputs(config),
+        replacement_outputs=_replacement_outputs(config),
     )
 
 
-def _newcomer_outputs(config: LaunchConfig) -> Path | None:
+def _replacement_outputs(config: LaunchConfig) -> Path | None:
     """Folder for output of new processes until they have joined the other ranks: below the logs, or the run folder."""
     folder = config.log_dir or (config.run_root / config.run_id if config.run_root is not None else None)
-    return None if folder is None else folder.absolute() / "newcomers"
+    return None if folder is None else folder.absolute() / "replacements"
 
 
 def _base_env(config: LaunchConfig) -> dict[str, str]:

@@ -71,7 +71,7 @@ def join_generation(
     try:
         number = rendezvous.lead() if rank == 0 else rendezvous.follow()
     except DistError as error:
-        raise TransportError(f"rank {rank}: lost the store in which {world_size} ranks meet: {error}") from error
+        raise TransportError(f"rank {rank}: lost the store of the rendezvous of {world_size} ranks: {error}") from error
     return Generation(number, PrefixStore(f"ckptless/{number}", store))
 
 
@@ -131,7 +131,7 @@ class _Rendezvous:
         """Wait before the store is polled again: longer each time, and longer the more ranks there are."""
         if self.is_over():
             raise TransportError(
-                f"rank {self.rank}: another fault was reported while {self.world_size} ranks were rendezvous"
+                f"rank {self.rank}: another fault was reported during the rendezvous of {self.world_size} ranks"
             )
         if time.monotonic() > self.deadline:
             raise self._late(number)
@@ -143,7 +143,7 @@ class _Rendezvous:
         missing = [0] if number is None else self._missing(number)
         names = ", ".join(str(rank) for rank in missing)
         return TransportError(
-            f"rank {self.rank} waited {self.timeout_s:g} s for all {self.world_size} ranks to meet; "
+            f"rank {self.rank} waited {self.timeout_s:g} s for all {self.world_size} ranks to join; "
             f"rank{'s' if len(missing) > 1 else ''} {names} did not arrive. Look for their errors above, or for a node "
             "that cannot reach the others"
         )

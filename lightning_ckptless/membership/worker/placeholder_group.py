@@ -1,4 +1,4 @@
-"""A placeholder process group for a replacement process that has not met the other ranks yet.
+"""A placeholder process group for a replacement that has not joined the other ranks yet.
 
 User code in that phase may ask torch.distributed for its rank and the world size, as a `DistributedSampler` does. A
 barrier returns at once: the other ranks passed it long ago. Data cannot be exchanged, because the other ranks do not
@@ -61,8 +61,9 @@ def refuse(operation: str) -> TransportError:
 
 def _error(operation: str) -> TransportError:
     return TransportError(
-        f"{operation} was called before training by a new process that replaces a lost rank and has not met the other "
-        "ranks yet: all ranks are relaunched. To allow recovery in place, call collectives only in the training loop"
+        f"{operation} was called before training by a new process that replaces a lost rank and has not joined the "
+        "other ranks yet: all ranks are relaunched. To allow recovery in place, call collectives only in the training "
+        "loop"
     )
 
 

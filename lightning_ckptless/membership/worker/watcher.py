@@ -54,13 +54,13 @@ class Assignment:
     Args:
         number: number of the regrouping in which they meet; grows over a run.
         fault: why.
-        told_at: wall clock at which this worker read it, in seconds since the epoch.
+        notified_at: wall clock at which this worker read it, in seconds since the epoch.
         env: environment variables that make this process the rank it is from now on.
     """
 
     number: int
     fault: FaultReport
-    told_at: float
+    notified_at: float
     env: Mapping[str, str] = field(default_factory=dict)
 
 

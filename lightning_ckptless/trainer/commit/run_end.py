@@ -74,7 +74,7 @@ class RunEnd:
         if self._watcher is not None and request is not None:
             self._watcher.send(HandedOver(step, request.reason))
             leave_process(0)
-        raise TransportError(f"a rank is handed over after step {step}; the others meet the process that takes it")
+        raise TransportError(f"a rank is handed over after step {step}; the others regroup with the new process")
 
     @property
     def is_over(self) -> bool:

@@ -12,7 +12,7 @@ from lightning_ckptless.membership.forkserver.imported import count_imported, ta
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.messages import EnteredLoop, ProgramImported
-from lightning_ckptless.protocol.newcomer import Arrival, Imports
+from lightning_ckptless.protocol.replacement_startup import Arrival, Imports
 from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_rank
 
 

@@ -6,7 +6,7 @@ the newest complete version, and resumes in the middle of the epoch with the sam
 dataloaders and loggers. No hook of a starting or failing `fit` is called. A replacement reaches the same point through
 a regular `fit`, and follows the same path from there on.
 
-    OUTSIDE -> TRAINING -> CUT -> REGROUPING -> RESTORING -> TRAINING     (the table is in `protocol.recovery`)
+    OUTSIDE -> TRAINING -> ABORTED -> REGROUPING -> RESTORING -> TRAINING     (the table is in `protocol.recovery`)
 
 Any error on the way counts as another fault and restarts the procedure. Where recovery is impossible, this process
 reports the reason to its agent and exits, and the agent takes the next rung of the ladder.
@@ -214,7 +214,7 @@ class RecoveryLoop:
 
     def _restore_once(self, assignment: Assignment) -> Version:
         meeting = self._regrouping.meet(assignment)
-        self._move(WorkerEvent.MEET)
+        self._move(WorkerEvent.JOIN)
         version = self._regrouping.restore(assignment, meeting, survivor=self._has_trained)
         self._has_trained = True
         self._move(WorkerEvent.RESTORE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
 from lightning_ckptless.protocol.messages import CreatedGroup, Message, Regrouped
-from lightning_ckptless.protocol.newcomer import Arrival
+from lightning_ckptless.protocol.replacement_startup import Arrival
 from lightning_ckptless.protocol.versions import Complete, Tier, Version
 from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.replica.transport import gather_json
@@ -98,7 +98,7 @@ class Regrouping:
         self._strategy.rejoin(
             assignment.number,
             lambda: self._watcher is not None and self._watcher.is_over,
-            lambda: self._probe("meet"),
+            lambda: self._probe("connect"),
         )
         # The agent names a rank that has created fewer groups than the others, which wait for it.
         self._tell(CreatedGroup(assignment.number, 1))

@@ -20,10 +20,10 @@ from lightning_ckptless.protocol.divergence import MOST_NAMED, Finding, Judgemen
 from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases, phases_from
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan
 from lightning_ckptless.protocol.mtbf import Mtbf, observed_mtbf
-from lightning_ckptless.protocol.newcomer import Arrival, why_slow
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
+from lightning_ckptless.protocol.replacement_startup import Arrival, why_slow
 from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.startup import StartPlan
 from lightning_ckptless.protocol.time_account import Bucket, Outage, TimeAccount
@@ -196,7 +196,7 @@ class RunReport:
     def faulted(self, assignment: Assignment) -> None:
         """Note a fault that this rank survived, or that it joins after."""
         self._fault = assignment.fault
-        self._notified_at = assignment.told_at
+        self._notified_at = assignment.notified_at
         self._resumed_at = self._rewind = None
         self._in_place = True
 
@@ -484,7 +484,7 @@ class RunReport:
             spawned_at=_float(environment.SPAWNED_AT),
             main_at=_float(environment.MAIN_AT),
             joined_at=self._joined_at,
-            newcomers=[asdict(arrival) for arrival in self._arrivals],
+            replacements=[asdict(arrival) for arrival in self._arrivals],
         )
         self._say(self._recovery_line(fault, restored, phases))
 

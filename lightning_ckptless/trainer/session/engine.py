@@ -224,7 +224,7 @@ class Engine:
         """Why an exception is not worth a retry; None if it is."""
         return why_final(error, rank=self.session.rank, taken=self._taken, arena=self.session.arena_if_open)
 
-    def leave_verdict(self, reason: str) -> None:
+    def forbid_relaunch(self, reason: str) -> None:
         """Tell our agent not to relaunch the workers."""
         write_exit_report(ExitReport(self.session.rank, final=True, reason=reason))
 

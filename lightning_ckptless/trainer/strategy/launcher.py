@@ -207,7 +207,7 @@ class FitGuard:
         """
         if is_stop(error) or not isinstance(error, Exception):
             engine.session.report.stopped(error)
-            engine.leave_verdict(f"stopped by {type(error).__name__}")
+            engine.forbid_relaunch(f"stopped by {type(error).__name__}")
             give_exit_code(error)
             return
         if engine.is_joining:
@@ -225,7 +225,7 @@ class FitGuard:
         reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no further restart"
         if reason is not None:
             engine.session.report.failed(error, reason)
-            engine.leave_verdict(reason)
+            engine.forbid_relaunch(reason)
             return
         engine.session.report.raised(error)
         traceback.print_exception(error)

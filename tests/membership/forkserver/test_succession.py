@@ -19,7 +19,7 @@ from lightning_ckptless.membership.forkserver.imported import Imported, changed_
 from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.membership.forkserver.succession import Succession
 from lightning_ckptless.membership.worker.startup import Job
-from lightning_ckptless.protocol.newcomer import Imports
+from lightning_ckptless.protocol.replacement_startup import Imports
 from tests.membership.conftest import finish, run_forked, script, start, worker_env
 
 WAIT_S = 60.0

@@ -95,7 +95,7 @@ def test_a_number_accepted_by_all_holds_though_another_was_published_since() -> 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1, 2"), (1, "rank 0 ")])
 def test_missing_ranks_are_named(rank: int, missing: str) -> None:
-    with pytest.raises(TransportError, match=f"rank {rank} waited 0.05 s for all 3 ranks to meet; {missing}"):
+    with pytest.raises(TransportError, match=f"rank {rank} waited 0.05 s for all 3 ranks to join; {missing}"):
         join_generation(HashStore(), rank, 3, 0.05)
 
 
@@ -109,5 +109,5 @@ def test_the_loss_of_the_store_is_reported() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, is_master=False)
     del server
-    with pytest.raises(TransportError, match="rank 1: lost the store in which 2 ranks meet"):
+    with pytest.raises(TransportError, match="rank 1: lost the store of the rendezvous of 2 ranks"):
         join_generation(client, 1, 2, TIMEOUT_S)

@@ -26,7 +26,7 @@ def printed(path: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_hidden_until_it_is_shown_again(tmp_path: Path) -> None:
-    path = tmp_path / "newcomers" / "rank1-2.log"
+    path = tmp_path / "replacements" / "rank1-2.log"
     done = printed(str(path))
     assert set(path.read_text().splitlines()) == {"head of the script", "a library", "a child"}
     assert done.stdout.splitlines() == ["True []", "open files []"]

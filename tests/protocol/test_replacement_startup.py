@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_ckptless.protocol.newcomer import Arrival, Imports, why_slow
+from lightning_ckptless.protocol.replacement_startup import Arrival, Imports, why_slow
 
 
 @pytest.mark.parametrize("imports", Imports)
