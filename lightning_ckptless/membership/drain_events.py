@@ -11,12 +11,12 @@ from lightning_ckptless.membership.events import Event
 
 @dataclass(frozen=True, slots=True)
 class _WithCause(Event):
-    """Something that follows from a cause.
+    """An event with a cause.
 
     Args:
         node: name of the node.
         cause: why the node or a rank of it is drained.
-        reason: what follows, or has followed, in a sentence.
+        reason: the consequence, in a sentence.
     """
 
     node: str
@@ -25,19 +25,19 @@ class _WithCause(Event):
 
     @property
     def sentence(self) -> str:
-        """What follows, and why."""
+        """The consequence and its cause."""
         return f"{self.reason} ({self.cause})"
 
 
 @dataclass(frozen=True, slots=True)
 class DrainPlanned(_WithCause):
-    """It was decided whether a rank or a node is drained.
+    """It was decided whether to drain a rank or a node.
 
     Args:
         node: see the base class.
         cause: see there.
         reason: see there.
-        action: what follows, as `draining.DrainAction` names it.
+        action: a `draining.DrainAction`.
         drained_rank: the rank; None for the whole node.
     """
 
@@ -56,7 +56,7 @@ class Drained(Event):
         step: step at which all ranks have stopped.
         cause: why it was drained.
         pid: process that had the rank.
-        exit_code: its exit code; None if it took longer to exit than its successor could wait.
+        exit_code: its exit code; None if it took too long to exit.
         new_pid: process that has the rank now.
         kind: `standby` or `new process`.
     """
@@ -73,7 +73,7 @@ class Drained(Event):
 
     @property
     def summary(self) -> str:
-        """What was done, for whoever has requested it."""
+        """What was done, as an answer to the request."""
         left = "has yet to exit" if self.exit_code is None else f"exited with code {self.exit_code}"
         return (
             f"rank {self.drained_rank} was handed over after step {self.step}: pid {self.pid} {left}, and pid "
@@ -98,7 +98,7 @@ class DrainGivenUp(Event):
 
 @dataclass(frozen=True, slots=True)
 class NoticeFailed(Event):
-    """The function that gives notice of a preemption fails, or does not return."""
+    """The function that gives notice of a preemption fails or does not return."""
 
     name: ClassVar[str] = "notice_failed"
     function: str

@@ -1,6 +1,6 @@
-"""The events of an agent: what each one records in the ledger of the run, and the sentence that the user reads.
+"""The events of an agent: what each one records in the run's ledger, and the sentence that it shows to the user.
 
-An event has a `name` if it is recorded, and a `sentence` if it is shown. The parts of an agent report all of them to
+An event with a `name` is recorded, and one with a `sentence` is shown. The parts of an agent report all of them to
 one sink and know neither the ledger nor the console.
 """
 
@@ -21,7 +21,7 @@ class Event:
     """Base of all events; its dataclass fields are what is recorded, unless a subclass says otherwise."""
 
     name: ClassVar[str] = ""
-    """In the ledger; empty if the event is not recorded."""
+    """Name in the ledger; empty if the event is not recorded."""
 
     def details(self) -> dict[str, Any]:
         """What is recorded with the name."""
@@ -29,12 +29,12 @@ class Event:
 
     @property
     def sentence(self) -> str:
-        """What the user reads; empty if the event is not shown."""
+        """What is shown to the user; empty if nothing is."""
         return ""
 
 
 Report = Callable[[Event], None]
-"""Receives the events of a part."""
+"""Receives the events of one part of the agent."""
 
 
 class EventSink:
@@ -82,7 +82,7 @@ class Announcement(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentStarted(Event):
-    """The agent of a node has started: the run begins there, or begins again."""
+    """The agent of a node has started: the run starts or restarts there."""
 
     name: ClassVar[str] = "agent_started"
     node: str
@@ -91,7 +91,7 @@ class AgentStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentEnded(Event):
-    """All workers of a node have exited, and its agent is about to."""
+    """All workers of a node have exited, and its agent is about to exit."""
 
     name: ClassVar[str] = "agent_ended"
     node: str
@@ -154,7 +154,7 @@ class Relaunched(Event):
 
     @property
     def sentence(self) -> str:
-        """The fault, and what follows from it."""
+        """The fault and its consequence."""
         return f"{self.fault}; all {self.world_size} workers relaunched, {self.count} ({self.reason})"
 
 
@@ -226,7 +226,7 @@ class ImportsNotLearned(Event):
 
 @dataclass(frozen=True, slots=True)
 class Fault(Event):
-    """Workers are lost, or have been stopped because nodes have joined or left."""
+    """Workers are lost, or were stopped because nodes joined or left."""
 
     name: ClassVar[str] = "fault"
     node: str
@@ -256,8 +256,8 @@ class RecoveredInPlace(Event):
 
     Args:
         node: name of the node.
-        regrouping: number under which all ranks meet.
-        reason: why they recover in place.
+        regrouping: number of the regrouping that all ranks join.
+        reason: why the recovery is in place.
         fault: fault that lost them.
         new: process id and kind of each replacement, by rank.
     """
@@ -281,7 +281,7 @@ class RecoveredInPlace(Event):
 
     @property
     def sentence(self) -> str:
-        """The fault, what follows from it, and what replaces the lost ranks."""
+        """The fault, its consequence, and what replaces the lost ranks."""
         kinds = {kind for _, kind in self.new.values()}
         if len(kinds) > 1:
             kinds = {", ".join(f"rank {rank}: {kind}" for rank, (_, kind) in self.new.items())}
@@ -307,7 +307,7 @@ class StandbysExited(Event):
 
     @property
     def sentence(self) -> str:
-        """What follows from it, and the output of the last one."""
+        """The consequence, and the output of the last one."""
         return (
             f"{self.count} standbys exited before they were ready; continuing without standbys. "
             f"Output of the last one:\n{self.output}"
@@ -418,7 +418,7 @@ class StragglerFound(Event):
 
 @dataclass(frozen=True, slots=True)
 class NodesMoved(Event):
-    """The nodes have met again, and the workers of some of them stay in the training loop."""
+    """The nodes have completed another rendezvous, and the workers of some of them stay in the training loop."""
 
     name: ClassVar[str] = "move"
     node: str
@@ -429,14 +429,14 @@ class NodesMoved(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorldChanged(Event):
-    """The workers of a node continue in another world."""
+    """The workers of a node continue at another world size."""
 
     reason: str
     world_size: int
 
     @property
     def sentence(self) -> str:
-        """Which nodes stay and join, and how many ranks that makes."""
+        """Which nodes stay and join, and the resulting number of ranks."""
         return f"{self.reason}; the world size is {self.world_size}"
 
 
@@ -468,7 +468,7 @@ class NodeLost(Event):
 
     @property
     def sentence(self) -> str:
-        """The reason, and what follows from it."""
+        """The reason and its consequence."""
         return f"{self.reason}; remaining nodes are re-rendezvousing"
 
 
@@ -486,9 +486,9 @@ class RendezvousLost(Event):
     """The node that hosts the rendezvous is lost.
 
     Args:
-        cause: how that was noticed.
-        next: endpoint at which the nodes meet next.
-        reason: why there.
+        cause: how the loss was noticed.
+        next: endpoint that the nodes use next.
+        reason: why that one.
     """
 
     name: ClassVar[str] = "rendezvous_lost"
@@ -498,7 +498,7 @@ class RendezvousLost(Event):
 
     @property
     def sentence(self) -> str:
-        """Where the nodes meet next."""
+        """The next endpoint."""
         return f"the rendezvous is lost; re-rendezvousing at {self.reason}"
 
 
@@ -511,7 +511,7 @@ class EntryIgnored(Event):
 
     @property
     def sentence(self) -> str:
-        """What is ignored, and why."""
+        """The ignored entry and the error."""
         return f"ignoring {self.key} in the agents' store: {self.error}"
 
 
@@ -520,7 +520,7 @@ class EntryIgnored(Event):
 
 @dataclass(frozen=True, slots=True)
 class MemoryHolderChosen(Event):
-    """The agent holds the memory of its workers, for a reason that a worker has given."""
+    """The agent holds the memory of its workers, for a reason given by a worker."""
 
     name: ClassVar[str] = "memory_held"
     node: str
@@ -535,7 +535,7 @@ class MemoryHolderChosen(Event):
 
 @dataclass(frozen=True, slots=True)
 class SidecarLost(Event):
-    """A sidecar has exited by itself, or could not be started."""
+    """A sidecar exited by itself, or could not be started."""
 
     name: ClassVar[str] = "sidecar_lost"
     module: str
@@ -545,7 +545,7 @@ class SidecarLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class WaitingForSidecars(Event):
-    """The run is over, and sidecars still have work to do."""
+    """The run is over, but sidecars still have work to do."""
 
     grace_s: float
 

@@ -4,8 +4,8 @@
     agent      takes the request by renaming it to ID.taken; the rename lets only one agent have it
                carries it out, writes ID.answer and removes ID.taken
 
-Files need no port and no socket, and every node that sees the run's folder can take a request. The folder is private: a
-request that another user may have written is ignored.
+Files need no port, and every node that sees the run's folder can take a request. The folder is private: a request that
+another user may have written is ignored.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _BY_NAME = {kind.__name__: check for kind, check in _SCHEMAS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a request.
+    """The answer to a request.
 
     Args:
         accepted: whether it was carried out.
@@ -178,7 +178,7 @@ class Requests:
         """Take the requests that no other agent has taken, oldest first.
 
         Args:
-            concerns_us: whether this agent can carry a request out; others stay for other agents.
+            concerns_us: whether this agent can carry out a request; all others are left for other agents.
         """
         try:
             names = sorted(entry for entry in os.listdir(self._folder) if entry.endswith(".request"))

@@ -21,7 +21,7 @@ from lightning_ckptless.protocol.messages import Message, decode, encode
 
 
 class Received(NamedTuple):
-    """A message that has arrived.
+    """A received message.
 
     Args:
         message: what was sent.
@@ -33,7 +33,7 @@ class Received(NamedTuple):
 
 
 class FromWorker(NamedTuple):
-    """A message that one of an agent's workers has sent.
+    """A message from one of an agent's workers.
 
     Args:
         rank: local rank of the worker.
@@ -70,14 +70,13 @@ class AgentChannel:
 
     @property
     def ended(self) -> bool:
-        """Whether the other end has closed, or this one."""
+        """Whether either end has closed."""
         return self._ended
 
     def send(self, message: Message, files: Sequence[int] = ()) -> None:
         """Send a message. Callable from any thread.
 
-        A message to an end that has closed is dropped without an error: the death of the other process is detected
-        elsewhere.
+        A message to an end that has closed is silently dropped: the death of the other process is detected elsewhere.
 
         Args:
             message: what to send.
@@ -117,7 +116,7 @@ class AgentChannel:
         return found
 
     def close(self) -> None:
-        """Close the channel; the other end notices at once, whichever processes hold duplicates of this one."""
+        """Close the channel; the other end notices at once, even if other processes hold duplicates of this one."""
         self._ended = True
         socket_messages.hang_up(self._socket)
 
@@ -128,14 +127,14 @@ class AgentChannel:
 
 
 _opened: dict[int, AgentChannel] = {}
-"""The channel of this process, by process id: a process that it forks has none."""
+"""The channel of this process, by process id: a forked child has none."""
 
 
 def open_channel(env: MutableMapping[str, str] = os.environ) -> AgentChannel | None:
-    """Return the worker's end of the channel to its agent; None if no agent of ours started this very process.
+    """Return the worker's end of the channel to its agent; None if none of our agents started this process itself.
 
-    There is one per process, whichever of its trainers asks. The variable is removed from the environment: the channel
-    belongs to this process and to none that it starts.
+    There is one per process, shared by all of its trainers. The variable is removed from the environment: the channel
+    belongs to this process and to none of its children.
     """
     number = env.pop(environment.CHANNEL, "")
     if number.isdigit() and _is_socket(int(number)):

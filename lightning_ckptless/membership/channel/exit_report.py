@@ -20,10 +20,10 @@ class ExitReport:
 
     Args:
         rank: rank of the worker.
-        final: whether the run is to end with this worker's exit code, however many relaunches are left.
+        final: whether the run must end with this worker's exit code, however many relaunches are left.
         reason: why, in a sentence.
         unfit: whether this node cannot continue, rather than the run.
-        keeps_state: whether the state allows a manual start once the cause has been removed.
+        keeps_state: whether the state allows a manual restart once the cause is fixed.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class ExitReport:
 
 
 def write_exit_report(exit_report: ExitReport, env: Mapping[str, str] = os.environ) -> bool:
-    """Leave an exit report for the agent of this worker.
+    """Write an exit report for the agent of this worker.
 
     Returns:
         False when no agent of ours reads exit reports.
@@ -50,7 +50,7 @@ def write_exit_report(exit_report: ExitReport, env: Mapping[str, str] = os.envir
 
 
 def withdraw_exit_report(rank: int, env: Mapping[str, str] = os.environ) -> None:
-    """Withdraw this worker's exit report: its script has caught the exception and trains again."""
+    """Withdraw this worker's exit report: its script caught the exception and trains again."""
     if folder := env.get(environment.AGENT_DIR):
         _path(folder, rank).unlink(missing_ok=True)
 

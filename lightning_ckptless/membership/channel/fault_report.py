@@ -19,12 +19,12 @@ class FaultReport:
         exit_code: its exit code; None when a signal ended it.
         signal_name: the signal that ended it, e.g. `SIGKILL`.
         died_at: wall clock of its death, or of the last progress of a worker that hung, in seconds since the epoch.
-        detected_at: wall clock at which the agent noticed.
+        detected_at: wall clock at which the agent noticed it.
         stopped_at: wall clock at which the last of the agent's workers had exited.
         restart: how many faults this agent has seen, this one included.
         world_size: number of ranks in the generation that ended.
-        hung: why it was killed as hung; empty if it was not.
-        earlier: faults without a committed step after them, in sentences: this fault interrupted their recovery.
+        hung: why it counted as hung and was killed; empty if it did not.
+        earlier: earlier faults whose recovery this one interrupted, in sentences.
         recovering_since: wall clock of the first of those; None if there are none.
         out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty if it has killed
             none since the previous fault.
@@ -47,7 +47,7 @@ class FaultReport:
     drained: str = ""
 
     def __post_init__(self) -> None:
-        # A report that was sent as JSON equals the original.
+        # Tuples, so that a report that was sent as JSON equals the original.
         object.__setattr__(self, "earlier", tuple(self.earlier))
 
     @property
@@ -68,7 +68,7 @@ class FaultReport:
 
     @property
     def cause(self) -> str:
-        """What happened to the culprit, or to the run where there is none."""
+        """What happened to the culprit, or to the run if there is none."""
         if self.rank is None:
             return "the members of the run changed"
         if self.drained:
@@ -101,7 +101,7 @@ class FaultReport:
 
 
 def split_exit(exit_code: int) -> tuple[int | None, str | None]:
-    """Split an exit code as `subprocess` has it: (code, None) after an exit, (None, signal name) after a signal."""
+    """Split an exit code of `subprocess`: (code, None) after an exit, (None, signal name) after a signal."""
     if exit_code >= 0:
         return exit_code, None
     try:

@@ -1,8 +1,8 @@
-"""How the script of a worker has failed: left for its agent by the interpreter that reports it.
+"""How a worker's script failed: left for its agent by the interpreter that reports the exception.
 
-An exit code does not tell whether the script raised an error of its own or failed because a peer was lost. And a
-process that has reported an exception may still not exit: a thread of the script, or a process that it started, keeps
-the interpreter waiting. The agent gives such a process some time and then kills it.
+An exit code does not tell whether the script raised its own error or failed because a peer was lost. Moreover, a
+process that has reported an exception may not exit, because the interpreter waits for a thread or child process of the
+script. The agent gives such a process some time and then kills it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OWN_FOLDER = Path(lightning_ckptless.__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a script has raised.
+    """An exception raised by a script.
 
     Args:
         error: its type and message, in one line.
@@ -40,7 +40,7 @@ class Failure:
 
 
 def report_failure(error: BaseException, env: Mapping[str, str] = os.environ) -> None:
-    """Tell the agent of this worker what its script has raised; does nothing without an agent of ours."""
+    """Report the script's exception to the agent of this worker; does nothing without one of our agents."""
     folder = env.get(environment.AGENT_DIR)
     if not folder:
         return
@@ -62,7 +62,7 @@ def is_of_lost_peer(error: BaseException) -> bool:
 
 
 def count_report(error: BaseException, output: int, env: Mapping[str, str] = os.environ) -> int:
-    """Count the reports of a traceback; returns how often it has been reported, this time included.
+    """Count the reports of a traceback; returns the number so far, including this one.
 
     Two tracebacks are the same if they differ only in numbers in their messages, e.g. a port or a rank. Reports to
     different files are counted separately: a reader of one log file does not see the other.
@@ -90,7 +90,7 @@ def without_numbers(text: str) -> str:
 
 
 def _outline(error: BaseException) -> list[str]:
-    """Return what identifies a traceback: types, messages without numbers, and lines of code that are not ours."""
+    """Return what identifies a traceback: types, messages without numbers, and lines of code outside this package."""
     found: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(found) < _LONGEST_OUTLINE:
@@ -102,7 +102,7 @@ def _outline(error: BaseException) -> list[str]:
 
 
 def failure_of(folder: Path, pid: int) -> Failure | None:
-    """Return what the script of a process has raised; None if it has reported nothing."""
+    """Return the reported exception of a process's script; None if there is none."""
     try:
         return Failure(**json.loads((folder / f"failure-{pid}.json").read_text()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the workers of one node leave in its agent's folder, as the agent reads it.
+"""Reports that the workers of a node leave in the agent's folder, as the agent reads them.
 
 Apart from the modules of the files, because the workers of the recovery simulation leave nothing in files.
 """
@@ -29,7 +29,7 @@ class WorkerReports(Protocol):
         """Return the last step that a worker has begun; None if it was in none."""
 
     def forget_progress(self, local_rank: int) -> None:
-        """Drop the progress of a worker that another process replaces."""
+        """Discard the progress of a worker that is replaced by another process."""
 
 
 class ReportsInFolder(WorkerReports):
@@ -59,5 +59,5 @@ class ReportsInFolder(WorkerReports):
         return step_begun(self._folder, local_rank)
 
     def forget_progress(self, local_rank: int) -> None:
-        """Drop the progress of a worker that another process replaces."""
+        """Discard the progress of a worker that is replaced by another process."""
         progress_path(self._folder, local_rank).unlink(missing_ok=True)

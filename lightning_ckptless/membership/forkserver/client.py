@@ -117,14 +117,14 @@ class ForkServer:
         return None if self._process is None else self._process.pid
 
     def start(self) -> Self:
-        """Start the process unless it runs, and let it begin to import; returns without waiting for that."""
+        """Start the process unless it is running, and let it begin to import; returns without waiting."""
         with self._lock:
             if self._socket is None:
                 self._launch()
         return self
 
     def preload(self, modules: Sequence[str], *, path: Sequence[str] = ()) -> None:
-        """Have it import further modules before the next fork; returns without waiting for that."""
+        """Have it import further modules before the next fork; returns without waiting."""
         self.start()
         with self._lock:
             self._more.append((tuple(modules), tuple(path)))
@@ -189,13 +189,13 @@ class ForkServer:
                 self._send({"signal": int(number), "pids": list(pids)})
 
     def signal_one(self, pid: int, number: int) -> None:
-        """Send a signal to one worker, and not to the processes it has started."""
+        """Send a signal to one worker, but not to the processes it has started."""
         with self._lock, suppress(ForkServerLostError):
             if self._socket is not None:
                 self._send({"signal": int(number), "pids": [pid], "alone": True})
 
     def end_of(self, worker: Forked) -> End:
-        """Wait until a worker exits, and return how it did. Each exit is reported once.
+        """Wait until a worker exits, and return how it exited. Each exit is reported once.
 
         Raises:
             ForkServerLostError: the fork server has exited.
@@ -239,7 +239,8 @@ class ForkServer:
         arguments = ["--fd", str(control.fileno()), "--agent", str(os.getpid())]
         return subprocess.Popen(
             [sys.executable, *self.flags, "-m", f"{__package__}.server", *arguments],
-            # Finds the package from there, whatever this process's search path. Workers get their own folders later.
+            # The package is found from there, whatever this process's search path is. Workers get their own folders
+            # later.
             cwd=_PACKAGE_FOLDER,
             env=parent_environment(dict(os.environ)),
             pass_fds=[control.fileno()],
@@ -265,7 +266,7 @@ class ForkServer:
             self._send(message, files)
             return self._await_answer()
         except BaseException:
-            # Interrupted between request and answer, e.g. by a signal: later answers could not be attributed.
+            # Interrupted between request and answer, e.g. by a signal: later answers could not be matched to requests.
             self._abandon()
             raise
 
@@ -318,7 +319,7 @@ class ForkServer:
 
 
 class Successor(ForkServer):
-    """A fork server that was forked from another one to import more. It exits with that one, and starts only once.
+    """A fork server forked from another one to import more. It exits with that one, and can be started only once.
 
     Args:
         predecessor: forks it.
@@ -336,7 +337,7 @@ class Successor(ForkServer):
         return isinstance(process, _ForkedProcess) and not select.select([process], [], [], 0)[0]
 
     def learn(self, lesson: Mapping[str, Any]) -> None:
-        """Have it import what a script imports; returns without waiting for that."""
+        """Have it import what a script imports; returns without waiting."""
         self.start()
         with self._lock:
             self._send({"learn": dict(lesson)})
@@ -401,7 +402,7 @@ class _ForkedProcess:
 def parent_environment(env: dict[str, str]) -> dict[str, str]:
     """Prepare the environment of the fork server itself, which its workers do not see.
 
-    Its libraries must start no threads at import, as numpy's OpenBLAS would. Relative folders of the search path stay
+    Its libraries must not start threads at import, as numpy's OpenBLAS would. Relative folders of the search path stay
     relative to this process's working directory.
 
     Args:

@@ -5,7 +5,7 @@
 | exits while workers are forked | a new fork server is started, and all workers with it |
 | has exited so three times in a row | new interpreters are started from then on |
 | reports that a fork of it would not be a clean process | the same |
-| alone holds what the workers run (in a notebook) | the run ends, instead of starting new interpreters |
+| is the only process that has what the workers run (in a notebook) | the run ends: new interpreters could not run it |
 | has a successor that exits while workers are forked | they are forked from the first one |
 | reports that the system allows no further process | all workers are started again after a pause, three times |
 
@@ -26,7 +26,7 @@ from lightning_ckptless.membership.forkserver.succession import Succession
 _MOST_LOSSES = 3
 _MOST_REFUSALS = 3
 _PAUSE_S = 0.5
-"""Before the first retry; each later one waits twice as long. Killed processes have to disappear first."""
+"""Pause before the first retry, doubled for each later one. Killed processes have to disappear first."""
 
 
 class ForkFallback:
@@ -55,7 +55,7 @@ class ForkFallback:
         return self.succession.successor or self._first
 
     def maintain(self) -> None:
-        """Advance the succession while training is under way."""
+        """Advance the succession during training."""
         if not self.fresh:
             self.succession.maintain(self._first)
 

@@ -1,9 +1,9 @@
 """A fork server that is forked from this process, and workers that run one call of it instead of a script.
 
-What exists only in the memory of this process, such as classes and data defined in the cells of a notebook, exists in
-every worker. The fork server is forked at the call, before anything of the run has begun, and does not change from then
-on, so a replacement starts from the same state as the first workers. However many threads this process has, only the
-one that makes the call exists in the fork server and in the workers.
+Whatever exists only in the memory of this process, such as classes and data defined in notebook cells, exists in every
+worker. The fork server is forked at the call, before the run begins, and does not change afterwards, so a replacement
+starts from the same state as the first workers. Of this process's threads, only the one that makes the call exists in
+the fork server and in the workers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ForkedParent(ForkServer):
 
     Args:
         call: what every worker runs; returns, or raises what ends the worker as failed.
-        output: file descriptors that workers get instead of others of this process, e.g. of its stdout.
+        output: file descriptors that replace others of this process in the workers, e.g. its stdout.
     """
 
     executes = False
@@ -54,7 +54,7 @@ class ForkedParent(ForkServer):
             target=_serve, args=(control, ours, os.getpid(), self._call), name="ckptless-parent"
         )
         with warnings.catch_warnings():
-            # Python warns about forks of a process with several threads, which every notebook has.
+            # Python warns about forks of a multi-threaded process, which every notebook is.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         return _Handle(process)
@@ -86,7 +86,7 @@ class _Handle:
 def _serve(control: socket.socket, ours: socket.socket, agent_pid: int, call: Call) -> None:
     """Run as the fork server, and as each worker it forks. `multiprocessing` ends the process afterwards."""
     os.setsid()
-    # Otherwise signals of this process would wake the event loop of the process it was forked from.
+    # Otherwise, signals to this process would wake the event loop of its parent.
     signal.set_wakeup_fd(-1)
     startup.reset_signals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,7 +118,7 @@ def _log_to_new_streams(before: Mapping[int, str]) -> None:
     loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
         if isinstance(handler, logging.StreamHandler) and (name := before.get(id(handler.stream))):
-            # Not with `setStream`, which would flush the old stream: it belongs to the process that was forked.
+            # Not with `setStream`, which would flush the old stream: it belongs to the parent process.
             handler.stream = getattr(sys, name)
 
 
@@ -126,7 +126,7 @@ def _let_display() -> None:
     """Let a worker's display output in a notebook, e.g. a progress bar, be sent to its cell.
 
     The kernel's session refuses to send from a fork, in case its sockets do not support that. The sockets for output
-    do: in a fork they pass it to the process that was forked.
+    do: a fork passes it to its parent.
     """
     shell = builtins.get_ipython() if hasattr(builtins, "get_ipython") else None
     session = getattr(getattr(shell, "kernel", None), "session", None)

@@ -1,19 +1,19 @@
-"""The side effects of modules at import, and which module has them.
+"""Side effects of imports, and which module causes them.
 
-A fork of a process that has imported modules is like a process that imports them itself only if they leave alone what a
-fork does not inherit, what it would share, and what differs between workers. The successor of the fork server imports
-under this watch, and so does `ckptless doctor`.
+A fork of a process that has imported modules is equivalent to a process that imports them itself only if they do not
+touch what a fork does not inherit, what it would share, and what differs between workers. The successor of the fork
+server imports under this watch, and so does `ckptless doctor`.
 
 | An import that | Because |
 |---|---|
-| starts a thread | a fork has none of them, and keeps the locks that they held |
+| starts a thread | a fork has no such thread, but keeps the locks that it held |
 | leaves a file or a connection open | all forks would share it |
-| asks CUDA for something | a fork cannot use CUDA afterwards |
+| queries CUDA | a fork cannot use CUDA afterwards |
 | draws random numbers, or seeds a generator | the numbers that follow would differ in a fork |
 | handles a signal, changes the working directory or `sys.path` | a worker has its own |
 | reads a variable that differs between workers | a fork would keep another worker's value |
 
-Changes of the environment at import do no harm: they are known afterwards, and can be repeated.
+Changes of the environment at import are harmless: they are known afterwards and can be repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PER_WORKER = frozenset(
 FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
 """jemalloc, a part of pyarrow, takes its locks before a fork and restarts its thread after it."""
 _ENDING_S = 0.3
-"""How long a joined thread may still be visible: the kernel removes it later."""
+"""How long a joined thread may stay visible: the kernel removes it later."""
 
 
 def foreign_threads() -> dict[int, str]:
@@ -69,8 +69,8 @@ class Started:
     Args:
         name: name of the thread.
         module: module whose code has started it.
-        under_way: modules whose import was in progress, the innermost one last.
-        request: during which.
+        under_way: modules whose import was in progress, innermost last.
+        request: the import request during which it was started.
     """
 
     name: str
@@ -82,8 +82,8 @@ class Started:
 class ImportWatch:
     """A context in which modules are imported, one request after the other.
 
-    For a thread of Python's, the starter is known exactly. A thread that other code starts is noticed when the next
-    import begins, and is attributed to the previous one.
+    The starter of a Python thread is known exactly. A thread started by native code is noticed when the next import
+    begins, and is attributed to the previous one.
 
     Args:
         variables: names of environment variables whose readers are noted, in addition to those that differ between
@@ -164,14 +164,14 @@ class ImportWatch:
         self._before = _traits()
 
     def effect(self) -> str:
-        """Describe what the request has done that a fork would not have or would share, threads excepted."""
+        """Describe an effect of the request, other than threads, that a fork would lose or share."""
         changed = (
             text for name, (text, value) in _traits().items() if self._before.get(name, (text, value))[1] != value
         )
         return next(changed, "")
 
     def under_way(self) -> tuple[str, ...]:
-        """Return the modules whose code is being executed, the innermost one last."""
+        """Return the modules whose code is being executed, innermost last."""
         frame: FrameType | None = sys._getframe(1)
         names: list[str] = []
         while frame is not None:
@@ -193,7 +193,7 @@ class ImportWatch:
     # ------------------------------------------------------------------ afterwards
 
     def threads(self) -> list[Started]:
-        """Return the threads that stay, with the modules that have started them."""
+        """Return the remaining threads, with the modules that started them."""
         self._look()
         names, until = foreign_threads(), time.monotonic() + _ENDING_S
         while names and time.monotonic() < until:
@@ -208,13 +208,13 @@ class ImportWatch:
 
 
 def part_of(name: str, modules: Collection[str]) -> str:
-    """Return which of some modules a module is, or is in; empty for none."""
+    """Return which of the given modules is a module itself or its parent package; empty if none."""
     parts = name.split(".")
     return next((part for n in range(len(parts)) if (part := ".".join(parts[: n + 1])) in modules), "")
 
 
 def _traits() -> dict[str, tuple[str, Any]]:
-    """Return what an import should leave unchanged, each with the text for the case that it does not."""
+    """Return what an import should leave unchanged, each with the message if it does not."""
     return {
         "files": ("leaves a file or a connection open", _open_files()),
         "CUDA": ("asks CUDA for its devices", _asks_cuda()),
@@ -240,7 +240,7 @@ def _asks_cuda() -> bool:
 
 
 def _generators() -> dict[str, int]:
-    """Return the states of the generators that a script shares with its libraries, as far as they are loaded."""
+    """Return the states of the loaded generators that a script shares with its libraries."""
     states = {"random": hash(random.getstate())}
     if "numpy.random" in sys.modules:
         _, keys, *rest = sys.modules["numpy.random"].get_state()

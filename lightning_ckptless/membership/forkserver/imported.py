@@ -1,4 +1,4 @@
-"""What a script has imported when it reaches the training loop, as its worker reports it to the agent.
+"""What a script has imported by the time it reaches the training loop, as its worker reports it to the agent.
 
 A module counts if it is installed: in a folder named `site-packages` or `dist-packages`, in the standard library, or in
 this package. Modules beside the script or on `PYTHONPATH` are the user's own, as is the package that contains the
@@ -27,9 +27,8 @@ class Imported:
 
     Args:
         modules: files of the installed modules by name, in the order in which their imports began.
-        variables: environment variables that the script, or what it has imported, has changed since its start; None for
-            a removed one.
-        path: where it looks for modules.
+        variables: environment variables changed since the start by the script or its imports; None for a removed one.
+        path: its module search path.
     """
 
     modules: dict[str, str]
@@ -52,12 +51,12 @@ _starts: list[_Start] = []
 
 
 def note_start() -> None:
-    """Note what exists before the script begins; called in a worker that was forked."""
+    """Record what exists before the script begins; called in a forked worker."""
     _starts[:] = [_Start(frozenset(sys.modules), dict(os.environ))]
 
 
 def take_imported() -> Imported | None:
-    """Return what the script has imported since its start; None if it was taken before, or is not known."""
+    """Return what the script has imported since its start; None if already taken, or unknown."""
     if not _starts:
         return None
     start = _starts.pop()
@@ -71,7 +70,7 @@ def take_imported() -> Imported | None:
 def count_imported() -> int:
     """Return how many modules the script has imported since its start; 0 if unknown.
 
-    Which ones they are takes 30 ms to find out: a forked process copies the memory of every module that it looks at.
+    Listing them would take 30 ms: a forked process copies the memory of every module that it looks at.
     """
     return max(0, len(sys.modules) - len(_starts.pop().modules)) if _starts else 0
 
@@ -91,7 +90,7 @@ def installed_modules(
     own = os.path.join(os.path.dirname(os.path.realpath(file)), "") if is_installed(file) else None
     found = {}
     for name, module in list(modules.items()):
-        # Not with getattr: a module that loads its parts lazily would load one.
+        # Not with getattr, which would make a lazy module load something.
         spec = getattr(module, "__dict__", {}).get("__spec__")
         origin = getattr(spec, "origin", None)
         if name in before or spec is None or origin is None or spec.name != name or not spec.has_location:

@@ -1,8 +1,8 @@
-"""A successor of the fork server imports what a script imports.
+"""The successor of the fork server imports what a script imports.
 
 It is in the state of a worker at the start of the script: environment, working directory and arguments. It imports
-under a watch, and slowly, because it runs beside the training. If a module has an effect that forks would not have, or
-cannot be imported alone, the process is unusable, and reports which modules to leave out the next time.
+under a watch, and slowly, because it runs during training. If a module has a side effect that forks would lack, or
+cannot be imported on its own, the process is unusable and reports which modules to leave out next time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_ckptless.membership.worker.hydra import with_folder, without_fold
 from lightning_ckptless.membership.worker.startup import Job
 
 _SHARE = 0.25
-"""Largest share of a processor. Workers would inherit a lower priority, and may not raise it again."""
+"""Largest share of a core. A lower priority is no option: workers would inherit it and could not raise it again."""
 _SHORTEST_PAUSE_S = 0.005
 
 
@@ -65,8 +65,8 @@ class ImportResult:
     """The result of a request.
 
     Args:
-        modules: how many were imported.
-        unsafe: modules to leave out the next time, with the reason; empty if the process can be forked.
+        modules: number of imported modules.
+        unsafe: modules to leave out next time, with the reason; empty if the process can be forked.
         variables: what the imports have changed in the environment; None for a removed variable.
         took_s: seconds, pauses included.
     """
@@ -93,7 +93,7 @@ def learn(request: ImportRequest, clock: Callable[[], float] = time.monotonic) -
                     unsafe[name] = reason
         threads = watch.threads()
     changed = changed_variables(before, os.environ)
-    # A worker adds its script's folder itself.
+    # Workers add their script's folder themselves.
     sys.path[:] = path
     unsafe |= _starters(threads)
     unsafe |= {module: f"imports {other}" for module, other in watch.refused.items()}
@@ -115,7 +115,7 @@ def _begin_as(job: Job) -> dict[str, str]:
 
 
 def _import(name: str, file: str, watch: ImportWatch) -> str:
-    """Import one module; returns an unwanted effect of it, empty for none."""
+    """Import one module; returns an unwanted side effect, empty if none."""
     watch.begin(name, name)
     try:
         module = importlib.import_module(name)
@@ -168,7 +168,7 @@ def _ours() -> frozenset[str]:
 
 
 def _pauses() -> Callable[[], None]:
-    """Return a function that sleeps until this process has used no more than its share of a processor."""
+    """Return a function that sleeps until this process has used no more than its share of a core."""
     last = [time.process_time()]
 
     def pause() -> None:

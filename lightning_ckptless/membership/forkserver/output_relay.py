@@ -1,8 +1,8 @@
-"""Relays the output of workers to the `sys.stdout` and `sys.stderr` of this process where those are no files.
+"""Relays the output of workers to `sys.stdout` and `sys.stderr` of this process if those are not files.
 
-In a notebook these are objects that send what is printed to the browser, while the file descriptors 1 and 2 may lead to
-the terminal of the server, which no user reads. Workers print into pipes, and a thread here writes what it reads from
-them to the running cell.
+In a notebook these are objects that send what is printed to the browser, while file descriptors 1 and 2 may lead to the
+server's terminal, which no user reads. Workers print into pipes, and a thread here writes what it reads from them to
+the running cell.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OutputRelay:
     """A context in which the output of workers is relayed.
 
     Attributes:
-        output: by file descriptor of this process, the one that workers use instead.
+        output: the file descriptors that workers use, by the ones of this process that they replace.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class OutputRelay:
                 source, self.output[number] = os.pipe()
                 self._sources[source] = stream
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
-        # In the context of the caller, by which a notebook assigns the output to a cell.
+        # In the caller's context, by which a notebook assigns the output to a cell.
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._relay,), name="ckptless-output-relay", daemon=True

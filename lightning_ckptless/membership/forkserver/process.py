@@ -1,4 +1,4 @@
-"""A process that the fork server has forked, as its agent sees it."""
+"""A process forked by the fork server, as its agent sees it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Process:
             theirs.hand_over()
 
     def is_dying(self) -> bool:
-        """Whether it has released its address space: the first sign of an exit, before its memory is freed."""
+        """Whether it has released its address space, which is the first sign of an exit, before its memory is freed."""
         if self._memory < 0:
             return False
         try:

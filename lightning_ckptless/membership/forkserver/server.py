@@ -1,10 +1,10 @@
-"""The fork server: a process that has imported what the workers need, and forks them.
+"""The fork server: a process that has imported what workers need, and forks them.
 
 Importing torch and Lightning takes most of the time of a relaunch, so it is done once, here. The fork server never
-trains, never joins a process group and never starts a thread: only then is a fork of it a clean process. An agent
-starts it and sends it requests over a socket. It owns the workers: only the fork server signals and reaps them, so that
-no signal can hit a process id that was reused. When the agent closes the socket or dies, the workers are killed and the
-fork server exits.
+trains, never joins a process group and never starts a thread; otherwise its forks would not be clean processes. An
+agent starts it and sends it requests over a socket. It owns the workers: only the fork server signals and reaps them,
+so that no signal can hit a process id that was reused. When the agent closes the socket or dies, the workers are killed
+and the fork server exits.
 
 | Request | Answer |
 |---|---|
@@ -57,7 +57,7 @@ def _fork() -> int:
 
 
 def loses_cuda() -> bool:
-    """Whether forks of this process cannot use CUDA: a module that only counts the devices is enough for that."""
+    """Whether forks of this process cannot use CUDA; a module that merely counts the devices suffices."""
     if "torch" not in sys.modules or sys.modules["torch"].version.cuda is None:
         return False
     from lightning_ckptless.internals.torch_internals import cuda_was_lost_by_fork  # noqa: PLC0415 - needs torch
@@ -72,7 +72,7 @@ def import_all(names: list[str], path: list[str]) -> str | None:
     """Import modules, looking in `path` first.
 
     Returns:
-        Which modules could not be imported and why; None for success.
+        Which modules could not be imported, and why; None on success.
     """
     before = sys.path[:]
     sys.path[:0] = path
@@ -112,7 +112,7 @@ class Parent:
     variables: dict[str, str | None] = field(default_factory=dict)
 
     def serve(self) -> Job | Parent | None:
-        """Serve until the agent has exited: None. In a forked worker: its job. In a successor: its own serving loop."""
+        """Serve until the agent exits; returns None, or in a fork what that runs: a job, or a serving loop."""
         agent = os.pidfd_open(self.agent_pid)
         self.selector.register(self.control, selectors.EVENT_READ)
         self.selector.register(agent, selectors.EVENT_READ)
@@ -149,7 +149,7 @@ class Parent:
 
     def _preload(self, names: list[str], path: list[str]) -> None:
         began = time.monotonic()
-        # No event is read during an import, so the kernel ensures that the fork server does not outlive its agent.
+        # No event is read during an import, so the kernel must ensure that the fork server does not outlive its agent.
         startup.die_with(self.agent_pid)
         failure = import_all(names, path)
         if not self.is_fork:
@@ -203,7 +203,7 @@ class Parent:
         return False
 
     def _learn(self, message: socket_messages.Message) -> None:
-        # Imported lazily: it must not be among the modules that workers inherit.
+        # Imported late: workers must not inherit this module.
         from lightning_ckptless.membership.forkserver.learning import ImportRequest, learn  # noqa: PLC0415
 
         learned = learn(ImportRequest.from_message(message))
@@ -244,7 +244,7 @@ class Parent:
         self._send({"ended": pid, "exit_code": os.waitstatus_to_exitcode(status), "at": at})
 
     def _send(self, message: socket_messages.Message, files: tuple[int, ...] | list[int] = ()) -> None:
-        # If the agent has exited, the loop detects it from the socket next.
+        # If the agent has exited, the loop notices it at the socket next.
         with suppress(BrokenPipeError, ConnectionResetError):
             socket_messages.send(self.control, message, files)
 
@@ -260,7 +260,7 @@ def _signal_group(pid: int, number: int) -> None:
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
-        # It was just forked and does not lead its own group yet.
+        # Just forked: it does not lead its own group yet.
         os.kill(pid, number)
 
 
@@ -271,7 +271,7 @@ def main() -> int:
     options.add_argument("--agent", type=int, required=True)
     arguments = options.parse_args()
     if not sys.flags.safe_path:
-        # The folder in which this package was found; a worker inserts the folder of its script here.
+        # The folder of this package; a worker inserts the folder of its script here.
         del sys.path[0]
     control = socket.socket(fileno=arguments.fd)
     control.set_inheritable(False)

@@ -1,4 +1,4 @@
-"""Sidecars: processes that a node's workers request, which run beside the training.
+"""Sidecars: processes that a node's workers request and that run during training.
 
 A sidecar belongs to the agent. It is forked by the fork server like a worker, exits with it, and is asked to end when
 the workers have exited. One that exits by itself is restarted, after a growing pause; training is not affected.
@@ -27,7 +27,7 @@ _POLL_EVERY_S = 0.02
 _REPORT_AFTER_S = 2.0
 _KILL_WAIT_S = 10.0
 END_GRACE_S = 600.0
-"""For the last work of sidecars, where the end of the run is not urgent."""
+"""Time for the last work of sidecars if the end of the run is not urgent."""
 _STDIO = (0, 2, 2)
 
 
@@ -68,7 +68,7 @@ class _Sidecar:
         argument: argument of its command line.
         pause_s: pause in seconds before the next restart.
         process: while it runs.
-        next_at: when it may be started.
+        next_at: earliest time of the next start.
         done: whether it has completed its work.
     """
 
@@ -119,7 +119,7 @@ class Sidecars:
         try:
             sidecar.process = self._where.start(sidecar.module, sidecar.argument)
         except LaunchError:
-            # The fork server was just lost, with all workers, which the agent handles elsewhere.
+            # The fork server was just lost with all workers, which the agent handles elsewhere.
             self._lose(sidecar, None)
 
     def _poll(self, sidecar: _Sidecar) -> None:
@@ -143,7 +143,7 @@ class Sidecars:
         """Ask all sidecars to finish their work, and kill those that do not.
 
         Args:
-            grace_s: how long they may take, in seconds.
+            grace_s: time for that, in seconds.
         """
         running = self._running()
         for process in running:

@@ -1,7 +1,7 @@
 """Standbys: processes that have run the script up to `fit` and wait there for a rank.
 
-They are started beside the training once it is under way, and each one that is used is replaced. One that exits before
-it is ready is started again, twice; then the run continues without standbys, and says so.
+They are started once training is under way, and replaced when used. One that exits before it is ready is restarted
+twice; then the run continues without standbys and logs that.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Standbys:
 
     @property
     def ready(self) -> int:
-        """How many wait for a rank."""
+        """Number of standbys that wait for a rank."""
         return len(self._waiting)
 
     @property
     def have_given_up(self) -> bool:
-        """Whether no further one is started, because several have exited before they were ready."""
+        """Whether no more are started, because several exited before they were ready."""
         return self._failures >= _TRIES
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids of all standbys, those that are not ready included."""
+        """Process ids of all standbys, ready or not."""
         return (*(process.pid for process in self._waiting), *self._coming)
 
     def maintain(self) -> bool:
@@ -103,7 +103,7 @@ class Standbys:
         while self._waiting:
             process = self._waiting.pop(0)
             if process.is_dying():
-                # Its resources are released once it has exited.
+                # Its resources are released when it exits.
                 self._dying.append(process)
             elif not _has_exited(process):
                 return process
@@ -138,7 +138,7 @@ def promote(process: Process, env: dict[str, str], regrouping: Regrouping, stdio
     Args:
         process: the standby.
         env: environment variables that make it that rank.
-        regrouping: regrouping in which it meets the other ranks.
+        regrouping: regrouping in which it joins the other ranks.
         stdio: stdout and stderr of that rank.
     """
     process.channel.send(AssignRank(regrouping.number, asdict(regrouping.fault), env), stdio)

@@ -1,14 +1,14 @@
-"""How the fork server is succeeded by a process that has imported what the script imports.
+"""The succession of the fork server by a process that has imported what the script imports.
 
 | State | Is left when | For |
 |---|---|---|
 | `waiting` | a worker has reported what its script has imported, and training is under way | `importing` |
 | `importing` | the successor has imported everything, and can be forked | `ready` |
 | `importing` | modules are to be left out | `importing`, with another successor that leaves them out |
-| `importing` | that has happened too often, it has exited or takes too long | `given up` |
+| `importing` | that happened too often, or it exited or takes too long | `given up` |
 | `ready` | the successor exits | `waiting`, twice, then `given up` |
 
-The successor is a fork of the first fork server, so what that has imported takes no further time or memory. Until it is
+The successor is a fork of the first fork server, so that one's imports take no further time or memory. Until it is
 ready, and whenever it is lost, workers are forked from the first one.
 """
 
@@ -26,7 +26,7 @@ from lightning_ckptless.protocol.replacement_startup import Imports
 _MOST_TRIES = 6
 _MOST_LOSSES = 2
 _LONGEST_S = 600.0
-"""For one attempt, at a quarter of a processor."""
+"""Longest duration of an attempt, at a quarter of a core."""
 _NAMED = 5
 
 
@@ -37,7 +37,7 @@ class Succession:
         report: receives events.
 
     Attributes:
-        state: how far it is.
+        state: its state, as in the table above.
     """
 
     def __init__(self, report: Report) -> None:
@@ -56,7 +56,7 @@ class Succession:
         return self._successor if is_there else None
 
     def learn(self, request: ImportRequest) -> None:
-        """Take note of what the script has imported; only the first report counts."""
+        """Record what the script has imported; only the first report counts."""
         if self._request is None:
             self._request = request
 

@@ -54,7 +54,7 @@ class RunArguments:
 def split_run_arguments(words: Sequence[str]) -> RunArguments:
     """Separate the options of `ckptless run` from the script and its arguments.
 
-    torchrun's parser does so as well, but importing it takes as long as importing torch.
+    torchrun's parser does the same, but importing it takes as long as importing torch.
 
     Args:
         words: what follows `ckptless run`.

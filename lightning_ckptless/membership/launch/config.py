@@ -25,7 +25,7 @@ _PYTORCH_LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+pytorch_lightning\b", r
 
 
 def distribution_of(words: Iterable[str], env: Mapping[str, str] = os.environ) -> str:
-    """Return the distribution of Lightning that a script imports; `lightning.pytorch` when in doubt.
+    """Return the distribution of Lightning that a script imports; `lightning.pytorch` if that is unclear.
 
     The text of the script is searched; it is not run.
 
@@ -59,9 +59,9 @@ def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
 
 DEFAULT_STOP_GRACE_S = 5.0
 DEFAULT_FINISH_GRACE_S = 20.0
-"""Together with the time before SIGKILL shorter than the 30 s that schedulers usually allow."""
+"""Together with the time before SIGKILL, less than the 30 s that schedulers usually allow."""
 DEFAULT_EXIT_GRACE_S = 60.0
-"""For what scripts do after an exception before they exit, e.g. uploading the last rows of their logs."""
+"""Time for what scripts do between an exception and their exit, e.g. uploading the last log rows."""
 
 
 def new_run_id() -> str:
@@ -111,7 +111,7 @@ class LaunchConfig(Options):
     preload: tuple[str, ...] = option(
         DEFAULT_PRELOAD, "additional module that the fork server imports", flag="--preload", metavar="MODULE"
     )
-    """All that it imports; the flag adds to the default."""
+    """All modules that it imports; the flag adds to the default."""
     fresh: bool = option(False, "start every worker as a new interpreter", flag="--no-preload")
     run_root: Path | None = option(
         None,
@@ -230,10 +230,10 @@ class Outcome:
 
     Args:
         exit_code: 0, or that of the worker which ended the run, 128 + number for a signal.
-        restarts: how often all workers were started again.
-        faults: what this node saw of each fault.
-        in_place: how often only the lost ranks were replaced.
-        has_given_up: whether it ended because of its machines or their surroundings, and not because of its script.
+        restarts: number of relaunches of all workers.
+        faults: this node's reports of the faults.
+        in_place: number of recoveries in place.
+        has_given_up: whether it ended because of its machines or environment rather than its script.
     """
 
     exit_code: int

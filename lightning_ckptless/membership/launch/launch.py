@@ -40,7 +40,7 @@ def run(
         config: what to run.
         parent: a fork server that outlives the run; None to start one for the run.
         record: receives events as `record(event, **fields)`, see `events.py`.
-        sigterm: is set by the caller's signal handler to drain this node; None if nothing sets it.
+        sigterm: set by the caller's signal handler to drain this node; None if nothing sets it.
 
     Raises:
         LaunchError: the workers cannot be started, or the rendezvous of the nodes fails.
@@ -50,7 +50,7 @@ def run(
         VersionError: this version of torch lacks names that are used.
     """
     with nullcontext(parent) if parent is not None else make_parent(config) as forker:
-        # torch is imported here, while the fork server imports it too.
+        # Imports torch here while the fork server imports it too.
         torch_names.require(torch_names.AGENT)
         from lightning_ckptless.membership.launch.node import run_node  # noqa: PLC0415
 
@@ -100,7 +100,7 @@ def main(
                 with noting:
                     outcome = run(config, parent=parent, record=record_for(config), sigterm=sigterm)
             except LaunchError:
-                # Not the script's fault: its state allows another start.
+                # Not the script's fault: the state allows another start.
                 outcome = Outcome(_CANNOT_START_EXIT_CODE, 0, (), has_given_up=True)
                 raise
             finally:

@@ -1,4 +1,4 @@
-"""A launch configuration in terms of torch elastic: rendezvous, log folders, agent."""
+"""A launch configuration translated to torch elastic: rendezvous, log folders, agent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ from lightning_ckptless.membership.worker.program import script_path
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.rendezvous_failover import RendezvousEndpoint
 
-# A replacement machine may take long to boot. A silent node is lost after 8 s: a link that renegotiates is not.
+# A replacement machine may take long to boot. A node counts as lost after 8 s of silence: longer than a link takes to
+# renegotiate.
 _RENDEZVOUS_DEFAULTS = {
     "join_timeout": 1800,
     "last_call_timeout": 3,
@@ -117,7 +118,7 @@ class _Runner:
             self._memory.close()
 
     def _run_at(self, place: RendezvousEndpoint | None) -> None:
-        """Run the workers for as long as the nodes can meet at one rendezvous endpoint.
+        """Run the workers as long as one rendezvous endpoint is available.
 
         Args:
             place: the endpoint; None if there is only one.
@@ -240,13 +241,13 @@ def _rendezvous(config: LaunchConfig, place: RendezvousEndpoint | None) -> Itera
         asked_to_end = True
         raise
     finally:
-        # Closing the rendezvous ends it for all nodes. Where only this node ends, another may take its place.
+        # Closing the rendezvous ends it for all nodes. If only this node ends, another may take its place.
         if alone or not asked_to_end:
             handler.shutdown()
 
 
 def _is_alone(config: LaunchConfig) -> bool:
-    """Whether no other agent can take part: there is one node, and no port that another process could know."""
+    """Whether no other agent can take part: there is one node, and no port known to other processes."""
     ports = {endpoint.rpartition(":")[2] for endpoint in config.endpoints}
     return config.node_range[1] == 1 and ports <= {"0"}
 

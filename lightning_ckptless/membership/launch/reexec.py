@@ -1,4 +1,4 @@
-"""`python train.py` turned into an agent that runs the same command line in its workers."""
+"""Turns `python train.py` into an agent that runs the same command line in its workers."""
 
 from __future__ import annotations
 
@@ -103,5 +103,5 @@ def why_not_again(line: CommandLine, folder: Path) -> str | None:
 
 
 def is_interactive() -> bool:
-    """Whether this process is a notebook or a prompt: what was typed there cannot be run again from a file."""
+    """Whether this process is a notebook or a prompt, whose input cannot be run again from a file."""
     return hasattr(sys, "ps1") or hasattr(builtins, "get_ipython") or bool(sys.flags.interactive)

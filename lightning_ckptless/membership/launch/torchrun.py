@@ -128,5 +128,5 @@ def _rendezvous(args: Namespace) -> tuple[str, dict[str, str | int]]:
 
 
 def _run_id(endpoint: str) -> str:
-    """Return a name for a run without one; where there are several nodes, all of them derive the same."""
+    """Return a name for a run without one, the same on all nodes."""
     return "at-" + re.sub(r"[^A-Za-z0-9.]+", "-", endpoint) if endpoint else new_run_id()

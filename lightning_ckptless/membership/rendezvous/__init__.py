@@ -1,1 +1,1 @@
-"""Rendezvous: where the agents of a run meet, and the generations that they form."""
+"""Rendezvous: how the agents of a run find each other, and the generations that they form."""

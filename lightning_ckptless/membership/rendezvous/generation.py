@@ -1,19 +1,19 @@
-"""A new number, and a new part of the store, for every membership.
+"""A new number and a new part of the store for every membership.
 
 A store may outlive the processes that use it: torchrun shares one over all its restarts. Nothing that a dead process
-has written there, its number included, may be mistaken for the word of a living one. So a number counts only for ranks
+has written there, including its number, may be mistaken for a message of a live one. So a number counts only for ranks
 that find themselves in it:
 
     rank 0                                   every other rank
     open     a number never used before      read     the number that rank 0 published last
     publish  the number                      hello    own random nonce, under the number
-    collect  all nonces under the number     accept   the number whose `go` for this rank holds the own nonce
+    collect  all nonces under the number     accept   the number whose `go` for this rank contains its nonce
     go       to each rank, its nonce         else     read again; hello again under every new number
 
-All of `go` is written in one request, and each rank reads only its own part: as one list it would make the bytes that
-the store sends grow with the square of the number of ranks. A `go` that holds a process's nonce was written after that
-process had started, by a rank 0 that was alive then. A rank 0 that finds another number published than its own opens a
-new one. So a number that a dying process publishes late delays the living ranks and has no other effect.
+`go` is written in one request, but each rank reads only its own part: with a single list, the bytes sent by the store
+would grow with the square of the number of ranks. A `go` with a process's nonce was written after that process started,
+by a rank 0 that was alive then. A rank 0 that finds a published number other than its own opens a new one. So a number
+that a dying process publishes late delays the live ranks but has no other effect.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def join_generation(
 
 
 def skip_generations(store: Store, count: int) -> None:
-    """Start the numbers of a new store after `count` generations that were numbered elsewhere."""
+    """Start the numbers of a new store after `count` generations numbered elsewhere."""
     store.add(_COUNTER, count)
 
 

@@ -1,9 +1,9 @@
-"""The rendezvous of a run's agents, and the stores that listen for it.
+"""The rendezvous of a run's agents, and its stores.
 
 A run on one machine has one agent, which needs no rendezvous: only the store of its workers listens, on loopback.
-Agents on several machines meet in a torch store, which authenticates no client. So it listens only on the address under
-which the nodes reach it, where that is known, and holds data only. torch elastic itself would keep a pickle in it,
-which runs as code in every agent that reads it.
+Agents on several machines use a torch store, which authenticates no client. So it listens only on the address under
+which the nodes reach it, if that is known, and contains only data. torch elastic itself would store a pickle, which
+runs as code in every agent that reads it.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ LOOPBACK = "127.0.0.1"
 _READ_TIMEOUT_S = 60
 _GONE = "ckptless/gone/{}"
 _BACKLOG = 4096
-"""Connections that have not been accepted yet; the kernel may limit it further."""
+"""Maximum number of pending connections; the kernel may limit it further."""
 
 _Encoded = tuple[bytes, Any]
 
 
 def one_machine(run_id: str, keep_alive_interval_s: int, keep_alive_max_attempt: int) -> SingleNode:
-    """Return the rendezvous of an agent that is the only one of its run."""
+    """Return the rendezvous of an agent that is alone in its run."""
     interval = timedelta(seconds=keep_alive_interval_s)
     return SingleNode(RendezvousSettings(run_id, 1, 1, RendezvousTimeout(), interval, keep_alive_max_attempt))
 
 
 def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
-    """Return the rendezvous of an agent that meets others, with the settings of torch's c10d rendezvous.
+    """Return the rendezvous of one of several agents, with the settings of torch's c10d rendezvous.
 
     Raises:
         RendezvousError: the store cannot be reached.
@@ -104,7 +104,7 @@ class SingleNode(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether the workers meet in a store that lives as long as the round."""
+        """Whether the workers use a store that lives as long as the round."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -126,7 +126,7 @@ class SingleNode(RendezvousHandler):
         self._is_closed = True
 
     def num_nodes_waiting(self) -> int:
-        """How many nodes ask to take part: there is no other."""
+        """Number of nodes that ask to take part: 0."""
         return 0
 
     def get_run_id(self) -> str:
@@ -141,7 +141,7 @@ class SingleNode(RendezvousHandler):
         self._is_closed = True
 
     def spare_nodes(self) -> int:
-        """How many nodes wait for a place: there is no other."""
+        """Number of nodes that wait for a place: 0."""
         return 0
 
     def expel(self, places: Collection[int]) -> None:
@@ -157,12 +157,12 @@ class SingleNode(RendezvousHandler):
 class DataRendezvous(PromptRendezvous):
     """torch elastic's rendezvous, with a separate store for the workers of every round, on one address.
 
-    A node that is gone for good is noted in the store of the round. So the others know when all that are left have come
-    to the next round, and complete it without a last call. A node is expected until it is gone: it first leaves the
-    round that it is in, and that round lasts until then.
+    A node that is gone for good is recorded in the store of the round. So the others know when all remaining nodes have
+    joined the next round, and complete it without a last call. A node is expected until it is gone: it first leaves its
+    current round, which lasts until then.
 
     Attributes:
-        hosts: whether the store that the nodes meet in is in this process.
+        hosts: whether this process hosts the nodes' store.
     """
 
     hosts = False
@@ -179,13 +179,13 @@ class DataRendezvous(PromptRendezvous):
         """Remove nodes that are lost from the round, so that the other nodes can complete the next one without them.
 
         Args:
-            places: places of the nodes, in the order in which they have met.
+            places: places of the nodes, in the order in which they joined the round.
         """
         self._note_gone(places)
         self.remove(self._number, [node for node, place in self._places.items() if place in places])
 
     def num_nodes_waiting(self) -> int:
-        """How many nodes wait for the next round; none for a node that has left."""
+        """Number of nodes that wait for the next round; 0 for a node that has left."""
         return 0 if self._has_left else super().num_nodes_waiting()
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -200,7 +200,7 @@ class DataRendezvous(PromptRendezvous):
             self._round_store.set(_GONE.format(place), "1")
 
     def _have_all_come(self, participants: Collection[Node]) -> bool:
-        """Whether all nodes of the last round that are not gone are here, where some are gone."""
+        """Whether some nodes of the last round are gone, and all others are here."""
         if self._number < 0:
             return False
         absent = [_GONE.format(place) for node, place in self._places.items() if node not in participants]
@@ -211,12 +211,12 @@ class DataRendezvous(PromptRendezvous):
 
 
 class Changes:
-    """Announces changes of the nodes in a rendezvous, so that they need not read its state to learn of them.
+    """Announces changes of a rendezvous, so that the nodes need not read its state to detect them.
 
-    The state has an entry for every node. An announcement is one key, and the next one is checked for.
+    The state has an entry for every node. An announcement is one key; nodes check for the next one.
 
     Args:
-        store: store that the nodes meet in.
+        store: the nodes' store.
         run_id: id of the run.
     """
 
@@ -246,7 +246,7 @@ class Changes:
 class DataBackend(RendezvousBackend):
     """Keeps the state of a rendezvous as JSON.
 
-    Only data that was pickled in this process, from checked fields, is unpickled.
+    Only data pickled in this process, from checked fields, is unpickled.
 
     Args:
         inner: stores bytes.
@@ -264,7 +264,7 @@ class DataBackend(RendezvousBackend):
         return self._inner.name
 
     def get_state(self) -> _Encoded | None:
-        """Return the state, as torch elastic has it in memory.
+        """Return the state in torch elastic's format.
 
         Raises:
             RendezvousStateError: the store holds no valid state.
@@ -292,7 +292,7 @@ class DataBackend(RendezvousBackend):
         return found, answer[1], answer[2]
 
     def has_changed(self) -> bool:
-        """Whether another node has changed more than the time of its last sign of life since the last call.
+        """Whether another node has changed more than its last heartbeat since the last call.
 
         Raises:
             RendezvousConnectionError: the store does not answer.
@@ -301,7 +301,7 @@ class DataBackend(RendezvousBackend):
 
 
 def _nodes_in(text: bytes) -> dict[str, Any]:
-    """Return a valid state without the times of the nodes' last signs of life."""
+    """Return a valid state without the nodes' heartbeats."""
     fields: dict[str, Any] = json.loads(text)
     del fields["last_heartbeats"]
     return fields
@@ -321,7 +321,7 @@ def _decoded(text: bytes) -> bytes:
 
 
 def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) -> TCPStore:
-    """Create a torch store whose server runs in this process and listens on one address, where that is known.
+    """Create a torch store whose server runs in this process and listens on one address, if that is known.
 
     Args:
         host: address or name under which it is reached.
@@ -336,7 +336,7 @@ def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) ->
     if listener is None:
         return TCPStore(host, port, **settings)
     port = int(listener.getsockname()[1])
-    # The store owns the socket from now on.
+    # The store owns the socket from here on.
     return TCPStore(host, port, master_listen_fd=listener.detach(), **settings)
 
 
@@ -353,7 +353,7 @@ def listener_on(host: str, port: int) -> socket.socket | None:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
-            # An address that is translated on its way here, such as a Kubernetes service's.
+            # A translated address, such as that of a Kubernetes service.
             return None
         raise
     return listener
@@ -387,7 +387,7 @@ def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo
 
 
 def _rendezvous_store(parameters: RendezvousParameters) -> tuple[Store, bool]:
-    """Return the store that the nodes meet in, and whether it is in this process, or a connection to it."""
+    """Return the nodes' store or a connection to it, and whether it is in this process."""
     if parameters.get("store_type", "tcp") == "file":
         return FileStore(parameters.endpoint), False
     host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=DEFAULT_PORT)

@@ -1,8 +1,8 @@
-"""Regroupings: the numbers under which survivors of faults and replacements meet, the same on all nodes.
+"""Regroupings: numbers under which survivors and replacements regroup after a fault, the same on all nodes.
 
-The agents of a run write them into the store that their workers meet in. The agent that sees a fault first opens the
-next number; an agent that sees one meanwhile adopts the same number. A number does not say which ranks it is for: all
-ranks meet, survivors and replacements, and a further fault in between opens another number.
+The agents of a run write them into their workers' store. The agent that sees a fault first opens the next number; an
+agent that sees one meanwhile adopts it. All ranks regroup under a number, survivors and replacements, and a further
+fault in between opens another one.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Regroupings:
 
     Args:
         store: store that all agents of the round share.
-        nodes: how many there are.
-        number: last one that they have completed.
+        nodes: number of nodes.
+        number: number of the last completed regrouping.
 
     Attributes:
-        number: the last one that this agent knows.
+        number: the last number that this agent knows.
     """
 
     def __init__(self, store: Store, nodes: int, number: int = 0) -> None:
@@ -66,7 +66,7 @@ class Regroupings:
         try:
             text = self._store.get(_KEY).decode() if self._store.check([_KEY]) else self._seen
         except DistError:
-            # The store was lost with its node, which heartbeats and the rendezvous detect. It is not asked again.
+            # The store was lost with its node, which heartbeats and the rendezvous detect. It is not queried again.
             self._is_shared = False
             return None
         return self._take(text) if text != self._seen else None

@@ -1,4 +1,4 @@
-"""Rounds of the rendezvous, each with its own store for the workers that meet in it."""
+"""Rounds of the rendezvous, each with its own store for its workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROUNDS_KEY = "ckptless/rounds"
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of the rendezvous, as the nodes have met.
+    """One completed round of the rendezvous.
 
     Args:
         node: number of this node.
@@ -27,7 +27,7 @@ class Round:
         world_size: number of ranks on all nodes.
         ranks: ranks of this node's workers, by local rank.
         store: the agents' store for this round.
-        master: address of the store in which the workers meet.
+        master: address of the workers' store.
         variables: environment variables that torch elastic sets for each local rank, except the count of restarts.
         role: name of the workers' role.
         run_id: id of the run.
@@ -47,7 +47,7 @@ class Round:
 
     @classmethod
     def of(cls, worker_group: WorkerGroup) -> Self:
-        """Return the round that torch elastic has met in."""
+        """Return the round that torch elastic has completed."""
         group: Any = worker_group  # torch declares its fields as None, which they are before the first rendezvous
         handler = group.spec.rdzv_handler
         return cls(
@@ -64,7 +64,7 @@ class Round:
         )
 
     def connect_worker_store(self) -> TCPStore:
-        """Connect to the store that the workers of the round meet in."""
+        """Connect to the store of the round's workers."""
         store = TCPStore(*self.master, is_master=False, timeout=timedelta(seconds=_TIMEOUT_S))
         if self.node == 0 and self.uses_agent_store:
             # Generation numbers grow over the rounds, each of which has a new store.

@@ -1,1 +1,1 @@
-"""What a worker does besides running the script: it listens to its agent, reports progress and creates groups."""
+"""What a worker does in addition to running the script: listen to its agent, report progress, create groups."""

@@ -1,12 +1,12 @@
-"""The connections that process groups have opened in this process, so that all of them can be aborted at once.
+"""The connections opened by process groups in this process, so that all of them can be aborted at once.
 
-A gloo collective that waits for a dead peer, or for a living one that waits for the dead, ends at its time-out and by
-no call of torch: aborting the group has no effect on it. Shutting down the sockets below it ends it within
-milliseconds. Unlike closing, this also works while forked processes hold duplicates of a socket.
+A gloo collective that waits for a dead peer, or for a live one that waits for the dead, ends only at its timeout:
+aborting the group has no effect on it. Shutting down its sockets ends it within milliseconds. Unlike closing, this also
+works while forked processes hold duplicates of a socket.
 
-Only this side's reading is shut down, and a duplicate keeps the connection open when gloo closes it in response. No
-peer may notice, because gloo would lose a peer that sends at this moment (`stuck_collectives.py`). Each rank aborts
-what it waits for itself, and closes the duplicates once all ranks have continued.
+Only the receiving side is shut down, and a duplicate keeps the connection open when gloo closes it in response. Peers
+must not notice, because gloo would leave a peer that is sending at this moment stuck (`stuck_collectives.py`). Each
+rank aborts its own waits, and closes the duplicates once all ranks have continued.
 
 While a group is being created, its thread may wait for more than an established connection:
 
@@ -32,11 +32,11 @@ from types import MappingProxyType
 
 _SYN_SENT = 2
 _GREETING = struct.Struct("=q")
-"""What a peer sends first on a new connection to gloo: a number that identifies the connection to the listener."""
+"""First message of a peer on a new connection to gloo: a number that identifies the connection to the listener."""
 _GREET_TIMEOUT_S = 0.1
 
 _Sockets = dict[int, str]
-"""File descriptors with their link targets: a number is reused, a target is not."""
+"""File descriptors with their link targets: descriptors are reused, targets are not."""
 
 
 class Connections:
@@ -74,7 +74,7 @@ class Connections:
         """Stop reading from tracked connections, and abort those being established. Callable from any thread.
 
         Returns:
-            How many connections were newly aborted, attempts to connect included.
+            Number of newly aborted connections, including connection attempts.
         """
         with self._lock:
             new = self._new()
@@ -106,7 +106,7 @@ class Connections:
             return any(target in self._aborted for target in sockets.values())
 
     def forget(self) -> None:
-        """Start over: the tracked connections belong to a generation that has ended."""
+        """Forget the tracked connections: they belong to a generation that has ended."""
         with self._lock:
             self._made.clear()
             self._greeted.clear()
@@ -133,13 +133,13 @@ def new_sockets() -> Iterator[dict[int, str]]:
 
 
 def abort_connections_to(addresses: Collection[tuple[str, int]]) -> int:
-    """Shut down this process's connections to certain ports, whichever code opened them. Callable from any thread.
+    """Shut down this process's connections to certain ports, whatever code opened them. Callable from any thread.
 
     Args:
         addresses: numeric address and port of each.
 
     Returns:
-        How many there were.
+        Number of connections that were shut down.
     """
     found = [_connection(number, target) for number, target in _sockets().items()]
     count = 0

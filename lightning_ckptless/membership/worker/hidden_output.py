@@ -1,7 +1,7 @@
-"""The output of a replacement process, kept in a file until it has caught up with the other ranks.
+"""The output of a replacement, kept in a file until it has caught up with the other ranks.
 
-It runs the script from its first line. What the script prints there, such as the seed, the devices and the model
-summary, was shown when the run began. The file serves the case that the process fails before it joins.
+A replacement runs the script from its beginning. What the script prints there, such as the seed, the devices and the
+model summary, was shown when the run began. The file is shown if the process fails before it joins.
 
 This is a separate file because the fork of a worker hides its output and the trainer, in another package, restores it.
 """

@@ -1,10 +1,10 @@
 """The run folder of a script that Hydra runs.
 
-Hydra names its folder by the start time of a process, so every process of a run would get a folder of its own.
+Hydra names its folder after the start time of a process, so every process of a run would get its own folder.
 Lightning's launcher passes the folder of the first process to its children as overrides on their command lines. The
-processes of an agent receive it in the same way, replacements after a fault included.
+processes of an agent, including replacements after a fault, receive it in the same way.
 
-The agent learns the folder from the first process of a node when that reaches its trainer. If the script imports Hydra,
+The agent learns the folder from the first process of a node when it reaches its trainer. If the script imports Hydra,
 the other processes are started only then.
 """
 
@@ -19,7 +19,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.membership.worker.program import Program
 
 FIRST_WAIT_S = 60.0
-"""For the first process to reach its trainer; after that the others are started with folders of their own."""
+"""Time for the first process to reach its trainer; after that the others are started with their own folders."""
 
 _IMPORT = re.compile(rb"^\s*(?:import|from)\s+hydra\b", re.MULTILINE)
 _RUN, _SWEEP = "run", "sweep"
@@ -58,7 +58,7 @@ def with_folder(program: Program, env: Mapping[str, str]) -> Program:
 
 
 def without_folder(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for the script: processes that the script starts may have folders of their own."""
+    """Return the environment for the script, whose child processes may have their own folders."""
     return {name: value for name, value in env.items() if name != environment.HYDRA}
 
 
@@ -76,6 +76,6 @@ def arguments_for(folder: str, local_rank: int) -> tuple[str, ...]:
     if local_rank:
         arguments.append(f"hydra.job.name=train_ddp_process_{local_rank}")
     if local_rank or mode == _RUN:
-        # The first process has written the configuration. In a sweep, it does so for each of its jobs.
+        # The first process has written the configuration; in a sweep it does so for each job.
         arguments.append("hydra.output_subdir=null")
     return tuple(arguments)

@@ -1,4 +1,4 @@
-"""Peer errors: telling a lost peer from a user's error, by what torch and gloo say when a connection ends."""
+"""Peer errors: telling a lost peer from a user's error by the messages of torch and gloo when a connection ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
 
-# gloo raises plain RuntimeErrors; these texts identify the places in its transport and in the store that raise them.
+# gloo raises plain RuntimeErrors; these texts identify those from its transport and from the store.
 _SIGNS = (
     "gloo/transport",
     "Connection closed by peer",

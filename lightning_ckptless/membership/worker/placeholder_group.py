@@ -1,9 +1,9 @@
 """A placeholder process group for a replacement that has not joined the other ranks yet.
 
 User code in that phase may ask torch.distributed for its rank and the world size, as a `DistributedSampler` does. A
-barrier returns at once: the other ranks passed it long ago. Data cannot be exchanged, because the other ranks do not
-take part. A collective that would exchange data raises, and is remembered even if user code handles the exception: such
-a process does not join the other ranks, and all ranks are relaunched.
+barrier returns at once: the other ranks passed it long ago. A collective that would exchange data raises, because the
+other ranks do not take part. This is remembered even if user code handles the exception: the process then does not join
+the other ranks, and all ranks are relaunched.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _refused: list[str] = []
 
 
 def require_no_refusals() -> None:
-    """Check which operations this process has called while it was alone.
+    """Check that this process has called no collective while it was alone.
 
     Raises:
         TransportError: it has called a collective, and may have continued without its result.
@@ -87,7 +87,7 @@ for _name in _COLLECTIVES:
 
 
 class _NoStore(Store):
-    """The store of a group without other ranks. It has no methods: whatever needs one fails instead of waiting."""
+    """The store of a group without other ranks. It has no methods, so whatever needs one fails instead of waiting."""
 
 
 def _group(_store: Store, rank: int, world_size: int, _timeout: timedelta) -> AloneGroup:

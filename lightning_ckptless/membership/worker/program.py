@@ -25,7 +25,7 @@ class Program:
 
     Args:
         kind: `script` for a file, folder or zip that Python runs, `module` for `python -m`, `executable` for anything
-            else that the system can start, `call` for a call that a forked parent holds (`forked_call.py`).
+        else that the system can start, `call` for a call held by a forked parent (`forked_call.py`).
         target: the file, the dotted name of the module, or the name of the call in messages.
         args: what follows it on the command line.
         flags: options of the interpreter, e.g. `("-X", "dev")`.
@@ -66,7 +66,7 @@ def run_as_main(program: Program) -> None:
 
 
 def _prepare_script(program: Program, main: ModuleType) -> CodeType:
-    path = os.path.join(os.getcwd(), program.target)  # not normalized: Python does not do so either
+    path = os.path.join(os.getcwd(), program.target)  # Not normalized, as in Python.
     if pkgutil.get_importer(path) is not None:
         return _prepare_container(path, main)
     _put_first(os.path.dirname(os.path.realpath(path)))
@@ -132,7 +132,7 @@ def _put_first(folder: str) -> None:
 
 
 def script_path(program: Program, cwd: str) -> Sequence[str]:
-    """Return where Python looks first for the imports of a script: its folder, or the working directory."""
+    """Return the folder that Python searches first for a script's imports: its own, or the working directory."""
     if program.kind == "script":
         return [os.path.dirname(os.path.realpath(os.path.join(cwd, program.target)))]
     return [cwd]

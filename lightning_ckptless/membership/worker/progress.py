@@ -1,4 +1,4 @@
-"""The progress of a worker: a few bytes of shared memory that it writes at every step and its agent reads.
+"""The progress of a worker: a few bytes of shared memory that it writes at every step and that its agent reads.
 
 Writing costs a microsecond and no system call. The agent can read it without disturbing the worker, and even after the
 worker has stopped responding.
@@ -73,7 +73,7 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgress:
-    """The progress of a worker as it has written it itself.
+    """The progress of a worker, as written by itself.
 
     Args:
         rank: its rank.
@@ -131,7 +131,7 @@ class ProgressWriter:
     def beat(
         self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False, rank: int | None = None
     ) -> None:
-        """Record where this rank stands; the arguments are those of `RankProgress`.
+        """Record this rank's position; the arguments are those of `RankProgress`.
 
         Args:
             step: see there.
@@ -154,14 +154,15 @@ class ProgressWriter:
         if point is Point.BATCH:
             self._began_at = now
         elif point is Point.BACKWARD and self._began_at and step > self._first_step:
-            # From the batch to the first collective: this rank's own work. The first step of a process is no measure.
+            # From the batch to the first collective: this rank's own work. The first step of a process is not
+            # representative.
             took_s = now - self._began_at
             self._own_s = took_s if not self._own_s else self._own_s + _SMOOTHING * (took_s - self._own_s)
         self._last_at = now
         self._write(now)
 
     def outside(self) -> None:
-        """Record that this rank is in no step: its progress is not to be expected."""
+        """Record that this rank is in no step, so that no progress is expected of it."""
         self._begun = -1
         self.interrupt()
 
@@ -175,14 +176,14 @@ class ProgressWriter:
         self._write(self._clock())
 
     def restore(self) -> None:
-        """Record that this rank has met the other ranks, or made progress in restoring a version with them."""
+        """Record that this rank has joined the other ranks, or made progress in restoring a version with them."""
         place = (0, Point.RESTORE)
         self._place, self._count = place, self._count + 1 if self._place == place else 0
         self._write(self._clock())
 
     def _write(self, now: float) -> None:
         step, point = self._place
-        # `pack_into` zeroes the memory first: for a moment the agent would read progress from the time of the boot.
+        # `pack_into` zeroes the memory first, so for a moment the agent would read a time of 0, i.e. that of the boot.
         record = _Record(
             step,
             point,
@@ -217,7 +218,7 @@ def stacks_path(folder: Path, local_rank: int) -> Path:
 
 
 def step_begun(folder: Path, local_rank: int) -> int | None:
-    """Return the last step that a worker has begun, whether or not it still runs; None if it was in none.
+    """Return the last step that a worker has begun, whether or not it still runs; None if there was none.
 
     Args:
         folder: its agent's folder.

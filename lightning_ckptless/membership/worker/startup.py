@@ -1,4 +1,4 @@
-"""Turning a fork of the fork server into a worker that is like a newly started process."""
+"""Turns a fork of the fork server into a worker that is equivalent to a newly started process."""
 
 from __future__ import annotations
 
@@ -136,26 +136,26 @@ def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a process that an exception ends."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    # Python would kill itself with SIGINT; the shell shows the same number for both.
+    # Python would kill itself with SIGINT; a shell shows the same number for both.
     return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _ask_for_relaunch(error: BaseException) -> None:
     """Ask the agent for a relaunch: no replacement can join, because the script needs the other ranks before training.
 
-    The error looks like that of a lost peer, after which the agent would try the same again.
+    The error looks like that of a lost peer, after which the agent would just try again.
     """
     if environment.REGROUPING in os.environ and is_of_lost_peer(error) and (channel := open_channel()) is not None:
         channel.send(CannotRecover(f"{type(error).__name__}: {error}", lasting=True))
 
 
 def enter(job: Job, *, reseeds: bool = True) -> None:
-    """Make this process, a fork, like one that was started for the job.
+    """Make this process, a fork, equivalent to one that was started for the job.
 
     Args:
         job: what it will run.
-        reseeds: whether random generators get new seeds, as in a new interpreter; else they continue in the state of
-            the process that was forked.
+        reseeds: whether random generators get new seeds, as in a new interpreter; otherwise they keep the parent's
+        state.
     """
     os.environ.clear()
     os.environ.update(without_folder(job.env))
@@ -212,7 +212,7 @@ def _report(error: BaseException) -> None:
     error.__traceback__ = traceback
     count = count_report(error, real_stderr())
     if count > 1:
-        # Every start of every rank raises it; the first report is the one people read.
+        # Every start of every rank raises it; one report is enough.
         print(f"{type(error).__name__}: {error} (the same traceback as above, {count} times so far)", file=sys.stderr)
         return
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback

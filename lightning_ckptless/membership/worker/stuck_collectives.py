@@ -1,4 +1,4 @@
-"""Threads of this process that are stuck in a collective that nothing will end.
+"""Threads of this process that are stuck in a collective forever.
 
 When a connection ends, gloo (2026-04) fails the operations that are queued on it, but neither the one whose payload is
 partly received nor those whose payload is partly sent or refused (`Pair::signalException` in `transport/tcp/pair.cc`
@@ -12,10 +12,10 @@ handles neither `rx_` nor the unbound buffers of `tx_`):
                                         closes
     waits forever
 
-No call of torch frees such a thread before the time-out of its group, which is half an hour. `connections.py` ensures
+No call of torch frees such a thread before the timeout of its group, which is half an hour. `connections.py` ensures
 that no rank does this to another one, but a rank that died, or a full pipe, still may. So the process is killed and
-replaced, as a lost one is. It is certain once every connection is closed and the thread sleeps inside torch and has
-used no processor time since. A thread that waits for a vote in shared memory is woken in any case.
+replaced like a lost one. A thread is certainly stuck once every connection is closed, and it has slept inside torch
+without using CPU time since. A thread that waits for a vote in shared memory is woken in any case.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _WAITS_IN_TORCH = (
     "torch.nn.parallel",
     "lightning_ckptless.replica.transport",
 )
-"""Modules whose functions sleep only to wait for other ranks, in code of torch."""
+"""Modules whose functions sleep in torch code only to wait for other ranks."""
 _WAITS_IN_SHARED_MEMORY = "lightning_ckptless.system.futex"
 _MEETS_PEERS = "lightning_ckptless.membership.rendezvous.generation"
 _WAITS_FOR_THE_STORE = "torch.distributed.rendezvous"
-"""This wait ends once a slow server answers: it is no wait for another rank."""
+"""A wait that ends once a slow server answers: not a wait for another rank."""
 
 
 class StuckCollectives:
@@ -52,15 +52,15 @@ class StuckCollectives:
         """Check all threads; returns which of them is stuck, in a sentence.
 
         Args:
-            connections: how many connections to other ranks still exist.
-            now: seconds of any clock.
+            connections: number of remaining connections to other ranks.
+            now: time of any clock, in seconds.
         """
         self._since = unchanged_since(self._since, {} if connections else _sleeping_threads(_WAITS_IN_TORCH), now)
         return find_stuck_collective(self._since, now)
 
 
 def main_thread_waits() -> bool:
-    """Whether the main thread waits for other ranks at this moment, asleep or between two polls of the store."""
+    """Whether the main thread is waiting for other ranks, asleep or between two polls of the store."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if frame.f_globals.get("__name__") == _MEETS_PEERS:

@@ -1,7 +1,7 @@
-"""What a process can tell about a thread that is stuck in a collective: evidence for the ledger.
+"""Evidence of a thread that is stuck in a collective, for the ledger.
 
-The process's threads and the contents of its sockets show whether gloo has lost the thread. Both are lost with the
-process, which is about to be replaced, so they are recorded before.
+The process's threads and the contents of its sockets show whether gloo has lost the thread. Both are lost when the
+process is replaced, so they are recorded first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TCP_STATES = (
     "LISTEN",
     "CLOSING",
 )
-"""In the order of the kernel's numbers, from 1."""
+"""Ordered by the kernel's numbers, from 1."""
 
 
 def evidence() -> dict[str, list[str]]:

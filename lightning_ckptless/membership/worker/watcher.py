@@ -1,9 +1,9 @@
-"""The watcher of one worker: it learns of faults while the training thread is busy, and unblocks that thread.
+"""The watcher of a worker: learns of faults while the training thread is busy, and unblocks that thread.
 
 The training thread may wait in a collective for a dead rank, or compute for a long time. The watcher listens to the
-agent in a thread of its own. When a fault is reported, it aborts the connections of the generation that has ended,
-until the training thread has released them: any operation on them fails, and is caught where the step began. If gloo
-has lost a thread that waited in it, the watcher reports that to the agent (`stuck_collectives.py`).
+agent in its own thread. When a fault is reported, it aborts the connections of the generation that has ended, until the
+training thread has released them: any operation on them fails, and is caught where the step began. If a thread is stuck
+in gloo, the watcher reports that to the agent (`stuck_collectives.py`).
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ log = logging.getLogger(__name__)
 
 _ABORT_EVERY_S = 0.01
 _CLOSE_S = 5.0
-"""For the thread to end when it is asked to: it may be aborting connections."""
+"""Time for the thread to end on request: it may be aborting connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What an agent has announced to its workers after a fault.
+    """An agent's announcement to its workers after a fault.
 
     Args:
-        number: number of the regrouping in which they meet; grows over a run.
+        number: number of the regrouping; grows over a run.
         fault: why.
         notified_at: wall clock at which this worker read it, in seconds since the epoch.
-        env: environment variables that make this process the rank it is from now on.
+        env: environment variables that define this process's rank from now on.
     """
 
     number: int
@@ -74,7 +74,7 @@ class Watcher:
         number: regrouping that this worker belongs to; 0 before the first.
 
     Attributes:
-        rewind: called with a rewind that another terminal asks for.
+        rewind: called with a rewind requested from another terminal.
     """
 
     def __init__(self, channel: AgentChannel, abort: Callable[[], int], number: int = 0) -> None:
@@ -92,8 +92,8 @@ class Watcher:
         self._waits = StuckCollectives()
         self._is_on_hold = False
         self._changed = threading.Condition()
-        # A counter rather than the end of a pipe: forked dataloader workers hold duplicates of every file of this
-        # process, and an end is visible only when the last of them is closed.
+        # A counter rather than closing a pipe: forked dataloader workers hold duplicates of every file of this process,
+        # and a pipe counts as closed only when the last duplicate is.
         self._asked_to_close = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
         self._thread.start()
@@ -106,7 +106,7 @@ class Watcher:
         return self._pending() is not None
 
     def heed(self) -> None:
-        """Raise if the generation has ended: a rank that waits for no other rank would not notice.
+        """Raise if the generation has ended, which a rank that does not wait for others would not notice.
 
         Raises:
             TransportError: it has ended.
@@ -116,7 +116,7 @@ class Watcher:
 
     @property
     def finish_asked(self) -> bool:
-        """Whether the run is to end after this step."""
+        """Whether the run must end after this step."""
         return self._finish_asked
 
     @property
@@ -138,10 +138,10 @@ class Watcher:
         """Ask whether this worker may leave the training loop, and wait for the answer.
 
         Args:
-            at: where this worker has ended.
+            at: this worker's last step.
 
         Returns:
-            False if this worker has to meet other ranks instead.
+            False if this worker must regroup with other ranks instead.
         """
         self.send(AskToLeave(self._accepted, at.step, at.why))
         with self._changed:
@@ -157,13 +157,13 @@ class Watcher:
         self.send(RewindDecided(asked.number, False, "the run does not train at the moment"))
 
     def accept(self, timeout_s: float) -> Assignment | None:
-        """Accept the newest regrouping, waiting for it if there is none yet.
+        """Accept the newest regrouping; waits for one if there is none yet.
 
         Args:
-            timeout_s: longest wait in seconds, not counting the time in which the nodes re-rendezvous.
+            timeout_s: longest wait in seconds, not counting the time while the nodes re-rendezvous.
 
         Returns:
-            None if none came, or the agent has exited.
+            None if there was none in time, or the agent has exited.
         """
         with self._changed:
             self._changed.wait_for(self._has_word, timeout_s)
@@ -253,13 +253,13 @@ class Watcher:
             case RunOver():
                 self._is_run_over = True
             case MayLeave(number):
-                # An answer to a question from before a fault does not count.
+                # Ignore the answer to a question from before a fault.
                 self._may_leave = number
             case AwaitRegroup():
                 self._is_on_hold = True
             case Regroup(number, fault, env):
                 self._is_on_hold = False
-                # The agent asks again: the process that was ready may have taken another rank.
+                # The agent will ask again: the prepared process may have taken another rank.
                 self._hand_over = None
                 # A fault while nodes join has its own number, and may arrive before the regrouping with them.
                 if self._latest is None or number > self._latest.number:
