@@ -1,7 +1,7 @@
 """The public classes for `pytorch_lightning`; `lightning_pytorch.py` has those for the other distribution.
 
-What they do is in mixins. Here these meet the classes of one distribution, and what `trainer` cannot import.
-Apart from the mixins, because importing it imports one distribution of Lightning.
+Their behaviour is in mixins. Here the mixins are combined with the classes of one distribution, and with what `trainer`
+cannot import. Apart from the mixins, because importing it imports one distribution of Lightning.
 """
 
 from lightning_ckptless._registration.libraries import require_libraries

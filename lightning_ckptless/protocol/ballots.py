@@ -28,9 +28,9 @@ ballot of round r-2 or r: never that of a round that is 2^16 older. Rounds are c
 overwrites a ballot that a slower one has yet to read, which then waits forever. With cells without the number of the
 round, the ballot of round r-2 is taken for that of round r. `tests/protocol/test_ballots.py` finds both.
 
-**After a death.** The memory belongs to one meeting of one set of processes, and no other process ever maps it. A
-voter that dies after it has cast leaves a valid ballot: it has promised what it voted for. One that dies before leaves
-the round incomplete, and the next meeting votes in new memory.
+**After a death.** The memory belongs to one member set, and no other process ever maps it. A voter that dies after it
+has cast leaves a valid ballot: it has promised what it voted for. One that dies before leaves the round incomplete, and
+the next member set votes in new memory.
 
 **Between nodes** the leaders combine by dissemination: in step k, leader i sends what it knows to leader i + 2^k and
 receives from leader i - 2^k, modulo their number. After the last step, each has received the bits of every other one:
@@ -76,7 +76,7 @@ class Voter:
             bits: the vote.
 
         Returns:
-            The cell to write to, and its new contents, which are to be stored at once.
+            The cell to write to, and its new contents, which must be stored at once.
         """
         assert self.awaited_cell is None, "the previous round has not ended"
         assert 0 <= bits < 1 << BALLOT_BITS, f"a vote has at most {BALLOT_BITS} bits, not {bits.bit_length()}"
@@ -91,7 +91,7 @@ class Voter:
         return self._cell(self._awaited[self._collected]) if self._collected < len(self._awaited) else None
 
     def take(self, contents: int) -> bool:
-        """Take in the contents of the awaited cell, read at once; returns whether it is a ballot of this round."""
+        """Process the contents of the awaited cell, read at once; returns whether it is a ballot of this round."""
         if not self._is_cast(contents):
             return False
         self.outcome &= contents >> _ROUND_BITS
@@ -110,7 +110,7 @@ class Voter:
 
 
 def dissemination(place: int, places: int) -> list[tuple[int, int]]:
-    """The steps of a dissemination: to which place this one sends in each, and from which it receives.
+    """The steps of a dissemination: in each, the place that this one sends to and the place that it receives from.
 
     Args:
         place: place of this participant.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """How a run ended on a node, and what is left of it there.
+    """How a run ended on a node, and what remains of it there.
 
     Args:
         is_asked_for: whether a signal stopped the run.

@@ -27,7 +27,7 @@ from enum import StrEnum
 _MOST_STARTS = 3
 _MOST_STARTS_BEFORE_FIT = 2
 _MOST_CRASHES_AT_A_STEP = 4
-"""By then two recoveries in place and a relaunch have failed."""
+"""Number of crashes after which two recoveries in place and a relaunch have failed."""
 _MOST_CRASHES_AT_A_STAGE = 3
 _CRASHES = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"})
 """Signals that a process raises itself, by `abort` or by a faulting instruction."""
@@ -145,7 +145,7 @@ def judge_end(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
 
 
 def _judge_crash(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
-    # A run that commits the step at which it crashed never returns to it, but may commit earlier steps again. So new
+    # A run that commits the step at which it crashed never returns to it, but it may commit earlier steps again. So new
     # steps reset the count only for crashes outside the training loop.
     has_left = has_stepped and end.step is None
     crashes = (*(earlier for earlier in starts.crashes if earlier.place == end.place and not has_left), end)

@@ -21,8 +21,8 @@ live tensors, none has overwritten its slot with that version, and all slots con
 `restorable` disregards a version that no survivor knows, and `newest_complete` combines only replicas of one snapshot.
 
 **The restore** follows the same rule: the inventory, which all ranks have read, replaces the vote. A rank whose live
-tensors contain the chosen version saves them before it fills them. Each rank then has that version in its slots, also
-a new process, from what it has received. So a second fault at any point finds what the first one has left.
+tensors contain the chosen version saves them before it fills them. Each rank, including a new process, then has that
+version in its slots. So a second fault at any point finds the same versions as the first.
 
 **How weaker rules fail.**
 
@@ -63,7 +63,7 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """What one rank has on its device, as far as the protocol is concerned.
+    """The state of one rank's device tier, as far as the protocol is concerned.
 
     Args:
         saved: the snapshot in the slots; None if they are empty.
@@ -77,11 +77,11 @@ class DeviceState:
 
     @property
     def may_save(self) -> bool:
-        """Whether the slots may be overwritten with the live tensors."""
+        """Whether the live tensors may overwrite the slots."""
         return self.live is not None and self.is_known
 
     def offers(self) -> tuple[tuple[Source, Snapshot, SlotState], ...]:
-        """The versions that this rank offers to a restore, with the state that the inventory gives them."""
+        """The versions that this rank offers to a restore, with their states in the inventory."""
         offered: list[tuple[Source, Snapshot, SlotState]] = []
         if self.saved is not None:
             offered.append((Source.SLOT, self.saved, SlotState.COMMITTED))
@@ -122,7 +122,7 @@ def kept_on_devices(placement: Placement) -> dict[int, tuple[int, ...]]:
 
 
 def needed_with(need: Mapping[int, Collection[int]], kept: Mapping[int, Collection[int]]) -> dict[int, Collection[int]]:
-    """For each rank the shards that it needs or keeps. Ranks that share one collection usually still do."""
+    """For each rank the shards that it needs or keeps. Ranks that share a collection usually still share one."""
     shared = {id(shards): shards for shards in need.values()}
     found = {key: frozenset(shards) for key, shards in shared.items()}
     return {

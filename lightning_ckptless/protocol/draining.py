@@ -1,13 +1,13 @@
 """Draining: whether work is moved off a rank or a node, and how.
 
-A drained rank is handed over to a process that is made ready first. All ranks stop at a committed step, the drained
+A drained rank is handed over to a process that is prepared first. All ranks stop at a committed step, the drained
 process exits with code 0, and the new one takes its place, so no step is replayed. The work of a drained node moves to
-a node that waits for a place, or to the other nodes. The first row that applies decides:
+a spare node, or to the other nodes. The first row that applies decides:
 
 | To be drained | And | Then |
 |---|---|---|
 | a rank | the run does not have it | refuse |
-| a rank | it is being drained | refuse |
+| a rank | it is already being drained | refuse |
 | a rank | it is the only one: no other process could keep its state | refuse |
 | a rank | recovery in place is disabled, or a new process cannot join the others | refuse |
 | a rank | | replace |
@@ -16,9 +16,9 @@ a node that waits for a place, or to the other nodes. The first row that applies
 | a node | another node is being drained | refuse |
 | a node | it hosts the rendezvous, which the other nodes need | refuse |
 | a node | no other node has a copy of some shards | refuse |
-| a node | the workers cannot continue at another world size, or cannot be joined | refuse |
-| a node | fewer nodes would be left than the run needs | refuse |
-| a node | a node waits for a place | replace |
+| a node | the workers cannot continue at another world size, or no process can join them | refuse |
+| a node | too few nodes would remain | refuse |
+| a node | there is a spare node | replace |
 | a node | | shrink |
 """
 
@@ -39,7 +39,7 @@ class DrainAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankSituation:
-    """What an agent knows when a rank is to be drained.
+    """What an agent knows when it is asked to drain a rank.
 
     Args:
         rank: the rank.
@@ -60,13 +60,13 @@ class RankSituation:
 
 @dataclass(frozen=True, slots=True)
 class NodeSituation:
-    """What an agent knows when its node is to be drained.
+    """What an agent knows when it is asked to drain its node.
 
     Args:
         node: number of the node.
         nodes: number of nodes.
         least_nodes: how many the run needs.
-        spare_nodes: how many nodes wait for a place.
+        spare_nodes: number of nodes that wait for a place.
         leaving: why another node is being drained; empty if none is.
         hosts: whether this node hosts the rendezvous.
         endpoints: how many rendezvous endpoints the run has.
@@ -87,7 +87,7 @@ class NodeSituation:
 
 @dataclass(frozen=True, slots=True)
 class DrainPlan:
-    """What is done, and the reason for it."""
+    """The decision and its reason."""
 
     action: DrainAction
     reason: str
@@ -108,7 +108,7 @@ def _why_not_rank(now: RankSituation) -> str:
     if not 0 <= now.rank < now.world_size:
         return f"the run has {now.world_size} ranks, numbered from 0"
     if now.rank in now.under_way:
-        return "it is being drained already"
+        return "it is already being drained"
     if now.world_size == 1:
         return "it is the only rank of the run, so no other process keeps its state; end the run with SIGTERM instead"
     if not now.in_place:
@@ -124,13 +124,11 @@ def plan_node_drain(now: NodeSituation) -> DrainPlan:
         return DrainPlan(DrainAction.REFUSE, f"node {now.node} is not drained: {why_not}")
     left = now.nodes - 1
     if now.spare_nodes:
-        reason = (
-            f"draining node {now.node}: a node that waits for a place takes its work, {left} of {now.nodes} nodes stay"
-        )
+        reason = f"draining node {now.node}: a spare node takes over its work, {left} of {now.nodes} nodes stay"
         return DrainPlan(DrainAction.REPLACE, reason)
     return DrainPlan(
         DrainAction.SHRINK,
-        f"draining node {now.node}: no node waits for a place, so the run continues on {left} of {now.nodes} nodes; it "
+        f"draining node {now.node}: there is no spare node, so the run continues on {left} of {now.nodes} nodes; it "
         f"needs {now.least_nodes}",
     )
 
@@ -151,14 +149,14 @@ def _why_not_node(now: NodeSituation) -> str:
     left = now.nodes - 1 + now.spare_nodes
     if left < now.least_nodes:
         return (
-            f"{now.nodes} - 1 + {now.spare_nodes} waiting = {_nodes(left)} would be left, and the run needs "
+            f"{now.nodes} - 1 + {now.spare_nodes} spare = {_nodes(left)} would remain, but the run needs "
             f"{now.least_nodes}; start an agent on another node first, or allow fewer with --nnodes MIN:MAX"
         )
     return ""
 
 
 def _instead(now: NodeSituation) -> str:
-    """What happens to a run whose host of the rendezvous is taken away, and what can be done about it."""
+    """What happens to a run that loses the host of its rendezvous, and what can be done about it."""
     if now.endpoints > 1:
         return (
             "once it is gone, they use the next endpoint, and all workers start again from the newest version on "

@@ -7,7 +7,7 @@
     kill:rank=1:step=7                              SIGKILL to rank 1 during optimizer step 7
     raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
     exit:rank=0:step=9:at=commit:times=2            rank 0 exits at step 9, and again when the step is replayed
-    rewind:step=20:to=12                            rank 0 asks after step 20 that all ranks go back to step 12
+    rewind:step=20:to=12                            rank 0 requests after step 20 that all ranks go back to step 12
     flip:rank=1:step=7:tensor=parameter/fc.bias:bit=30
                                                     a bit of a parameter on rank 1 changes after step 7
 

@@ -12,12 +12,12 @@ it.
 | `EnteredLoop` | worker | it is about to train; carries the recovery options of its strategy |
 | `StepCommitted` | worker | its generation has committed its first step |
 | `ProgramImported` | worker | training begins; carries what the script has imported; sent once per node |
-| `AskToLeave` | worker | it has made its last step and asks whether it may leave the training loop |
+| `AskToLeave` | worker | it has completed its last step and asks whether it may leave the training loop |
 | `LeftLoop` | worker | it has left the training loop: its exit is no fault from here on |
 | `WaitingAtLoop` | worker | it has reached the training loop on its own and waits there for the other ranks |
 | `ReleasedGroups` | worker | it has released the process groups that it shared with the lost ranks |
 | `CreatedGroup` | worker | it has created one more process group in this regrouping |
-| `Regrouped` | worker | it has met the other ranks in this regrouping |
+| `Regrouped` | worker | it has completed this regrouping with the other ranks |
 | `StuckCollective` | worker | it cannot release its process groups; carries the reason, its threads and its sockets |
 | `Blocked` | worker | in answer to `QueryBlocked`: whether its main thread waits for other ranks |
 | `CannotRecover` | worker | it cannot recover in place; carries the reason |
@@ -27,19 +27,19 @@ it.
 | `RewindDecided` | worker | all ranks have decided on a `Rewind`; carries whether they go back, and why |
 | `HandedOver` | worker | all ranks have stopped at a committed step, and it exits to hand its rank over |
 | `NodeUnfit` | sidecar | the node has failed its health check; carries what is wrong with it |
-| `Regroup` | agent | a fault, or a world change: meet the other ranks under this number |
+| `Regroup` | agent | a fault, or a world change: regroup under this number |
 | `AwaitRegroup` | agent | the nodes are re-rendezvousing: wait for the next `Regroup`, however long it takes |
 | `AssignRank` | agent | a standby takes a rank: as `Regroup`, and carries the rank's stdout and stderr |
 | `QueryBlocked` | agent | no worker makes progress: does the worker wait for other ranks? |
-| `MayLeave` | agent | every rank has made its last step: the training loop may be left |
-| `Rewind` | agent | another terminal asks that all ranks go back to an earlier step |
-| `Finish` | agent | the run is to end: commit the current step, save and leave |
+| `MayLeave` | agent | every rank has completed its last step: the worker may leave the training loop |
+| `Rewind` | agent | another terminal has requested that all ranks go back to an earlier step |
+| `Finish` | agent | the run must end: commit the current step, save and leave |
 | `HandOver` | agent | another process is ready to take this rank: exit after a step that all ranks have committed |
 | `TrainingFailed` | agent | training cannot continue on any rank; carries the reason, which every worker raises |
 | `RunOver` | agent | the run has ended with a fault: no recovery follows |
 | `MemoryHeld` | agent | in answer to `HoldMemory`, on the socket that came with it: done, or why not |
 
-Only the newest `Regroup` counts: a worker that was busy during several of them reads the last one.
+Only the newest `Regroup` counts: a worker that was busy during several reads the last one.
 """
 
 from __future__ import annotations
@@ -146,12 +146,12 @@ class ProgramImported(Message):
 
 @dataclass(frozen=True, slots=True)
 class AskToLeave(Message):
-    """Sent by a worker that has made its last step and asks whether it may leave the training loop.
+    """Sent by a worker that has completed its last step and asks whether it may leave the training loop.
 
     Args:
         number: regrouping that it belongs to.
         step: its last optimizer step.
-        why: why it makes no further one (`uneven_steps.WhyEnded`).
+        why: why there is no further one (`uneven_steps.WhyEnded`).
     """
 
     number: int
@@ -189,10 +189,10 @@ class CreatedGroup(Message):
 
 @dataclass(frozen=True, slots=True)
 class Regrouped(Message):
-    """Sent by a worker that has met the other ranks after a fault.
+    """Sent by a worker that has regrouped with the other ranks after a fault.
 
     Args:
-        number: regrouping in which they met.
+        number: the completed regrouping.
     """
 
     number: int
@@ -203,7 +203,7 @@ class StuckCollective(Message):
     """Sent by a survivor that cannot release its process groups: one of its threads is stuck in a collective.
 
     Args:
-        reason: how that shows.
+        reason: how that was determined.
         threads: its threads, one line each.
         sockets: its TCP sockets, one line each.
     """
@@ -275,7 +275,7 @@ class RewindDecided(Message):
     Args:
         number: number of the request.
         accepted: whether all ranks go back.
-        reason: where to and why, or why not.
+        reason: the target and why, or why not.
     """
 
     number: int
@@ -315,12 +315,12 @@ class NodeUnfit(Message):
 
 @dataclass(frozen=True, slots=True)
 class Regroup(Message):
-    """Sent by an agent to its workers after a fault, or when nodes join: meet the other ranks.
+    """Sent by an agent to its workers after a fault, or when nodes join: regroup with the other ranks.
 
     Args:
         number: number of the regrouping; grows over a run.
         fault: fields of the `FaultReport`.
-        env: environment variables that make the worker the rank it is from now on.
+        env: environment variables that define the worker's rank from now on.
     """
 
     number: int
@@ -340,7 +340,7 @@ class AssignRank(Message):
     Args:
         number: number of the regrouping.
         fault: fields of the `FaultReport`.
-        env: environment variables that make the standby that rank.
+        env: environment variables that define the standby's rank.
     """
 
     number: int
@@ -355,7 +355,7 @@ class QueryBlocked(Message):
 
 @dataclass(frozen=True, slots=True)
 class MayLeave(Message):
-    """Sent by an agent in answer to `AskToLeave`, once every rank has made its last step.
+    """Sent by an agent in answer to `AskToLeave`, once every rank has completed its last step.
 
     Args:
         number: regrouping in which the worker asked.
@@ -366,7 +366,7 @@ class MayLeave(Message):
 
 @dataclass(frozen=True, slots=True)
 class Rewind(Message):
-    """Sent by an agent that was asked, from another terminal, to take all ranks back to an earlier step.
+    """Sent by an agent on request from another terminal: go back to an earlier step.
 
     Args:
         number: number of the request; grows over a run.
@@ -383,7 +383,7 @@ class Rewind(Message):
 
 @dataclass(frozen=True, slots=True)
 class Finish(Message):
-    """Sent by an agent that was asked to end (SIGTERM): commit the current step, save and leave."""
+    """Sent by an agent that must end (SIGTERM): commit the current step, save and leave."""
 
 
 @dataclass(frozen=True, slots=True)

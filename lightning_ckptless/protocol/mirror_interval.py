@@ -8,8 +8,8 @@ A higher order estimate of the optimum checkpoint interval, 2006):
     G(n) = n t f / (exp(f r) (exp(f (n t + c)) - 1))
 
 Ranks measure different costs but must mirror the same steps. So each rank sends the set of intervals that it accepts,
-as the bits of an integer, and the shortest interval that all ranks accept is used. No rank needs to know what another
-one measured.
+as the bits of an integer, and the shortest interval that all ranks accept is used. No rank needs to know the
+measurements of another one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from math import exp, expm1
 INTERVALS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """The candidate intervals, in steps."""
 ANY = (1 << len(INTERVALS)) - 1
-"""The bits of a rank that accepts every interval, or has not measured its costs yet."""
+"""The bits of a rank that accepts every interval, or has not yet measured its costs."""
 PROBE_INTERVAL = 2
 """Interval while costs are measured: every other step, to compare steps with and without a version."""
 PROBE_STEPS = 40
@@ -104,7 +104,7 @@ def failure_rate(expected_per_day: float, observed: int, observed_s: float) -> f
 
 
 def word(interval: int) -> int:
-    """The intervals that a rank accepts which needs at least this one, as bits."""
+    """The intervals accepted by a rank that needs at least this one, as bits."""
     return sum(1 << index for index, choice in enumerate(INTERVALS) if choice >= interval)
 
 

@@ -58,7 +58,7 @@ def observed_mtbf(failures: int, observed_s: float, confidence: float = CONFIDEN
 
 @cache
 def _limits(failures: int, confidence: float) -> tuple[float, float]:
-    """The least and the largest number of failures to be expected of a rate at which these have been observed."""
+    """The limits of the expected number of failures, given the observed number."""
     tail = (1 - confidence) / 2
     most = _solve(lambda mean: poisson_cdf(failures, mean), tail, failures)
     least = _solve(lambda mean: poisson_cdf(failures - 1, mean), 1 - tail, failures) if failures else 0.0

@@ -6,20 +6,19 @@ increments a counter in the rendezvous store and checks the counters of the node
 | Seen | Then |
 |---|---|
 | this agent was suspended and has not checked for half of the limit | nothing: it starts counting again |
-| no answer from the rendezvous for the limit | this node is cut off: its workers are stopped |
+| no answer from the rendezvous for the limit | this node is partitioned: its workers are stopped |
 | no heartbeat from a watched node for the limit plus one interval | that node is lost: the other nodes re-rendezvous |
 | its agent's connection was closed, and no heartbeat for twice its longest pause | that node is lost, likewise |
 | | all nodes are alive |
 
-A node that is cut off notices it one interval before the others consider it lost, so its workers have stopped before
-the others continue.
+A partitioned node notices it one interval before the others consider it lost, so its workers have stopped before the
+others continue.
 
 An agent's connection is closed by the kernel when its process ends. That alone proves nothing, as a firewall closes
-connections too, and a replaced cable or a slow switch closes none. So it shortens the silence that is required, to one
-that follows from the node's own pauses between heartbeats: twice the longest of the last 120 (a minute), at least 1 s,
-at most the limit above. The longest pause is used rather than the mean and deviation of a phi accrual detector, because
-pauses on a busy machine have a long tail that quiet minutes do not show. A node that is dead cannot write any more, so
-the others need not wait until it has noticed anything.
+connections too. So a closed connection only shortens the required silence, according to the node's own pauses between
+heartbeats: to twice the longest of the last 120 (a minute), at least 1 s, at most the limit above. The longest pause is
+used rather than the mean and deviation, as in a phi accrual detector, because pauses on a busy machine have a long tail
+that quiet minutes do not show. A dead node cannot write, so the others need not wait for it to notice anything.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PAUSES = 120
-"""Pauses between heartbeats that a node considers."""
+"""Number of pauses between heartbeats that a node considers."""
 _BEAT_S = 0.5
 _FEWEST_PAUSES = 10
 _FACTOR = 2.0
 _LEAST_S = 1.0
 _IN_FLIGHT_S = 1.0
-"""A heartbeat that is seen later than this after the connection was closed was sent after that."""
+"""A heartbeat seen later than this after the connection was closed was sent after it was closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Bound:
 
     @property
     def partitioned_s(self) -> float:
-        """A node that receives no answer for more than these seconds is cut off."""
+        """A node that receives no answer for more than these seconds is partitioned."""
         return self.interval_s * self.attempts
 
     @property
@@ -120,9 +119,9 @@ class Heard:
     """What an agent has observed of a node that it watches; times are in seconds of one clock.
 
     Args:
-        at: when it was seen to have sent another heartbeat.
+        at: when its last heartbeat was seen.
         closed_at: when the connection to its agent was closed; None if it was not.
-        longest_pause_s: longest of the last pauses between its heartbeats, as it says itself; 0 if unknown.
+        longest_pause_s: longest of the last pauses between its heartbeats, as reported by itself; 0 if unknown.
     """
 
     at: float
@@ -157,8 +156,9 @@ class Liveness:
 def watched_by(node: int, nodes: int) -> tuple[int, ...]:
     """The nodes that a node watches: the next two, and the first one, which hosts the workers' store.
 
-    The nodes watch each other in a circle, so whichever nodes are lost, a live node precedes them in the circle,
-    notices it and re-rendezvouses. The others follow it. Two neighbours are often lost together, and found together.
+    The nodes watch each other in a circle. So whichever nodes are lost, a live node precedes them in the circle,
+    notices the loss and re-rendezvouses, and the others follow it. Two neighbours that are lost together are found
+    together.
 
     Args:
         node: index of the node in the round.
@@ -184,12 +184,12 @@ def judge(liveness: Liveness, bound: Bound, *, now: float, endpoint: str) -> Fin
             f"the rendezvous at {endpoint} has not answered for {silent_s:.1f} s, limit {bound.partitioned_s:g} s "
             f"(keep_alive_interval={bound.interval_s:g} x keep_alive_max_attempt={bound.attempts})"
         )
-    # As of the last answer: an agent that was not answered since knows no more.
+    # As of the last answer: without another one, an agent knows nothing newer.
     silent_of = {node: liveness.answered_at - heard.at for node, heard in liveness.heard.items()}
     limit_of = {node: heard.limit_s(bound) for node, heard in liveness.heard.items()}
     lost = [node for node, silent_s in silent_of.items() if silent_s > limit_of[node]]
     if not lost or any(limit_of[node] < bound.lost_s for node in liveness.heard if node not in lost):
-        # Where several seem to be dead, all are decided on together: the other nodes re-rendezvous once.
+        # If several seem dead, decide on all of them together, so that the other nodes re-rendezvous only once.
         return AllAlive()
     reasons = [_why_lost(node, silent_of[node], liveness.heard[node], bound) for node in lost]
     return NodesLost(tuple(lost), "; ".join(reasons), max(silent_of[node] for node in lost))

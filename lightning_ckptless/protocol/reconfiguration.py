@@ -29,7 +29,8 @@ class NodeStatus:
         world_size: number of ranks in the previous round; 0 if there was none.
         number: number of the newest regrouping that it knows.
         obstacle: why one of its workers cannot continue at another world size; empty if all can.
-        lost_at: wall clock of the last heartbeat of a node that it found lost, in seconds since the epoch; 0 if none.
+        lost_at: wall clock of the last heartbeat of a node that it found to be lost, in seconds since the epoch; 0 if
+        none.
     """
 
     trains: bool = False
@@ -48,7 +49,7 @@ class MovePlan:
         node_ranks: node rank of each node, in the order of their statuses.
         stay: node ranks whose workers stay in the training loop; empty if all nodes start together.
         come: node ranks whose workers are started and join the training loop.
-        number: number of the regrouping in which they meet.
+        number: number of their regrouping.
         reason: explanation, one sentence.
         lost_at: wall clock of the last heartbeat of the lost nodes, in seconds since the epoch; 0 if none is lost.
     """

@@ -7,7 +7,7 @@
 | `ready`: were preloaded | runs the same code before `fit` |
 | `given up`: cannot be preloaded | imports them again |
 
-In each case a standby has done all of this before it is needed.
+In each case, a standby does all of this before it is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 SLOW_S = 1.0
-"""A regrouping that takes longer, in seconds, is explained to the user."""
+"""Duration in seconds above which a regroup is explained to the user."""
 _MANY_MODULES = 20
 
 
@@ -56,14 +56,14 @@ class Arrival:
 
 
 def why_slow(regroup_s: float, arrivals: Collection[Arrival]) -> str:
-    """Why the regrouping took long and what would help, in a sentence.
+    """Why the regroup took long and what would help, in a sentence.
 
     Args:
         regroup_s: seconds from the detection of the fault until all ranks had completed the rendezvous.
         arrivals: startups of the replacements.
 
     Returns:
-        The explanation; empty if the regrouping was fast, or slow for another reason.
+        The explanation; empty if the regroup was fast, or slow for another reason.
     """
     last = max(arrivals, key=lambda arrival: arrival.startup_s, default=None)
     if last is None or regroup_s <= SLOW_S or last.startup_s < regroup_s / 2:

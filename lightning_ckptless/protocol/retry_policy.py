@@ -1,7 +1,7 @@
 """Retry policy: a run may recover any number of times while it makes progress, and a few times without progress.
 
-A run of a month on many nodes meets many faults, each of which costs it a step. The limits are for a run that keeps
-hitting the same fault: it commits no new step between recoveries, or it recovers more often than nodes fail.
+A month-long run on many nodes has many faults, each of which costs a step. The limits are for a run that keeps hitting
+the same fault: it commits no new step between recoveries, or it recovers more often than nodes fail.
 
 | The run | Then |
 |---|---|

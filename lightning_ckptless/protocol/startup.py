@@ -1,4 +1,4 @@
-"""What a generation does when it starts: restore a version, load a durable state or a checkpoint file, or refuse.
+"""How a generation starts: restore a version, load a durable state or a checkpoint file, or refuse.
 
 The first row that applies decides. The newest state of the run is used, by optimizer step; of equally new ones, one
 that contains the exact position in the data is preferred.
@@ -80,7 +80,7 @@ class StartPlan:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What is left of a run outside its arenas.
+    """What remains of a run outside its arenas.
 
     Args:
         state: newest durable state; None if there is none.
@@ -127,7 +127,7 @@ def plan_start(start: Start, found: Complete | Missing, left: Left) -> StartPlan
     Args:
         start: circumstances of the start.
         found: what the arenas contain.
-        left: what is left outside the arenas.
+        left: what remains outside the arenas.
     """
     state = left.state
     if isinstance(found, Complete) and (start.relaunched or state is None or not _is_newer(state, found)):

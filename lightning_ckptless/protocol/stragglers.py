@@ -5,13 +5,13 @@ multiple of the other ranks' median, and noticeably longer. The first row that a
 
 | A straggler | Then |
 |---|---|
-| while stragglers are not to be drained | report |
-| for less than the set time | wait |
-| while a rank of its node is being drained | wait |
-| within an hour of the last straggler that was drained on its node | wait |
+| and draining of stragglers is disabled | report |
+| for less than the configured time | wait |
+| and a rank of its node is being drained | wait |
+| within an hour of the last straggler drained on its node | wait |
 | | drain |
 
-A process that has just taken a rank may be slow until it is warm. It is another process, so its time as a straggler
+A process that has just taken a rank may be slow until it has warmed up. As a new process, its time as a straggler
 starts from zero.
 """
 
@@ -24,11 +24,11 @@ from enum import StrEnum
 from lightning_ckptless.options import DrainOptions
 
 FACTOR: float = DrainOptions.straggler_factor
-"""Own time per step from which a rank is a straggler, as a multiple of the other ranks' median."""
+"""Own time per step above which a rank is a straggler, as a multiple of the other ranks' median."""
 LEAST_LAG_S = 0.01
-"""Shorter differences between the steps of two ranks are noise."""
+"""Smaller differences between the steps of two ranks are noise."""
 DRAIN_EVERY_S = 3600.0
-"""Least time between two stragglers that are drained on a node."""
+"""Minimum time between two stragglers drained on a node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class Straggler:
         return self.own_s / self.others_s
 
     def __str__(self) -> str:
-        """Its time per step, and how that compares."""
+        """Its time per step, compared with the others."""
         return f"takes {1e3 * self.own_s:.1f} ms per step, {self.ratio:.1f}x the median of the others"
 
 
 @dataclass(frozen=True, slots=True)
 class StragglerOptions:
-    """What the user has asked for.
+    """The user's settings.
 
     Args:
         factor: multiple of the others' median from which a rank is a straggler.
@@ -69,7 +69,7 @@ class StragglerOptions:
 
 
 class StragglerAction(StrEnum):
-    """What follows from a straggler; see the table above."""
+    """How a straggler is handled; see the table above."""
 
     REPORT = "report"
     WAIT = "wait"
@@ -78,7 +78,7 @@ class StragglerAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StragglerPlan:
-    """What follows from a straggler.
+    """How a straggler is handled, and why.
 
     Args:
         rank: the straggler.
@@ -110,13 +110,13 @@ def find_straggler(own_s: Mapping[int, float], factor: float = FACTOR) -> Stragg
 def plan_straggler(
     straggler: Straggler, options: StragglerOptions, *, since_s: float, drained_s: float | None, is_draining: bool
 ) -> StragglerPlan:
-    """Decide what follows from a straggler.
+    """Decide how to handle a straggler.
 
     Args:
         straggler: the rank.
-        options: what the user has asked for.
-        since_s: how long its process has been one, in seconds.
-        drained_s: how long ago the last straggler of its node was drained, in seconds; None if none was.
+        options: the user's settings.
+        since_s: how long its process has been a straggler, in seconds.
+        drained_s: seconds since the last straggler of its node was drained; None if none was.
         is_draining: whether a rank of its node is being drained.
     """
     rank, after_s = straggler.rank, options.drain_after_s

@@ -28,7 +28,7 @@ _NOTE_EVERY_S = 60.0
 
 
 class Bucket(StrEnum):
-    """What a second of a run was spent on.
+    """What the time of a run is spent on.
 
     | Bucket | Contains |
     |---|---|
@@ -40,7 +40,7 @@ class Bucket(StrEnum):
     | `mirror_stall` | waiting for copies, and handing versions over |
     | `detect` | from a fault to its detection |
     | `abort` | from then until all survivors have stopped |
-    | `regroup` | from then until the ranks have met again; failed attempts included |
+    | `regroup` | from then until the ranks have regrouped, including failed attempts |
     | `restore` | from then until the state is restored |
     | `replay` | work that a fault has undone: from the restored version to the fault |
     | `rewind` | work that a rewind has undone, and the rewind itself |
@@ -165,8 +165,8 @@ class Outage:
         fault_at: the fault.
         detected_at: when it was detected.
         stopped_at: when all survivors had stopped.
-        regrouped_at: when the ranks had met again.
-        grows: whether the ranks have met to become more, and nothing was lost.
+        regrouped_at: when the ranks had regrouped.
+        grows: whether the ranks regrouped because nodes joined, and nothing was lost.
     """
 
     agent_at: float | None = None
@@ -237,7 +237,7 @@ def whole_run(
     """
     account = TimeAccount(began_at)
     if not fits:
-        # Faults before the first report have undone no work.
+        # Faults before the first report undid no work.
         account.advance(ended_at, Bucket.START)
         return account
     for number, fit in enumerate(fits):

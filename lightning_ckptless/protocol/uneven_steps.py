@@ -1,7 +1,7 @@
-"""Ranks that make unequal numbers of steps: some have ended, and others have begun a further step.
+"""Unequal numbers of steps: some ranks have completed their last step, and others have begun a further one.
 
-Every optimizer step needs all ranks. A rank that has made its last one takes part in no further step, so a rank that
-has begun a later one waits forever. The decision rests on counted steps alone, not on time.
+Every optimizer step needs all ranks. A rank that has completed its last one takes part in no further step, so a rank
+that has begun a later one waits forever. The decision is based on step counts alone, not on time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lightning_ckptless.protocol.hang_detection import Point, RankProgress
 
 
 class WhyEnded(StrEnum):
-    """Why a rank makes no further step, as a phrase that follows its name."""
+    """Why a rank starts no further step, as a phrase that follows its name."""
 
     NO_DATA = "ran out of training data"
     ASKED = "stopped training (trainer.should_stop)"
@@ -29,11 +29,11 @@ _FIXES = {
 
 @dataclass(frozen=True, slots=True)
 class AtEnd:
-    """A rank that has made its last step.
+    """A rank that has completed its last step.
 
     Args:
         step: its last optimizer step.
-        why: why it makes no further one.
+        why: why there is no further one.
     """
 
     step: int
@@ -41,7 +41,7 @@ class AtEnd:
 
 
 def out_of_data(progress: Mapping[int, RankProgress]) -> dict[int, AtEnd]:
-    """Return ranks that have made the last step of an epoch in which another rank has begun a further step.
+    """Return ranks that have completed the last step of an epoch in which another rank has begun a further step.
 
     Some scripts work that way: where no collective is called between two epochs, ranks may be in different epochs. The
     result explains why ranks wait for each other forever; it does not prove that they do.
@@ -71,10 +71,10 @@ _AFTER_A_RECOVERY = (
 def find_uneven(
     ended: Mapping[int, AtEnd], progress: Mapping[int, RankProgress], *, has_recovered: bool = False
 ) -> str | None:
-    """Explain which rank has ended too early for the others, and how to fix it; None if all may still end alike.
+    """Explain which rank ended too early for the others, and how to fix it; None if all may still end alike.
 
     Args:
-        ended: ranks that have made their last step.
+        ended: ranks that have completed their last step.
         progress: progress of the ranks, as far as it is known.
         has_recovered: whether the run has recovered from a fault, after which a dataset may be at another position.
     """

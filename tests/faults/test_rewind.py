@@ -179,10 +179,10 @@ def test_a_rewind_from_another_terminal(run: Run, tmp_path: Path) -> None:
         answers = asked.result(60)
     assert rewound.exit_code == 0, rewound.tail()
     assert [code for code, _ in answers][:2] == [0, 1], answers
-    assert "asked for from another terminal" in answers[0][1]
+    assert "requested from another terminal" in answers[0][1]
     assert "there is no step" in answers[1][1]
     rewinds = events_of(rewound, "rewind")
-    assert "asked for from another terminal" in rewinds[0].fields["reason"]
+    assert "requested from another terminal" in rewinds[0].fields["reason"]
     assert [rewind.fields["skipped_batches"] for rewind in rewinds] == [0, 2][: len(rewinds)]
 
 

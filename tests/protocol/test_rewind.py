@@ -36,18 +36,18 @@ def refused(found: RewindPlan | NoRewind) -> NoRewind:
 KEPT = versions(8, 12, 16, 19, 20)
 
 
-def test_the_deepest_target_counts() -> None:
+def test_the_earliest_target_counts() -> None:
     asked = [RewindAsked(16, 20, skip_batches=3), RewindAsked(12, 21, skip_to_batch=40), RewindAsked(12, 20, 2, 7)]
     plan = planned(plan_rewind(asked, KEPT, 21, PastRewinds()))
     assert (plan.version, plan.skip_batches, plan.skip_to_batch) == (Version(12, True), 2, 40)
-    assert plan.reason == "from step 21 back to step 12: the script asked for it, the deepest of 3 that were asked for"
+    assert plan.reason == "from step 21 back to step 12: requested by the script, the earliest of 3 requests"
     assert plan.past == PastRewinds(1, 21, 12)
 
 
 def test_between_two_versions_the_older_one_is_taken() -> None:
     plan = planned(plan_rewind([RewindAsked(15, 20)], KEPT, 21, PastRewinds()))
     assert plan.version == Version(12, True)
-    assert plan.reason == "from step 21 back to step 12 instead of step 15: the script asked for it"
+    assert plan.reason == "from step 21 back to step 12 instead of step 15: requested by the script"
 
 
 def test_the_state_after_a_validation_is_preferred() -> None:

@@ -15,7 +15,7 @@ from lightning_ckptless.protocol.placement import Placement
 
 
 class Coverage:
-    """Decides whether the nodes that were lost since the last version have taken all copies of a shard.
+    """Decides whether all copies of a shard were on the nodes lost since the last version.
 
     Args:
         cluster: nodes of the job.

@@ -25,7 +25,7 @@ SECONDS_PER_HOUR = 3600.0
 SECONDS_PER_DAY = 86400.0
 _CHUNK = 256
 _SHORT = 0.01
-"""Share of the time in which the spares may be too few."""
+"""Share of the time during which there may be too few spares."""
 
 Floats = NDArray[np.float64]
 
@@ -163,7 +163,7 @@ def _neighbours(node: int, offset: float, count: int, rack_nodes: int, nodes: in
 
 
 def spares_needed(node_losses_per_s: float, repair: Repair) -> int:
-    """The spares that are too few in at most 1 % of the time.
+    """The number of spares that is too low at most 1 % of the time.
 
     The number of nodes in repair has a Poisson distribution, whatever the distribution of the repairs.
 

@@ -38,7 +38,7 @@ class Inputs:
         ranks_per_node: ranks on each node.
         min_nodes: fewest nodes that the job continues on; None if it is not elastic.
         rack_nodes: neighbouring nodes that share a rack.
-        spares: nodes that wait for a lost node, or `auto` for as many as are too few in 1 % of the time.
+        spares: nodes that wait to replace a lost node, or `auto` for a number that is too low 1 % of the time.
         price: price of a rank for an hour; None without money.
         state_bytes: size of the training state, in bytes; None if unknown.
         step_s: step without mirroring and without waiting for its data, in seconds.

@@ -14,7 +14,7 @@ FAILURE_DOMAINS = ("node", "rack")
 
 
 class Failures(Protocol):
-    """What a failure model and a failure trace have in common."""
+    """The interface of failure models and failure traces."""
 
     @property
     def repair(self) -> Repair:

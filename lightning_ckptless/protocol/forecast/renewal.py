@@ -10,8 +10,8 @@ For exponential gaps with rate f this is Daly's formula, `G = u f / (exp(f r) (e
 mirror interval (`mirror_interval`). It needs no approximation: incidents during a recovery start the recovery again,
 which is a gap without a segment.
 
-The form holds if gaps are independent and all recoveries take the same time. It does not know losses that memory does
-not cover, waiting for nodes, and fewer nodes; those are what the simulation adds.
+The formula holds if gaps are independent and all recoveries take the same time. It does not model losses that memory
+does not cover, waiting for nodes, and running on fewer nodes; the simulation does.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ClosedForm:
 
     Args:
         ettr: expected goodput as a fraction.
-        left_out: what the job has and the formula does not; empty if the formula holds.
+        left_out: what the formula leaves out of this job; empty if it holds.
     """
 
     ettr: float

@@ -1,4 +1,4 @@
-"""What many simulated jobs have in common: expectation and spread."""
+"""The statistics of many simulated jobs: expectation and spread."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ class Outbox:
         self._marks.write(index, rows)
 
     def use(self, marks: Marks) -> None:
-        """Use other marks: this process has become another rank."""
+        """Use other marks: this process has changed its rank."""
         self._marks.close()
         self._marks = marks
 

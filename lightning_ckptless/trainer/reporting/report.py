@@ -194,14 +194,14 @@ class RunReport:
             self._say("\n  ".join(["placement of the replicas:", *table.lines()]))
 
     def faulted(self, assignment: Assignment) -> None:
-        """Note a fault that this rank survived, or that it joins after."""
+        """Record a fault that this rank survived, or after which it joins."""
         self._fault = assignment.fault
         self._notified_at = assignment.notified_at
         self._resumed_at = self._rewind = None
         self._in_place = True
 
     def regrouped(self, arrivals: Sequence[Arrival]) -> None:
-        """Record that the ranks of the next generation have met.
+        """Record that the ranks of the next generation have regrouped.
 
         Args:
             arrivals: startup figures of its new processes.
@@ -331,7 +331,7 @@ class RunReport:
             self._log_values(self._taken)
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
-        """Note what the version of the step has cost; it has been handed to the mirror."""
+        """Record the cost of the step's version, which has been handed to the mirror."""
         self._versions += 1
         self._taken = TakenVersion(stall_s + self._stall_s, cost_s, mirror.stats)
         self._stall_s = 0.0

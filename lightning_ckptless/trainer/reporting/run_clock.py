@@ -1,4 +1,4 @@
-"""The clock of a run: what the training thread spends its time on, noted in the ledger."""
+"""The clock of a run: what the training thread spends its time on, as recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunClock:
         self._buckets.append(bucket if self._buckets[0] is not Bucket.START else Bucket.START)
 
     def leave(self) -> None:
-        """Count the time in the bucket that was left for the last one."""
+        """Count the time from now on in the previous bucket again."""
         self.touch()
         if len(self._buckets) > 1:
             self._buckets.pop()
@@ -76,7 +76,7 @@ class RunClock:
         self._batch_began_at = self._clock()
 
     def end_own_work(self) -> None:
-        """End it: this rank is about to meet the others in a collective. Further calls in the same batch do nothing."""
+        """End it: this rank is about to enter a collective. Further calls in the same batch do nothing."""
         if self._batch_began_at is not None:
             self._own_s += max(0.0, self._clock() - self._batch_began_at)
             self._batches += 1
@@ -168,7 +168,7 @@ class RunClock:
         return account.until - self._noted_rank_at >= every_s
 
     def note_rank(self) -> None:
-        """Write to the ledger what this rank has waited for its data, and how long its own work took.
+        """Write to the ledger how long this rank has waited for its data, and how long its own work took.
 
         Does nothing if there is no ledger: rank 0 reports once for all why it cannot be written.
         """
@@ -184,7 +184,7 @@ def agent_started_at(agent_pid: int, *, own_agent: bool, env: Mapping[str, str] 
 
     Args:
         agent_pid: process id of the agent.
-        own_agent: whether it is ours, and says when; of another launcher's, the process is asked.
+        own_agent: whether it is ours, which reports its start; otherwise the start time of the process is used.
         env: environment variables of this process.
     """
     if own_agent:

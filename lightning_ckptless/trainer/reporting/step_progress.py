@@ -1,6 +1,6 @@
-"""Reports to the agent where this rank is in its step: the agent identifies hung ranks by it.
+"""Reports this rank's position in its step to the agent, which identifies hung ranks by it.
 
-Apart from `membership/worker/progress.py`, which writes the bytes, because what a position is follows from the loops.
+Apart from `membership/worker/progress.py`, which writes the bytes, because a position depends on the loops.
 """
 
 from __future__ import annotations

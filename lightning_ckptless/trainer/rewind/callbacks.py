@@ -1,6 +1,6 @@
-"""Callbacks that ask for a rewind when the loss is not finite, or jumps.
+"""Callbacks that request a rewind when the loss is not finite, or jumps.
 
-Each rank watches its own value; the decision is taken by all ranks together, so one of them is enough.
+Each rank watches its own value. A request of one rank is enough, since all ranks decide together.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from lightning_ckptless.errors import OptionsError
 
 
 class RewindMixin:
-    """Asks for a rewind to before the step whose value is unfit.
+    """Requests a rewind to before the step with a bad value.
 
     Args:
         metric: name of the value: an entry of what `training_step` returns (`loss` for a single tensor), or else a
             value that was logged with `self.log`.
-        steps: number of optimizer steps to go back; 1 is the one that has used the value.
+        steps: number of optimizer steps to go back; 1 undoes the one that used the value.
         skip_batches: batches of each rank to skip from there on; None for all up to the current one.
 
     Raises:
@@ -36,7 +36,7 @@ class RewindMixin:
         self.skip_batches = skip_batches
 
     def why_unfit(self, value: float) -> str:
-        """Return why a rewind is due; empty if it is not.
+        """Return why to rewind; empty if there is no reason.
 
         Args:
             value: the newest value.
@@ -44,7 +44,7 @@ class RewindMixin:
         raise NotImplementedError
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reject a strategy, or training data, with which the rewind would not be possible.
+        """Reject a strategy or training data that does not allow a rewind.
 
         Raises:
             OptionsError: the strategy keeps no history, or batches of the training data cannot be skipped.
@@ -57,7 +57,7 @@ class RewindMixin:
         engine.running.rewinding.require_possible(skips=self.skip_batches != 0)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the newest value."""
+        """Check the newest value."""
         value = self._value(trainer, outputs)
         why = "" if value is None else self.why_unfit(value)
         if why:
@@ -86,7 +86,7 @@ class RewindOnNonFiniteMixin(RewindMixin):
     Args:
         metric: name of the value: an entry of what `training_step` returns (`loss` for a single tensor), or else a
             value that was logged with `self.log`.
-        steps: number of optimizer steps to go back; 1 is the one that has used the value.
+        steps: number of optimizer steps to go back; 1 undoes the one that used the value.
         skip_batches: batches of each rank to skip from there on; None for all up to the current one.
 
     Raises:
@@ -97,7 +97,7 @@ class RewindOnNonFiniteMixin(RewindMixin):
         super().__init__(metric, steps, skip_batches)
 
     def why_unfit(self, value: float) -> str:
-        """Return why a rewind is due; empty if it is not."""
+        """Return why to rewind; empty if there is no reason."""
         return "" if math.isfinite(value) else "is not finite"
 
 
@@ -109,7 +109,7 @@ class RewindOnSpikeMixin(RewindMixin):
             value that was logged with `self.log`.
         factor: a value above this multiple of the median is a spike, and so is one that is not finite.
         window: number of batches whose median counts; nothing is a spike before there are that many.
-        steps: number of optimizer steps to go back; 1 is the one that has used the value.
+        steps: number of optimizer steps to go back; 1 undoes the one that used the value.
         skip_batches: batches of each rank to skip from there on; None for all up to the current one.
 
     Raises:
@@ -133,7 +133,7 @@ class RewindOnSpikeMixin(RewindMixin):
         self.recent: list[float] = []
 
     def why_unfit(self, value: float) -> str:
-        """Return why a rewind is due; empty if it is not, and the value then counts for the median."""
+        """Return why to rewind; if there is no reason, return an empty text and include the value in the median."""
         if why := why_spike(value, self.recent, self.factor, self.window):
             return why
         self.recent = [*self.recent, value][-self.window :]

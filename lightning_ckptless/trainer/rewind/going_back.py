@@ -7,7 +7,7 @@
 | it is mirrored again, with what the skip has changed | the newest version |
 | all other versions from it on are discarded, the newest one last | the newest version, or the restored one |
 
-What asked for the rewind is part of the newest version, so that the rewind is decided again after the fault.
+The request for the rewind is part of the newest version, so that the rewind is decided again after the fault.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GoingBack:
         self._procedure = procedure
 
     def stop_if_due(self) -> None:
-        """Called when this rank has made its last step: decide on a rewind that was asked for in it.
+        """Called when this rank has completed its last step: decide on a rewind that was requested in it.
 
         Raises:
             GoBackError: all ranks go back.

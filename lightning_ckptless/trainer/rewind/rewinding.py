@@ -1,10 +1,10 @@
-"""Rewinds as one rank asks for them, and the decision of all ranks.
+"""Requests for rewinds on one rank, and the decision of all ranks.
 
-    any rank    asks, in any hook; its vote in the next round says so
-    all ranks   stop at the same point between two steps (`CoordinatedStop`), gather what was asked for, and decide
-                with a pure function (`protocol.rewind`): go back, train on, or end the run with an error
+    any rank    requests a rewind, in any hook, and votes for it in the next round all ranks   stop at the same point
+    between two steps (`CoordinatedStop`), gather the requests, and decide with a pure function (`protocol.rewind`): go
+    back, train on, or end the run with an error
 
-What the script has asked for is part of the versions: a fault before the decision does not lose it.
+The script's requests are part of the versions: a fault before the decision does not lose them.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Rewinding:
     def ask(
         self, *, to_step: int | None, steps: int | None, skip_batches: int | None, cause: str, request: int = 0
     ) -> None:
-        """Ask for a rewind; it is decided within the next steps.
+        """Request a rewind; it is decided within the next steps.
 
         Args:
             to_step: optimizer step to return to; None if `steps` is given.
             steps: number of optimizer steps to go back; None if `to_step` is given.
             skip_batches: batches to skip from there on; None for all up to the current one.
-            cause: who asks, and why.
-            request: number of the request from another terminal; 0 if the script asks.
+            cause: who requests it, and why.
+            request: number of the request from another terminal; 0 for the script.
 
         Raises:
             OptionsError: the rewind is not possible at all.
@@ -99,7 +99,7 @@ class Rewinding:
         self._asked.append(RewindAsked(step, done, skip_batches or 0, skip_to_batch, cause, request))
 
     def require_possible(self, *, skips: bool) -> None:
-        """Reject what no rewind of this run can do.
+        """Reject a rewind that this run does not support.
 
         Args:
             skips: whether batches are to be skipped.
@@ -116,7 +116,7 @@ class Rewinding:
 
     @property
     def is_asked(self) -> bool:
-        """Whether this rank asks for a rewind; read in the mirror thread."""
+        """Whether this rank requests a rewind; read in the mirror thread."""
         return bool(self._asked)
 
     def stop_if_due(
@@ -178,7 +178,7 @@ class Rewinding:
     # ------------------------------------------------------------------ state
 
     def capture(self) -> dict[str, Any]:
-        """Return what a version contains about rewinds; as long as that stays the same, the same object."""
+        """Return the state of rewinds for a version; the same object as long as nothing changes."""
         asked = tuple(each for each in self._asked if not each.request)
         state = RewindState(asked, self.past, self._audit.sends)
         if state != self._captured[0]:

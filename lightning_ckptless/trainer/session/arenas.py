@@ -53,7 +53,7 @@ def open_arena(
 
 
 def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena:
-    """Return the arena that the node's other workers have open, or a new one if the node is new to the run."""
+    """Return the arena that the node's other workers use, or a new one if the node is new to the run."""
     for info in find_arenas(_folder(options), _run_id(identity, fit_index)):
         if info.node == identity.node and info.owner.pid == identity.agent_pid:
             return Arena.attach(info.path)

@@ -152,7 +152,7 @@ class Call:
         return record_fit(self.trainer, running.rank_state.host_state, data.hooks.made, arena)
 
     def _record_success(self, data: TrainingData, running: RunningFit, arena: Arena) -> list[Record]:
-        """Record a call that has succeeded; empty if this process has not the means to, e.g. the memory."""
+        """Record a call that has succeeded; empty if this process lacks the means, e.g. memory."""
         try:
             return [self._record_fit(data, running, arena)]
         except (OSError, MemoryError, RuntimeError) as error:

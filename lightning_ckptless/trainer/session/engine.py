@@ -153,7 +153,7 @@ class Engine:
 
     @property
     def is_joining(self) -> bool:
-        """Whether this process is a replacement that has not met the others yet."""
+        """Whether this process is a replacement that has not joined the others yet."""
         return bool(self.strategy.joins_alone) and not self.session.is_member
 
     @property
@@ -221,7 +221,7 @@ class Engine:
     # ------------------------------------------------------------------ end
 
     def why_final(self, error: Exception) -> str | None:
-        """Why an exception is not worth a retry; None if it is."""
+        """Why an exception is final; None if it is worth a retry."""
         return why_final(error, rank=self.session.rank, taken=self._taken, arena=self.session.arena_if_open)
 
     def forbid_relaunch(self, reason: str) -> None:

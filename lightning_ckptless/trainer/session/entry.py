@@ -31,7 +31,7 @@ class Entry:
 def enter_together(
     session: Session, virtual_ranks: VirtualRanks, ckpt_path: str | None, first_positions: Positions | None
 ) -> Entry:
-    """Open the arena, meet the other ranks and decide what this generation starts from. All ranks call it together.
+    """Open the arena, form the member set and decide what this generation starts from. All ranks call it together.
 
     Args:
         session: session of this rank.

@@ -1,6 +1,6 @@
-"""Health check of a node: before a worker joins the others, at the start and after every fault, and while it trains.
+"""Health checks of a node: before a worker joins the others, at the start and after every fault, and during training.
 
-The check while it trains is repeated by a sidecar: see `health_watch.py`.
+The check during training is repeated by a sidecar: see `health_watch.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_health(device: torch.device, own_check: str, node: str) -> None:
 
 
 def find_unfit(device: torch.device, own_check: str) -> str:
-    """Return the first thing that is wrong with this node; empty if nothing is.
+    """Return the first problem of this node; empty if there is none.
 
     Args:
         device: device that is checked.

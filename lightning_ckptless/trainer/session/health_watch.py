@@ -1,8 +1,8 @@
-"""The sidecar that checks the health of a node while it trains: `python -m ...health_watch ORDER`.
+"""The sidecar that checks the health of a node during training: `python -m ...health_watch ORDER`.
 
-It runs the same check as a worker before it joins the others, but on the CPU alone, since a further process on an
-accelerator takes memory of it. It has the lowest priority, and one thread. A check that does not return counts as
-failed: a node whose disk or network does not answer is unfit.
+It runs the same check as a worker before it joins the others, but only on the CPU, since another process on an
+accelerator would take some of its memory. It has the lowest priority and one thread. A check that does not return
+counts as failed: a node whose disk or network does not respond is unfit.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lightning_ckptless.trainer.session.health_check import find_unfit
 MODULE = "lightning_ckptless.trainer.session.health_watch"
 NICENESS = 19
 LONGEST_S = 300.0
-"""After this time, a check that has not returned counts as failed."""
+"""A check that has not returned after this time counts as failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthOrder:
-    """What is checked, and how often.
+    """What is checked and how often.
 
     Args:
         check: dotted name of the user's function; empty for none.
@@ -68,12 +68,12 @@ def _folder_of(check: str) -> str:
 
 
 def watch(order: HealthOrder, channel: AgentChannel, over: threading.Event) -> None:
-    """Check again and again, and tell the agent of each check that fails.
+    """Check periodically, and notify the agent of each check that fails.
 
     Args:
         order: what is checked, and how often.
         channel: to the agent.
-        over: is set where no further check is wanted.
+        over: set when no further check is wanted.
     """
     while not over.wait(order.every_s):
         if finding := _in_time(order.check, LONGEST_S):
@@ -81,14 +81,14 @@ def watch(order: HealthOrder, channel: AgentChannel, over: threading.Event) -> N
 
 
 def _in_time(check: str, longest_s: float) -> str:
-    """Return what is wrong with this node; empty if nothing is."""
+    """Return the problem of this node; empty if there is none."""
     found: list[str] = []
     checking = threading.Thread(target=lambda: found.append(find_unfit(torch.device("cpu"), check)), daemon=True)
     checking.start()
     checking.join(longest_s)
     if checking.is_alive():
         return f"{check or 'the check'} has not returned for {longest_s:.0f} s"
-    # A thread that has raised has printed why: the options are wrong, and the node may be fit.
+    # A thread that raised has printed why: the options are wrong, but the node may be fit.
     return found[0] if found else ""
 
 
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     os.nice(NICENESS)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # At once, even within a check: nothing of it is to be kept.
+    # Exit at once, even during a check: nothing must be kept.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     channel, order = open_channel(), HealthOrder.from_text(arguments[0])
     assert channel is not None, "a sidecar has a channel to its agent"

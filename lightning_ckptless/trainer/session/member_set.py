@@ -31,7 +31,7 @@ class MemberSet:
         nodes: node name of each rank.
         placement: which rank holds which replicas.
         generation: number of the generation; no other generation has written to these arenas under this number.
-        notes: notes of the arena of each rank's node when the ranks met, by rank.
+        notes: notes of the arena of each rank's node when the generation began, by rank.
         trusted: dotted names of classes that the user trusts in host state from other nodes.
     """
 
@@ -119,7 +119,7 @@ def form_member_set(
     mine = arena.notes()
     used = mine.generation
     if used is None:
-        # If the note was lost, the replicas still tell which numbers have been used.
+        # If the note was lost, the replicas still show which numbers were used.
         used = max((replica.generation for replica in arena.inventory()), default=0)
     mine = replace(mine, generation=max(used, last_generation(record)))
     notes = _gather_notes(mine, transport)

@@ -1,9 +1,9 @@
 """Records of trainer calls, which a process that starts later replays instead of computing them again.
 
-A new process runs the script from its beginning. The calls of `fit`, `validate`, `test` and `predict` that it meets on
-the way have already been computed; the record of each contains what it left behind. Records are stored in a folder of
-the agent, which outlives the workers, as one file per call and rank. A call counts as recorded once all ranks of the
-node have recorded it. A worker that cannot record a call stores the reason instead.
+A new process runs the script from its beginning. The calls of `fit`, `validate`, `test` and `predict` on its way have
+already been computed; the record of each contains what it left behind. Records are stored in a folder of the agent,
+which outlives the workers, as one file per call and rank. A call counts as recorded once all ranks of the node have
+recorded it. A worker that cannot record a call stores the reason instead.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class PastCalls:
             self._replace(self._folder / f"begun-{number}", lambda file: file.write(facts.encode()))
 
     def noted(self, number: int) -> str | None:
-        """What `note` has stored; None if no process has begun the call."""
+        """What `note` stored; None if no process has begun the call."""
         path = None if self._folder is None else self._folder / f"begun-{number}"
         return path.read_text() if path is not None and path.exists() else None
 

@@ -121,7 +121,7 @@ class RunningFit:
         self.mirroring.commit(version)
         self._session.files.settle(self.mirroring.committed, self.mirroring.oldest)
         if self.boundaries.closes_validation(version):
-            # Callers that read the metrics of a validation get them now, not a step later.
+            # So that callers that read the metrics of a validation get them now, not a step later.
             self.mirroring.settle()
             self.deliver_rows()
         if self._watcher is not None and self._stepped_in != self._session.generation:
@@ -129,13 +129,13 @@ class RunningFit:
             self._watcher.send(StepCommitted(self._session.members.sole_shards))
 
     def _ask_to_rewind(self, asked: Rewind) -> None:
-        """Ask for a rewind on behalf of another terminal; called in the watcher's thread."""
+        """Request a rewind on behalf of another terminal; called in the watcher's thread."""
         try:
             self.rewinding.ask(
                 to_step=asked.to_step,
                 steps=asked.steps,
                 skip_batches=asked.skip_batches,
-                cause="asked for from another terminal",
+                cause="requested from another terminal",
                 request=asked.number,
             )
         except OptionsError as error:

@@ -6,7 +6,7 @@ A session owns what a rank has over all generations, and the member set of the c
 |---|---|
 | from the start | trainer, options, identity, ledger, report, loggers, checkpoint files, folders, durable states |
 | once it has its arena: `open` or `open_alone` | `arena` |
-| once the ranks have met: `begin_generation`, again in each recovery | `members`, `outgoing` |
+| once the ranks are connected: `begin_generation`, again in each recovery | `members`, `outgoing` |
 
 `generation` is derived from the member set. No other object of the trainer stores it.
 """
@@ -179,7 +179,7 @@ class Session:
         return nodes
 
     def open_alone(self) -> None:
-        """Open the arena in a process that has not met the other ranks."""
+        """Open the arena in a process that has not joined the other ranks."""
         self._arena = find_or_make_arena(self.identity, self.fit_index, self.options)
         use_agent_memory(self._arena, self._channel)
 
@@ -203,19 +203,19 @@ class Session:
 
     @property
     def is_member(self) -> bool:
-        """Whether this rank has met the others; a replacement has not until it joins them in the fit loop."""
+        """Whether this rank is in a member set; a replacement is not until it joins the others in the fit loop."""
         return self._members is not None
 
     @property
     def members(self) -> MemberSet:
         """The ranks of the current generation."""
-        assert self._members is not None, "this rank has not met the others yet"
+        assert self._members is not None, "this rank is in no member set yet"
         return self._members
 
     @property
     def outgoing(self) -> OutgoingCheck:
         """Checks what leaves this node's memory in the current generation."""
-        assert self._outgoing is not None, "this rank has not met the others yet"
+        assert self._outgoing is not None, "this rank is in no member set yet"
         return self._outgoing
 
     def begin_generation(self, transport: Transport, nodes: tuple[str, ...], *, after: int = 0) -> MemberSet:
@@ -264,7 +264,7 @@ class Session:
     # ------------------------------------------------------------------ the end
 
     def finish(self) -> None:
-        """Report that `fit` has returned, also to a later process."""
+        """Report that `fit` has returned, also to later processes."""
         if self.acts_for_node and self._arena is not None:
             self._arena.write_notes(ArenaNotes(finished=True))
             (self._arena.path / MARKER).touch()

@@ -1,4 +1,4 @@
-"""The entry of `fit`: in a plain process it starts the workers, in a worker it runs the call and handles its errors."""
+"""The entry of `fit`: in a plain process it starts workers, in a worker it runs the call and handles its errors."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class FitGuard:
             give_exit_code(error)
             return
         if engine.is_joining:
-            # The replacement has no state to lose: the agent can relaunch all workers.
+            # A replacement has no state to lose: the agent can relaunch all workers.
             traceback.print_exception(error)
             why = f"a new process failed before it joined the others in fit: {type(error).__name__}: {error}"
             assert self.strategy.watcher is not None, "a process that joins others has an agent"

@@ -1,7 +1,7 @@
-"""What all our strategies add to one of Lightning's own: the engine, and the recovery from lost ranks.
+"""What our strategies add to those of Lightning: the engine, and the recovery from lost ranks.
 
-Strategies differ in how they wrap the model, which process groups that needs, and what is identical on all ranks. They
-override the methods in the section "what subclasses override"; everything else is implemented here.
+Strategies differ in how they wrap the model, in the process groups for that, and in what is identical on all ranks.
+They override the methods in the section "what subclasses override"; everything else is implemented here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BEFORE_SETUP = "pre_setup"
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a strategy class is assembled from that `trainer` cannot import.
+    """The parts of a strategy class that `trainer` cannot import.
 
     Args:
         module: name of the module that defines the class, from which copies are created.
@@ -203,7 +203,7 @@ class CkptlessMixin(LightningStrategy):
     def join_generation(self) -> bool:
         """Join the current generation, unless this process already has.
 
-        A replacement skips this: it meets the survivors in the training loop.
+        A replacement skips this: it joins the survivors in the training loop.
 
         Returns:
             Whether there is a process group.
@@ -232,7 +232,7 @@ class CkptlessMixin(LightningStrategy):
         )
 
     def rejoin(self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None]) -> None:
-        """Meet the other ranks of the next generation; the process groups of the previous one have been left.
+        """Join the next generation; the process groups of the previous one have been left.
 
         Args:
             regrouping: number of the rendezvous.
@@ -343,7 +343,7 @@ class CkptlessMixin(LightningStrategy):
         return None if virtual_ranks is None or virtual_ranks.is_running_another else virtual_ranks
 
     def pre_backward(self, closure_loss: Any) -> None:
-        """Report that the forward pass is done."""
+        """Report that the forward pass is complete."""
         self._beat(Point.BACKWARD)
         super().pre_backward(closure_loss)
 
@@ -371,10 +371,10 @@ class CkptlessMixin(LightningStrategy):
         return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
 
     def rewind(self, *, to_step: int | None = None, steps: int | None = None, skip_batches: int | None = 0) -> None:
-        """Ask that all ranks go back to an earlier step, which the history contains.
+        """Request that all ranks go back to an earlier step, which the history must contain.
 
         May be called in any hook of training or validation, on any rank. All ranks decide together within the next
-        steps: the deepest target counts. During a recovery the decision waits for its end.
+        steps: the earliest target counts. During a recovery the decision waits for its end.
 
         Args:
             to_step: optimizer step to return to (`trainer.global_step` at that time); the newest version of the history
@@ -387,13 +387,13 @@ class CkptlessMixin(LightningStrategy):
             OptionsError: the strategy keeps no history, no such step exists, or batches of this dataloader cannot be
                 skipped.
         """
-        self.ask_to_rewind("the script asked for it", to_step=to_step, steps=steps, skip_batches=skip_batches)
+        self.ask_to_rewind("requested by the script", to_step=to_step, steps=steps, skip_batches=skip_batches)
 
     def ask_to_rewind(self, cause: str, *, to_step: int | None, steps: int | None, skip_batches: int | None) -> None:
-        """Ask for a rewind as `rewind` does.
+        """Request a rewind as `rewind` does.
 
         Args:
-            cause: who asks, and why.
+            cause: who requests it, and why.
             to_step: see `rewind`.
             steps: see `rewind`.
             skip_batches: see `rewind`.

@@ -43,7 +43,7 @@ def range_of_nodes(nodes: int, env: Mapping[str, str] = os.environ) -> tuple[int
     """Return the fewest and the most nodes that the launcher accepts.
 
     Args:
-        nodes: for a launcher that does not say.
+        nodes: the number to use if the launcher does not provide it.
         env: environment variables of this process.
 
     Raises:
