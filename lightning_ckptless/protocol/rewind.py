@@ -165,9 +165,9 @@ def _beyond(earliest: RewindAsked, kept: Collection[Version]) -> str:
 def _too_many(count: int, at_step: int, earliest: RewindAsked) -> str:
     times = "once" if count == 1 else f"{count} times in a row"
     return (
-        f"the run was rewound {times} without getting beyond step {at_step}, and now again: {earliest.cause}. Rewinding "
-        "does not help: lower the learning rate, clip the gradients, skip more batches or remove the data at this "
-        "step, and restart"
+        f"the run was rewound {times} without getting beyond step {at_step}, and now again: {earliest.cause}. "
+        "Rewinding does not help: lower the learning rate, clip the gradients, skip more batches or remove the data at "
+        "this step, and restart"
     )
 
 

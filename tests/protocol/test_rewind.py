@@ -58,7 +58,7 @@ def test_the_state_after_a_validation_is_preferred() -> None:
 
 def test_a_step_beyond_the_history_names_those_that_exist() -> None:
     answer = refused(plan_rewind([RewindAsked(5, 20)], KEPT, 21, PastRewinds()))
-    assert "step 5 cannot be returned to: the history has steps 8, 12, 16, 19 to 20." in answer.reason
+    assert "cannot go back to step 5: the history has steps 8, 12, 16, 19 to 20." in answer.reason
     assert answer.ends_run
     assert not refused(plan_rewind([RewindAsked(5, 20, request=1)], KEPT, 21, PastRewinds())).ends_run
     assert "the newest step is 21" in refused(plan_rewind([RewindAsked(22, 20)], KEPT, 21, PastRewinds())).reason
