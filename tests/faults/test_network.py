@@ -46,7 +46,7 @@ def test_a_node_with_a_cut_link_is_fenced_and_rejoins(tmp_path: Path, stack: Exi
     # No upper bound: it depends on the load of the machine.
     assert took_s >= BOUND_S - 1, cluster.output()
     assert [process for process in workers if process.is_running() and process.status() != "zombie"] == []
-    assert "this node is cut off: the rendezvous at 10.77.0.1" in cluster.output()
+    assert "this node is partitioned: the rendezvous at 10.77.0.1" in cluster.output()
     assert "of the round has been silent" in _wait_for(cluster, "node_lost")
     assert stays.poll() is None
     hosts.restore()

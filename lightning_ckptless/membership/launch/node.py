@@ -273,7 +273,7 @@ def _handler_among_others(config: LaunchConfig, place: RendezvousEndpoint | None
 
 def _partitioned(config: LaunchConfig, reason: str) -> str:
     return (
-        f"run {config.run_id!r}: this node is cut off: {reason}; its workers are stopped, and the other nodes may "
+        f"run {config.run_id!r}: this node is partitioned: {reason}; its workers are stopped, and the other nodes may "
         "have continued without it: start its agent again once the network works"
     )
 
