@@ -53,7 +53,7 @@ SET_BY_USER = {
     RDZV_ENDPOINT: "`host:port` of the rendezvous, for `python train.py` on several nodes",
     NNODES: "number of nodes, or `min:max`, for `python train.py` on several nodes; under torchrun it allows fewer "
     "nodes; `ckptless run` sets it for its workers",
-    FAILURE_DOMAIN: "location of this node, for a `failure_domain` of your own: `rack7`, or `rack=rack7,row=b`",
+    FAILURE_DOMAIN: "location of this node, for a custom `failure_domain`: `rack7`, or `rack=rack7,row=b`",
     FAILURE_DOMAINS_FILE: "file with the locations of all nodes, one line `host rack7` per host",
     UNTESTED_VERSIONS: "`1` suppresses the warning about untested versions; the package sets it to `warned` after it "
     "has warned",

@@ -37,7 +37,7 @@ def drain(
     from lightning_ckptless.membership.requests import DrainRequest, submit
 
     if (rank is None) == (node is None):
-        raise OptionsError("what is to be drained? Give either --rank R or --node N")
+        raise OptionsError("nothing to drain: give either --rank R or --node N")
     found = find_live_run(run, run_root, to_do="drain")
     answer = submit(found.folder, DrainRequest(node, rank), timeout_s=timeout_s)
     if not answer.accepted:

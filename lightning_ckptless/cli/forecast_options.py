@@ -193,7 +193,9 @@ GrowS = Annotated[
 DurableRestoreS = Annotated[
     float | None,
     typer.Option(
-        metavar=_SECONDS, help="Reading a durable state, besides a relaunch (default: 104).", rich_help_panel=_RECOVERY
+        metavar=_SECONDS,
+        help="Reading a durable state, in addition to a relaunch (default: 104).",
+        rich_help_panel=_RECOVERY,
     ),
 ]
 DurableStallS = Annotated[

@@ -22,11 +22,11 @@ _ABOUT = "about"
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is declared of an option besides its name, type and default.
+    """The declaration of an option, in addition to its name, type and default.
 
     Args:
         help: meaning of its value, without a full stop.
-        values: the values it takes besides None; None if the type says so.
+        values: the values it takes other than None; None to derive them from the type.
         unit: unit of its value; empty if it has none.
         none: what None stands for; empty if it does not take None.
         flag: option of `ckptless run` that sets it; empty if there is none.
@@ -49,7 +49,7 @@ def option(default: T, help: str, values: Range | None = None, **more: Any) -> T
     Args:
         default: its default.
         help: meaning of its value, without a full stop.
-        values: the values it takes besides None; None if the type says so.
+        values: the values it takes other than None; None to derive them from the type.
         more: further arguments of `About`.
     """
     made: Any = field(default=default, metadata=about(help, values, **more))

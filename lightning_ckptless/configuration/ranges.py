@@ -35,7 +35,7 @@ PATH = Range("a path", lambda value: isinstance(value, str | os.PathLike))
 
 
 def constant(word: str) -> Range:
-    """One word, e.g. `auto` beside numbers."""
+    """One word, e.g. `auto` as an alternative to numbers."""
     return Range(repr(word), lambda value: value == word)
 
 
@@ -65,7 +65,7 @@ def share() -> Range:
 
 
 def _number(value: Any) -> float:
-    """The value, or NaN, which is in no range, for what is not a number."""
+    """The value, or NaN, which is in no range, if it is not a number."""
     return float(value) if isinstance(value, Real) else math.nan
 
 

@@ -1,7 +1,7 @@
 """The recipe for a Lightning checkpoint: the constant data that a version itself does not contain.
 
 A version contains tensors by our names and the host state of each rank. A checkpoint file uses other names, and has
-hyper-parameters, keys of callbacks and the like. These are written once, next to the layout in the arena, and copied to
+hyper-parameters, callback keys and so on. These are written once, next to the layout in the arena, and copied to
 every durable state.
 """
 

@@ -48,7 +48,7 @@ class _Unrecorded:
 
 
 class _SharedState(_Unrecorded, _BackendRendezvousStateHolder):
-    """The state of a rendezvous, read again as soon as another node has changed it."""
+    """The state of a rendezvous, re-read when another node has changed it."""
 
     def sync(self) -> bool | None:
         """Write the state where it was changed here, or read it where it was changed elsewhere; see base class."""
@@ -59,13 +59,13 @@ class _SharedState(_Unrecorded, _BackendRendezvousStateHolder):
 
 
 class _Executor(_Unrecorded, _DistributedRendezvousOpExecutor):
-    """Executes torch's operations, and continues as soon as the state has changed.
+    """Executes torch's operations, and continues when the state has changed.
 
     Args:
         node: this node.
         state: state of the rendezvous.
         settings: settings of the rendezvous.
-        have_all_come: whether no further node can come to the round that is being completed, given its participants.
+        have_all_come: whether no further node can join the round that is being completed, given its participants.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
         return state.round, dict(state.participants)
 
     def _have_all_come(self, participants: Collection[Node]) -> bool:
-        """Whether no further node can come to a round, given its participants so far."""
+        """Whether no further node can join a round, given its participants so far."""
         raise NotImplementedError
 
     def remove(self, number: int, nodes: Collection[Node]) -> None:

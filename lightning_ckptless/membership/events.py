@@ -125,12 +125,12 @@ class WorkersSpawned(Event):
 
 @dataclass(frozen=True, slots=True)
 class Relaunched(Event):
-    """All workers of a node have been started again.
+    """All workers of a node have been restarted.
 
     Args:
         node: name of the node.
         fault: why they were stopped.
-        reason: why they were not recovered in place.
+        reason: why the recovery was not in place.
         world_size: number of ranks that were started.
         count: which recovery of the run this is, in words.
     """
@@ -209,7 +209,7 @@ class ImportsLearned(Event):
 
 @dataclass(frozen=True, slots=True)
 class ImportsNotLearned(Event):
-    """New processes have to import what the script imports."""
+    """New processes must import the script's modules themselves."""
 
     name: ClassVar[str] = "imports_not_learned"
     reason: str

@@ -68,6 +68,6 @@ def conclude(outcome: RunOutcome) -> Conclusion:
         return Conclusion(keeps_arenas=False, text="no state is kept: no step was committed")
     return Conclusion(
         keeps_arenas=False,
-        text=f"{outcome.committed} is not kept: the run has no run id of its own. Start it with "
+        text=f"{outcome.committed} is not kept: the run has no run id. Start it with "
         "`ckptless run --rdzv-id NAME` to keep its state when it is stopped",
     )

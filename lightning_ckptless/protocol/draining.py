@@ -110,9 +110,9 @@ def _why_not_rank(now: RankSituation) -> str:
     if now.rank in now.under_way:
         return "it is already being drained"
     if now.world_size == 1:
-        return "it is the only rank of the run, so no other process keeps its state; end the run with SIGTERM instead"
+        return "it is the only rank of the run, so no other process has its state; end the run with SIGTERM instead"
     if not now.in_place:
-        return "recovery in place is switched off, so no process could take its place"
+        return "recovery in place is disabled, so no process could take its place"
     if now.obstacle is not None:
         return f"no process could take its place: {now.obstacle}"
     return ""
@@ -139,7 +139,7 @@ def _why_not_node(now: NodeSituation) -> str:
     if now.nodes == 1:
         return "it is the only node of the run; end the run with SIGTERM instead"
     if now.leaving:
-        return f"another node is being drained ({now.leaving}); ask again when it has left"
+        return f"another node is being drained ({now.leaving}); retry when it has left"
     if now.hosts:
         return f"it hosts the rendezvous, without which the other nodes could not regroup in place; {_instead(now)}"
     if now.sole_shards:

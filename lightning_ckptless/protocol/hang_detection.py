@@ -4,7 +4,7 @@ Ranks run in lockstep, so one hung rank stops all: the others reach the next col
 therefore not a silent rank but the one that lags behind. No rank is blamed if all are at the same point (a long
 validation, a first compilation), if a debugger has stopped one, or if all have been stopped. Ranks at the same point
 are distinguished by what they do there. Each is asked, and in the backward pass a rank that does not wait, while the
-others wait, has not entered their collective. Elsewhere it may have work of its own, such as writing a checkpoint; it
+others wait, has not entered their collective. Elsewhere it may have its own work, such as writing a checkpoint; it
 hangs only if neither it nor a child process has used any CPU time for minutes.
 
 | All ranks silent for longer than the limit, and | Then |
@@ -210,7 +210,7 @@ def find_hang(
 
 
 def _is_suspect(progress: Mapping[int, RankProgress], rank: int, override_s: float | None) -> bool:
-    """Whether a silent rank hangs if it does not wait for the others, because it has no work of its own."""
+    """Whether a silent rank hangs if it does not wait for the others, because it has no other work."""
     rank_progress, common_point = progress[rank], _common_point(progress)
     if rank_progress.point is Point.RESTORE:
         return rank_progress.idle_s > limit_s(progress, override_s)

@@ -1,8 +1,8 @@
 """The messages between an agent and its workers, with their encoder and decoder.
 
 Each message is a frozen dataclass. On the wire it is a JSON object: `kind` holds the class name, the other keys are the
-fields. `membership/channel/agent_channel.py` sends and receives them; file descriptors travel beside a message, not in
-it.
+fields. `membership/channel/agent_channel.py` sends and receives them; file descriptors are sent alongside a message,
+not in it.
 
 | Message | From | Sent when |
 |---|---|---|

@@ -160,7 +160,7 @@ class Outage:
 
     Args:
         agent_at: start of the agent, if it is not the one that saw the fault.
-        process_at: start of this process, if no agent of ours reports the fault.
+        process_at: start of this process, if no agent of this package reports the fault.
         recovering_since: first fault of the recovery, if another one has interrupted it.
         fault_at: the fault.
         detected_at: when it was detected.
@@ -254,7 +254,7 @@ def whole_run(
 
 
 def _absorb(account: TimeAccount, fit: FitTime, ended_at: float, *, is_lost: bool) -> None:
-    """Add the time of a fit; where it overlaps with what is accounted for already, in proportion."""
+    """Add the time of a fit; in proportion where it overlaps with time already accounted for."""
     end, total_s = min(fit.until, ended_at), fsum(fit.seconds.values())
     if end <= account.until or total_s <= 0:
         return

@@ -175,7 +175,7 @@ class Arena:
             shard: index of the shard.
             holder: rank that keeps the copy.
             bulk_bytes: length of the tensor state in each slot.
-            layout: digest of the layout; each layout has slots of its own.
+            layout: digest of the layout; each layout has its own slots.
             count: number of slots.
 
         Raises:
@@ -227,7 +227,7 @@ class Arena:
         """Check that slots fit as files or in anonymous memory.
 
         Returns:
-            Why missing slots must be in anonymous memory; empty if they are to be files.
+            Why missing slots must be in anonymous memory; empty if they can be files.
         """
         room = find_room(sizes, self.path)
         # Slots of a node are all of one kind: if some are in memory, the host state of others would not fit either.

@@ -59,7 +59,7 @@ def _own_temporary_dir() -> Path:
     except OSError as error:
         raise ArenaError(
             f"{SHARED_MEMORY} is not a writable memory file system, and {folder} cannot be used instead: {error}: "
-            "set arena_dir= (or CKPTLESS_ARENA_DIR) to a folder of your own"
+            "set arena_dir= (or CKPTLESS_ARENA_DIR) to your own folder"
         ) from error
     return folder
 

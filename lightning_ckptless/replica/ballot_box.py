@@ -1,20 +1,20 @@
 """The ballot box: memory that the ranks of a node share to vote (`protocol/ballots.py`), and how a rank waits for it.
 
 The memory is a file in the arena's folder. The lowest rank of the node creates it under a name that is never used
-again, tells the others the name, and removes the file when all have mapped it. So a process of another generation has
-no way to it. A file that is left, because the rank was killed in between, is removed with the arena.
+again, sends the name to the others, and removes the file when all have mapped it. So a process of another generation
+cannot open it. If the rank is killed in between, the file is removed with the arena.
 
 **Ordering.** A ballot is one aligned value of 8 bytes, which Python stores and loads by a copy of constant length: one
-instruction on x86-64 and on aarch64, of which no other processor sees half. The number of the round and the bits are in
-the same value, so it makes no difference in which order processors see stores to different cells. A voter overwrites
-a cell only if the loads of the round before have returned a certain number: a store that depends on a load is not made
-before it, on either architecture. The vote orders nothing else. What a rank reads of another one's afterwards is in
-files, which are ordered by the kernel, or in messages.
+instruction on x86-64 and on aarch64, which is atomic. The number of the round and the bits are in the same value, so
+the order in which processors see stores to different cells does not matter. A voter overwrites a cell only if the loads
+of the round before have returned a certain number: a store that depends on a load is not made before it, on either
+architecture. The vote orders nothing else. What a rank reads of another one's afterwards is in files, which are ordered
+by the kernel, or in messages.
 
 **Waiting.** A rank sleeps on the cell that it awaits, and whoever stores a ballot wakes those who sleep on it. The
-sleep ends early every `_LOOK_EVERY_S`, to look whether a process that has not voted still runs: without an agent of
-ours, nothing else tells. `abort` ends it within milliseconds. If it is called after the sleeper has looked for it and
-before the kernel has put it to sleep, this one call has no effect: the next one has, or the next look.
+sleep ends early every `_LOOK_EVERY_S`, to check whether a process that has not voted still runs: under a foreign agent,
+nothing else reveals that. `abort` ends it within milliseconds. A call of `abort` has no effect if it comes after the
+sleeper has checked for it but before the kernel has put it to sleep; then the next call or check has.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Mate:
 
 
 class BallotBox:
-    """One rank's access to the ballots of its node. After an error, every further vote raises one.
+    """One rank's access to the ballots of its node. After an error, every further vote raises one too.
 
     Args:
         memory: the mapped file; closed with this object.
         mates: the ranks of the node, this one included, in order. The first of them leads.
         rank: this rank.
-        is_led: whether the outcome is announced by the leader, because there are other nodes.
+        is_led: whether the leader announces the outcome, because there are other nodes.
         timeout_s: longest wait for the others, in seconds.
     """
 
@@ -91,7 +91,7 @@ class BallotBox:
             self._store(*self._voter.cast(bits))
             self._await_ballots()
         except BaseException:
-            # The others may have got this vote, so this rank does not know which round they are in.
+            # The others may have received this vote, so this rank does not know which round they are in.
             self._is_aborted = True
             raise
         return self._voter.outcome
@@ -140,7 +140,7 @@ class BallotBox:
         self._require_not_aborted()
 
     def _look_for_others(self, waited_s: float) -> None:
-        # In this order: a rank that has voted and then exited has voted.
+        # In this order: the vote of a rank that exits afterwards counts.
         exited = {mate.rank for mate in self._mates if not mate.process.alive()}
         missing = [self._mates[line] for line in self._voter.missing(self._cells)]
         if lost := [mate for mate in missing if mate.rank in exited]:
@@ -151,7 +151,7 @@ class BallotBox:
 
     def _require_not_aborted(self) -> None:
         if self._is_aborted:
-            raise self._error("this rank was told that the ranks regroup, or an earlier vote has failed")
+            raise self._error("this rank was notified of a regroup, or an earlier vote failed")
 
     def _error(self, why: str) -> TransportError:
         return TransportError(f"rank {self._rank}: vote with peers failed: {why}")
@@ -170,7 +170,7 @@ def make_ballots(folder: Path, voters: int) -> Path:
     path = folder / f"votes-{uuid.uuid4().hex}"
     try:
         with open(path, "xb", opener=_private) as file:
-            # Written rather than left sparse: a file system without room for it refuses now, and not by a signal later.
+            # Written rather than left sparse: a full file system raises an error now instead of a signal later.
             file.write(bytes((voters + 1) * CELLS_PER_LINE * _CELL_BYTES))
     except OSError as error:
         raise ArenaError(f"{path}: cannot create the memory for votes: {error}: {MAKE_ROOM}") from error
@@ -181,7 +181,7 @@ def map_ballots(path: Path) -> mmap.mmap:
     """Map the file for the ballots of a node.
 
     Raises:
-        OSError: it does not exist any more, because the rank that has created it has exited or failed.
+        OSError: it no longer exists, because the rank that created it has exited or failed.
     """
     with open(path, "r+b", opener=_private) as file:
         return mmap.mmap(file.fileno(), 0)

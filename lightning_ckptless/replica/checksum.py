@@ -1,9 +1,9 @@
 """Checksums of replicas.
 
 A checksum is written as `algorithm:hexadecimal`, so that a reader can verify it without options; the empty string means
-no checksum. If the first bytes have a known digest of their own, it is
-`number of bytes=digest of them+digest of the rest`. If several threads have computed it, it is
-`algorithm*bytes of a piece:digest of the pieces' digests`, which can be verified with any number of threads.
+no checksum. If the first bytes have a known digest, it is `number of bytes=digest of them+digest of the rest`. If
+several threads have computed it, it is `algorithm*bytes of a piece:digest of the pieces' digests`, which can be
+verified with any number of threads.
 
 xxh3 is about as fast as a memory copy. Like crc32, it releases the interpreter lock while it reads a large buffer, so
 it can run concurrently with the training thread. It never runs in the training thread.
@@ -94,7 +94,7 @@ def _cut(parts: Sequence[Buffer], piece_bytes: int) -> list[list[Buffer]]:
 
 
 def joined(first_bytes: int, first: str, rest: str) -> str:
-    """The digest of buffers whose first bytes have a digest of their own.
+    """The digest of buffers whose first bytes have a known digest.
 
     Args:
         first_bytes: number of those bytes.

@@ -1,7 +1,7 @@
-"""Giving data that some ranks have to those that do not.
+"""Sends data from ranks that have it to those that do not.
 
-Usually every rank has it and nothing is sent. An allgather would let every rank receive it from every other: for data
-that grows with the number of ranks, as a layout does, that is the square of it.
+Usually every rank has it and nothing is sent. With an allgather, every rank would receive it from every other one: for
+data that grows with the number of ranks, such as a layout, that grows with the square of it.
 """
 
 from __future__ import annotations

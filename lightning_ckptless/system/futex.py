@@ -30,7 +30,7 @@ class _Duration(ctypes.Structure):
 
 _sleeping_call = ctypes.CDLL(None).syscall
 _short_call = ctypes.PyDLL(None).syscall
-"""Keeps the interpreter lock, because taking it again may last far longer than the call: 5 ms beside a busy thread."""
+"""Keeps the interpreter lock, because taking it again may last far longer than the call: 5 ms next to a busy thread."""
 
 
 def wait(address: int, seen: int, timeout_s: float) -> None:

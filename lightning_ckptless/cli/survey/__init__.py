@@ -1,1 +1,1 @@
-"""How the state of a run is read: what was read, and what follows from it."""
+"""The state of a run: reading it, and what follows from it."""

@@ -104,7 +104,7 @@ class History:
 
     @property
     def time(self) -> RunTime | None:
-        """Where the time has gone, up to the newest event that says so; None before the first event."""
+        """Where the time went, up to the newest event that reports it; None before the first event."""
         if self._time is None and self._timed:
             self._time = run_time([*self._timed, *self._rank_times.values()])
         return self._time

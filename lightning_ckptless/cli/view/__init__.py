@@ -1,1 +1,1 @@
-"""How the commands show what they have found."""
+"""The output of the commands."""

@@ -1,4 +1,4 @@
-"""Parts of HTML pages: what the live page and the report of a finished run have in common."""
+"""Parts of HTML pages, shared by the live page and the report of a finished run."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _MOST_ALARMS = 6
 
 
 def screen(found: Survey, width: int, height: int | None) -> Group:
-    """Return what is shown of a run.
+    """Return the view of a run.
 
     Args:
         found: status of the run.

@@ -483,7 +483,7 @@ class NodeAgent:
         return END_GRACE_S if cause is None or isinstance(cause, DepartedError) else 0.0
 
     def end(self, grace_s: float) -> None:
-        """Stop the processes that run beside the workers, which have exited.
+        """Stop the other processes of the run; the workers have exited.
 
         Args:
             grace_s: how long sidecars may take, in seconds.
@@ -500,7 +500,7 @@ class NodeAgent:
         self._faults.add_lost_rendezvous(self._current.rendezvous.world_size)
 
     def close(self) -> None:
-        """Release what is held for this agent alone."""
+        """Release the resources of this agent."""
         self._notices.close()
         self._draining.close("" if self._draining.leaving is None else self._draining.leaving.summary)
         self._guard.close()

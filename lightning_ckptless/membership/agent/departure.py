@@ -148,7 +148,7 @@ class LeavingWorkers(Protocol):
 
     @property
     def all_at_end(self) -> bool:
-        """Whether every worker in the training loop has made its last step."""
+        """Whether every worker in the training loop has completed its last step."""
 
     @property
     def running(self) -> int:

@@ -110,7 +110,7 @@ class Draining:
         self._node_request: TakenRequest | None = None
 
     def poll(self, rendezvous: Round, departure: Departure, workers: DrainableWorkers) -> None:
-        """Drain what is unfit or slow, and hand over ranks whose replacement is ready.
+        """Drain an unfit node or slow ranks, and hand over ranks whose replacement is ready.
 
         Args:
             rendezvous: the round.

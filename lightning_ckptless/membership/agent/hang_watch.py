@@ -52,7 +52,7 @@ class _Answers:
             workers.send(QueryBlocked())
 
     def receive(self, rank: int, *, waits: bool) -> None:
-        """Note an answer; ignored where no question was asked."""
+        """Record an answer; ignored if no question was asked."""
         if self._asked:
             self._given.setdefault(rank, deque(maxlen=_ANSWERS)).append(waits)
 

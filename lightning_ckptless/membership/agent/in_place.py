@@ -249,7 +249,7 @@ class InPlaceRecovery:
     def obstacle_to_world_change(self) -> str:
         """Why this node's workers cannot train with another world size, as one of them reported; empty if they can."""
         if not self.is_wanted:
-            return "recovery in place is switched off"
+            return "recovery in place is disabled"
         return self.obstacle or ("" if self._requested is None else self._requested.fixed_world)
 
     @property

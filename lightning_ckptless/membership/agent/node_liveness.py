@@ -142,7 +142,7 @@ class _Round:
     | `heartbeat/NODE/address` | where its agent listens for the connections of others |
 
     Args:
-        store: store over a connection of its own.
+        store: the store, over a separate connection.
         node: number of this node.
         nodes: how many there are.
         host: name or address under which other agents reach this one.

@@ -31,7 +31,7 @@ class SigtermNotice:
         self.is_given = False
 
     def give(self) -> None:
-        """Note the signal."""
+        """Record the signal."""
         self.is_given = True
 
 

@@ -113,5 +113,5 @@ class NodeRun:
 
     @property
     def relaunches(self) -> int:
-        """How often all workers were started again."""
+        """Number of relaunches of all workers."""
         return max(0, self.starts - 1)

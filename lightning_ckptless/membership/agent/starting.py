@@ -44,7 +44,7 @@ class Starter(Protocol):
         """Return the environment variables that make a process a local rank."""
 
     def receive(self, received: Sequence[FromWorker]) -> None:
-        """Take note of what workers have sent."""
+        """Process messages from workers."""
 
     def maintain_successor(self, received: Sequence[FromWorker], workers: WorkerGroup, *, trains: bool) -> None:
         """Have later processes preload the script's imports."""

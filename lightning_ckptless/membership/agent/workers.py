@@ -276,7 +276,7 @@ class WorkerGroup:
 
     @property
     def all_at_end(self) -> bool:
-        """Whether every worker in the training loop has made its last step."""
+        """Whether every worker in the training loop has completed its last step."""
         return bool(self.at_end) and self.inside <= self.at_end.keys() | self.ending
 
     # ------------------------------------------------------------------ exits
@@ -321,7 +321,7 @@ class WorkerGroup:
         return {rank: end.at for rank, end in self.failed().items()} | self._first_signs
 
     def kill_hung(self, ranks: Collection[int], reason: str, since: float) -> None:
-        """Kill workers that hang; their exits count as failures of their own.
+        """Kill workers that hang; their exits count as their own failures.
 
         Args:
             ranks: local ranks.

@@ -37,7 +37,7 @@ def write_exit_report(exit_report: ExitReport, env: Mapping[str, str] = os.envir
     """Write an exit report for the agent of this worker.
 
     Returns:
-        False when no agent of ours reads exit reports.
+        False if there is no agent of this package to read exit reports.
     """
     folder = env.get(environment.AGENT_DIR)
     if not folder:

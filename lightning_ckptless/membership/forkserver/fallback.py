@@ -7,7 +7,7 @@
 | reports that a fork of it would not be a clean process | the same |
 | is the only process that has what the workers run (in a notebook) | the run ends: new interpreters could not run it |
 | has a successor that exits while workers are forked | they are forked from the first one |
-| reports that the system allows no further process | all workers are started again after a pause, three times |
+| reports that the system allows no further process | all workers are restarted after a pause, three times |
 
 Workers never outlive the fork server that forked them, so none is left when the next one starts.
 """

@@ -1,7 +1,7 @@
 """What a script has imported by the time it reaches the training loop, as its worker reports it to the agent.
 
 A module counts if it is installed: in a folder named `site-packages` or `dist-packages`, in the standard library, or in
-this package. Modules beside the script or on `PYTHONPATH` are the user's own, as is the package that contains the
+this package. Modules next to the script or on `PYTHONPATH` are the user's own, as is the package that contains the
 script: every new process runs these itself.
 """
 

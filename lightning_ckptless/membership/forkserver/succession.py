@@ -4,7 +4,7 @@
 |---|---|---|
 | `waiting` | a worker has reported what its script has imported, and training is under way | `importing` |
 | `importing` | the successor has imported everything, and can be forked | `ready` |
-| `importing` | modules are to be left out | `importing`, with another successor that leaves them out |
+| `importing` | modules must be left out | `importing`, with another successor that leaves them out |
 | `importing` | that happened too often, or it exited or takes too long | `given up` |
 | `ready` | the successor exits | `waiting`, twice, then `given up` |
 
@@ -51,7 +51,7 @@ class Succession:
 
     @property
     def successor(self) -> ForkServer | None:
-        """The process that workers are to be forked from; None for the first fork server."""
+        """The process from which workers are forked; None for the first fork server."""
         is_there = self.state is Imports.READY and self._successor is not None and self._successor.is_alive
         return self._successor if is_there else None
 

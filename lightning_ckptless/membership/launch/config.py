@@ -152,7 +152,7 @@ class LaunchConfig(Options):
     )
     preemption_notice: str = option(
         "",
-        "function of yours, called every 5 s in the agent, that returns true or a text when this node is about to be "
+        "your function, called every 5 s in the agent, that returns true or a text when this node is about to be "
         "taken away; the node is drained then",
         flag="--preemption-notice",
         metavar="MODULE.FUNCTION",

@@ -43,7 +43,7 @@ def replace_by_agent(
         agent_module: run with `-m` as the agent; takes the options of `ckptless run`.
 
     Raises:
-        LaunchError: the script cannot be started again, because it is neither a file nor a module.
+        LaunchError: the script cannot be restarted, because it is neither a file nor a module.
     """
     line = parse_command_line(sys.orig_argv)
     folder = Path(multiprocessing.process.ORIGINAL_DIR or os.getcwd())  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def agent_command(
 
 
 def why_not_again(line: CommandLine, folder: Path) -> str | None:
-    """Explain why a script cannot be started again; None when it can.
+    """Explain why a script cannot be restarted; None if it can.
 
     Args:
         line: how it was started.

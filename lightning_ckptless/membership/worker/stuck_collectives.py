@@ -15,7 +15,7 @@ handles neither `rx_` nor the unbound buffers of `tx_`):
 No call of torch frees such a thread before the timeout of its group, which is half an hour. `connections.py` ensures
 that no rank does this to another one, but a rank that died, or a full pipe, still may. So the process is killed and
 replaced like a lost one. A thread is certainly stuck once every connection is closed, and it has slept inside torch
-without using CPU time since. A thread that waits for a vote in shared memory is woken in any case.
+without using CPU time since. A thread that waits for a vote in shared memory is always woken.
 """
 
 from __future__ import annotations

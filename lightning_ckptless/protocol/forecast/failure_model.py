@@ -5,8 +5,8 @@ once (a burst). The rate is given per node, so a larger cluster has more failure
 of its nodes: with bursts, the same rate gives fewer incidents, which take more nodes.
 
 The gaps between incidents of the whole job are independent and either exponential or Weibull. A Weibull shape below 1
-clusters them, which is what failure logs show. The simulation replays incidents and contains no randomness of its own,
-so alternatives can be compared under the same incidents.
+clusters them, which is what failure logs show. The simulation replays incidents and is otherwise deterministic, so
+alternatives can be compared under the same incidents.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Inputs:
         version_s: additional duration of a step while a version is mirrored, in seconds; None for 1 % of a step.
         mirror_every_n_steps: steps between versions, or `auto` for the interval that the run would choose.
         mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
-        copies: replicas of each shard, besides the source rank's own copy.
+        copies: replicas of each shard, in addition to the source rank's own copy.
         failure_domain: `node` or `rack`.
         in_place: whether survivors stay in `fit`.
         standbys: processes per node that wait for a lost rank.

@@ -62,7 +62,7 @@ class Choices:
 
     Args:
         mirror_every_n_steps: optimizer steps between mirrored versions.
-        copies: replicas of each shard, besides the source rank's own copy.
+        copies: replicas of each shard, in addition to the source rank's own copy.
         failure_domain: `node` or `rack`: where replicas of a shard may not be together.
         in_place: whether survivors stay in `fit`.
         standbys: processes per node that wait for a lost rank.

@@ -1,7 +1,7 @@
 """Published failure rates, with their sources.
 
-Only rates are taken over. Repairs, bursts and the share of process failures are inputs of their own, because few
-sources publish them.
+Only rates are taken over. Repairs, bursts and the share of process failures are separate inputs, because few sources
+publish them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ _SLOTS = 2
 
 
 def lost_money(found: Summary, job: Job, price: float | None) -> dict[str, float] | None:
-    """Money lost per job, by bucket; the waiting spare nodes are a bucket of their own.
+    """Money lost per job, by bucket; waiting spare nodes are a separate bucket.
 
     A failed node is paid for like a spare until its repair ends.
 

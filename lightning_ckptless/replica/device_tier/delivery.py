@@ -1,8 +1,10 @@
-"""The round of one version of the device tier: host states travel, and the ranks vote. It runs in the mirror thread.
+"""The round of one version of the device tier: host states are exchanged, and the ranks vote.
+
+It runs in the mirror thread.
 
     first vote    has every device ended the step?
     exchange      host state and early pieces, to the holders of the shard
-    second vote   has every rank what it needs?
+    second vote   does every rank have what it needs?
 
 One vote would not do: a rank that is lost right after it has voted may leave another one behind whose device has not
 ended the step, and which votes later. An outcome of the second vote shows that all processes were alive when the last
@@ -30,7 +32,7 @@ _SIZE, _BLOB, _EARLY = range(3)
 
 @dataclass(frozen=True)
 class HostPart:
-    """What of a shard is in host memory.
+    """The part of a shard that is in host memory.
 
     Args:
         blob: the host state of its rank.

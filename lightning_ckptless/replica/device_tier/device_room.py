@@ -22,7 +22,7 @@ def room_bytes(device: torch.device, ranks: int) -> int:
     if device.type != "cuda":
         return int(psutil.virtual_memory().available) // ranks
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    # Of what torch has reserved, it can use again what no tensor occupies.
+    # torch can reuse reserved memory that no tensor occupies.
     return int(free_bytes) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
@@ -41,7 +41,7 @@ def require_room(slot_bytes: int, shards: int, world_size: int, growth: float, f
         OptionsError: it does not fit; the message contains the arithmetic.
     """
     needed_bytes = growth * slot_bytes
-    # The first step creates what the state grows by, too.
+    # The first step also creates the optimizer state.
     grown_bytes = (growth - 1.0) * slot_bytes * world_size / max(1, shards)
     if needed_bytes + grown_bytes <= free_bytes:
         return

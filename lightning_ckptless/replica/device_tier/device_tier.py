@@ -50,7 +50,7 @@ class DeviceTier:
 
     @property
     def state(self) -> DeviceState:
-        """What this rank has."""
+        """The state of this rank's tier, as the protocol sees it."""
         live = self._live
         return DeviceState(
             None if self._saved is None else self._saved.snapshot,
@@ -87,7 +87,7 @@ class DeviceTier:
         return self._live
 
     def save(self) -> float:
-        """Copy the live tensors into the slots, which may change from then on; does nothing if they have before.
+        """Copy the live tensors into the slots, which may then change; does nothing if they have before.
 
         Returns:
             Seconds spent waiting for the vote.

@@ -3,7 +3,7 @@
 | Step | A fault in it leaves |
 |---|---|
 | a new generation, whose versions are never combined with those of the abandoned branch | the newest version |
-| the version is restored, and batches are skipped if the plan says so | the newest version |
+| the version is restored, and batches are skipped if the plan requires it | the newest version |
 | it is mirrored again, with what the skip has changed | the newest version |
 | all other versions from it on are discarded, the newest one last | the newest version, or the restored one |
 

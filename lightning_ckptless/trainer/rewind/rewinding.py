@@ -102,7 +102,7 @@ class Rewinding:
         """Reject a rewind that this run does not support.
 
         Args:
-            skips: whether batches are to be skipped.
+            skips: whether batches are skipped.
 
         Raises:
             OptionsError: there is no history, or batches of this dataloader cannot be skipped.

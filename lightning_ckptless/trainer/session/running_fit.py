@@ -42,7 +42,7 @@ class RunningFit:
         batches: the batches in flight.
         end: ends the run on request.
         rewinding: takes the run back to an earlier step on request.
-        rank_state: captures what a version contains besides tensors.
+        rank_state: captures the non-tensor part of a version.
         mirroring: captures versions.
         boundaries: the points at which versions are captured.
         has_started: whether all hooks of a starting fit have run in this process.

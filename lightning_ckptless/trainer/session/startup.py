@@ -17,7 +17,7 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 
 @dataclass(frozen=True)
 class Sources:
-    """States that a generation could resume from, besides the arenas.
+    """States outside the arenas that a generation could resume from.
 
     Args:
         rung: reads durable states.
@@ -41,7 +41,7 @@ def decide_start(
         trainer: the trainer.
         members: the member set.
         options: the user's settings.
-        sources: states besides the arenas.
+        sources: states outside the arenas.
         relaunched: whether this generation follows another one of the same start.
 
     Returns:

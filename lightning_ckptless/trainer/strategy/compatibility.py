@@ -44,7 +44,7 @@ def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
         if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
             log.warning(
                 "ckptless: optimizer %d (%s) keeps objects in %s, whose contents are not restored after a fault; keep "
-                "values that change in `self.state`, or as numbers in attributes of their own",
+                "values that change in `self.state`, or as numbers in separate attributes",
                 index, type(optimizer).__name__, ", ".join(names),
             )  # fmt: skip
 
@@ -93,7 +93,7 @@ def _refusals(trainer: Any) -> Iterator[str]:
 
 
 def hidden_tensors(optimizer: Any) -> list[str]:
-    """Attributes of an optimizer that contain tensors besides its parameters, groups and state.
+    """Attributes of an optimizer that contain tensors other than its parameters, groups and state.
 
     Single-element tensors do not count: fused optimizers keep an overflow flag that way.
     """

@@ -266,7 +266,7 @@ class CkptlessMixin(LightningStrategy):
         if not self.is_alone:
             super().barrier(name)
         elif name == BEFORE_SETUP and self.joins_alone:
-            # Not earlier: Lightning creates a process group of its own for `prepare_data`.
+            # Not earlier: Lightning creates its own process group for `prepare_data`.
             self.world.pretend_to_be(self.global_rank, self.world_size)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
