@@ -36,8 +36,8 @@ from benchmarks.harness.report import Default, Program, Results, Steps, add_coun
 from benchmarks.harness.table import Column, Table
 from lightning_ckptless import environment
 from lightning_ckptless.cli.forecast_measured import measured_in
-from lightning_ckptless.cli.run_time import run_time
 from lightning_ckptless.cli.runs import Run
+from lightning_ckptless.cli.time_spent import run_time
 from lightning_ckptless.ledger import LEDGER_NAME, Event, read_ledger
 from lightning_ckptless.protocol.forecast.failure_model import SECONDS_PER_DAY, Gaps, Incident
 from lightning_ckptless.protocol.forecast.inputs import forecastable, inputs_from

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases
+from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases
 
 
 class Goodput(Metric):

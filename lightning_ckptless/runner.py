@@ -90,7 +90,7 @@ def _ledger_path(config: LaunchConfig) -> Path:
 
 def settle_checkpoint_files(config: LaunchConfig) -> None:
     """Restore checkpoint files that a replay had set aside when the run ended; its workers have exited."""
-    from lightning_ckptless.trainer.reporting.checkpoint_files import settle_run  # noqa: PLC0415 - as above
+    from lightning_ckptless.trainer.outputs.checkpoint_files import settle_run  # noqa: PLC0415 - as above
 
     if config.node_range[1] == 1:
         # With several nodes, other nodes may still be training.

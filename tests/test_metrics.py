@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_ckptless import metrics
 from lightning_ckptless.metrics import Goodput, RecoveryTime
-from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases
+from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases
 
 SHORT = Phases(detect_s=0.5, regroup_s=0.25)
 LONG = Phases(detect_s=0.5, restore_s=1.0, replay_s=0.5)

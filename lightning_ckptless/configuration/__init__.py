@@ -1,1 +1,4 @@
-"""How options are declared once, and set elsewhere: from keywords, command lines and environment variables."""
+"""The machinery of options: declared once, set by keywords, command lines and environment variables.
+
+The options themselves are declared in `options.py` and `membership/launch/config.py`.
+"""

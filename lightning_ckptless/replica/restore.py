@@ -22,6 +22,7 @@ from lightning_ckptless.protocol.transfers import Part, Read, Transfer, Transfer
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, Tier, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_metadata import NODE
+from lightning_ckptless.replica.broadcast import broadcast
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
@@ -35,7 +36,6 @@ from lightning_ckptless.replica.slot_stamp import (
     WORLD_SIZE,
     slot_state,
 )
-from lightning_ckptless.replica.spread import spread
 from lightning_ckptless.replica.transport import Message, Transport, gather_json, receive_buffer, tensor_of
 
 OWN_ARENA = "own arena"
@@ -251,7 +251,7 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
             f"rank {transport.rank}: no arena contains layout {digest}, which is needed to read its replicas: remove "
             f"them with `ckptless clean`"
         )
-    received = spread(transport, lengths, data)
+    received = broadcast(transport, lengths, data)
     if mine is None:
         try:
             mine = Layout.from_bytes(received, digest)

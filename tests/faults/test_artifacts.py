@@ -15,7 +15,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import run_drill, run_variant
 from lightning_ckptless.testing.starters import Ladder
 from lightning_ckptless.testing.variant import Variant
-from lightning_ckptless.trainer.reporting.checkpoint_copies import is_whole
+from lightning_ckptless.trainer.outputs.checkpoint_copies import is_whole
 from tests.faults.conftest import REPOSITORY, Drill
 from tests.faults.matrix import BASE, Cell
 

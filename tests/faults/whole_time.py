@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import fsum
 from pathlib import Path
 
-from lightning_ckptless.cli.run_time import run_time
+from lightning_ckptless.cli.time_spent import run_time
 from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.protocol.time_account import Bucket
 

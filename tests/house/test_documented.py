@@ -37,8 +37,8 @@ from lightning_ckptless.protocol import (
 )
 from lightning_ckptless.protocol.failure_domains import missing_name_error
 from lightning_ckptless.protocol.fault_script import GRAMMAR, FaultKind, Moment, parse_faults
-from lightning_ckptless.protocol.goodput import Phases
 from lightning_ckptless.protocol.mtbf import observed_mtbf
+from lightning_ckptless.protocol.phases import Phases
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent

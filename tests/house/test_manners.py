@@ -18,7 +18,7 @@ CATCHES_EVERYTHING = {
     f"{PACKAGE}/membership/forkserver/learning.py": "whatever a module raises on import is why it is left out",
     f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its answer",
     f"{PACKAGE}/membership/agent/notices.py": "whatever the user's function raises is reported",
-    f"{PACKAGE}/trainer/reporting/loggers.py": "a logger that fails while fit ends must not hide why it ends",
+    f"{PACKAGE}/trainer/outputs/loggers.py": "a logger that fails while fit ends must not hide why it ends",
     f"{PACKAGE}/membership/forkserver/forked_call.py": "as startup.py: whatever a call raises ends the process",
     f"{PACKAGE}/trainer/strategy/notebook.py": "how exceptions of a program are pickled is up to their classes",
     f"{PACKAGE}/trainer/recovery/recovery_loop.py": "the boundary of the fit loop: errors of its own are raised again",

@@ -27,7 +27,7 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.transport import SoloTransport
-from lightning_ckptless.trainer.reporting.loggers import RunLoggers
+from lightning_ckptless.trainer.outputs.loggers import RunLoggers
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
@@ -253,7 +253,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from {distribution}.loggers import CometLogger
-from lightning_ckptless.trainer.reporting.loggers import RunLoggers
+from lightning_ckptless.trainer.outputs.loggers import RunLoggers
 
 logger = CometLogger(project="project")
 RunLoggers(SimpleNamespace(loggers=[logger]), Path(), 0).warn_of_unknown_loggers()

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_ckptless.cli.run_time import RunTime, run_time
+from lightning_ckptless.cli.time_spent import RunTime, run_time
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.placement import Placement, place

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.cli.run_time import RankTime, RunTime
 from lightning_ckptless.cli.survey.alarms import Alarm, Fault, alarms_of, faults_of
 from lightning_ckptless.cli.survey.history import History
 from lightning_ckptless.cli.survey.members import Member, members_of
 from lightning_ckptless.cli.survey.protection import Protected, protected_now, protection_in
 from lightning_ckptless.cli.survey.reading import ArenaReading, Reading
+from lightning_ckptless.cli.time_spent import RankTime, RunTime
 from lightning_ckptless.protocol.placement_table import PlacementTable
 from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete

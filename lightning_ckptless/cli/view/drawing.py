@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ckptless.cli.view.story import Story
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.protocol.goodput import PHASES
+from lightning_ckptless.protocol.phases import PHASES
 
 # A palette that is distinguishable with most kinds of colour blindness.
 PHASE_COLOURS = dict(zip(PHASES, ("#cc3311", "#ee7733", "#ddaa33", "#33bbee", "#0077bb", "#bbbbbb"), strict=True))

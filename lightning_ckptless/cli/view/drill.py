@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ckptless.protocol.goodput import PHASES
+from lightning_ckptless.protocol.phases import PHASES
 from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
 
 TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "repeated"}

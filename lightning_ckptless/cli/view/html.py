@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lightning_ckptless.cli.run_time import RankTime
+from lightning_ckptless.cli.time_spent import RankTime
 from lightning_ckptless.cli.view.buckets import as_duration
 from lightning_ckptless.cli.view.drawing import PHASE_COLOURS
-from lightning_ckptless.protocol.goodput import PHASES
+from lightning_ckptless.protocol.phases import PHASES
 
 _COLOURS = ("#cc3311", "#ee7733", "#ddaa33", "#33bbee", "#0077bb", "#bbbbbb", "#009988", "#ee3377")
 """Distinguishable with most kinds of colour blindness."""

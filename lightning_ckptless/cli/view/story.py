@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckptless.cli.run_time import RunTime, run_time
+from lightning_ckptless.cli.time_spent import RunTime, run_time
 from lightning_ckptless.ledger import Event
-from lightning_ckptless.protocol.goodput import PHASES
+from lightning_ckptless.protocol.phases import PHASES
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 from lightning_ckptless.cli.survey.members import Member
 from lightning_ckptless.cli.survey.survey import Survey, Tier
 from lightning_ckptless.cli.view.buckets import as_duration, buckets
-from lightning_ckptless.protocol.goodput import PHASES
+from lightning_ckptless.protocol.phases import PHASES
 
 STATE_COLOURS = {"starting": "yellow", "running": "green", "silent": "yellow", "ended": "blue", "stopped": "red"}
 _HEAD_CHARS = 11

@@ -12,7 +12,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.rereplicate import rereplicate
 from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
-from lightning_ckptless.trainer.reporting.loggers import Captured
+from lightning_ckptless.trainer.outputs.loggers import Captured
 from lightning_ckptless.trainer.reporting.report import Moved
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.session.session import Session

@@ -1,1 +1,1 @@
-"""What a run reports, and the files that it writes."""
+"""What a run reports about itself: ledger events, logged values, the progress bar, its progress to the agent."""

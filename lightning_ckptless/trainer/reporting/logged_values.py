@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import nan
 
-from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases
 from lightning_ckptless.protocol.mtbf import Mtbf
+from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases
 from lightning_ckptless.protocol.time_account import Bucket, TimeAccount
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 

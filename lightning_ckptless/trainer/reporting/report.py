@@ -17,9 +17,9 @@ from lightning_ckptless.internals.lightning.results import show_on_progress_bar
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
 from lightning_ckptless.protocol.divergence import MOST_NAMED, Finding, Judgement
-from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases, phases_from
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan
 from lightning_ckptless.protocol.mtbf import Mtbf, observed_mtbf
+from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases, phases_from
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung

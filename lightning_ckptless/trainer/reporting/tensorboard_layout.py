@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_ckptless.internals.lightning.distribution import is_a
-from lightning_ckptless.protocol.goodput import PHASE_FIELDS
+from lightning_ckptless.protocol.phases import PHASE_FIELDS
 from lightning_ckptless.protocol.time_account import Bucket
 
 CHARTS = {

@@ -14,8 +14,8 @@ from lightning_ckptless.internals.lightning.calls import around_stage
 from lightning_ckptless.internals.lightning.launch import ends_on_purpose, is_fit
 from lightning_ckptless.membership.channel.agent_channel import open_channel
 from lightning_ckptless.protocol.messages import CannotRecover
+from lightning_ckptless.trainer.outputs.loggers import RunLoggers
 from lightning_ckptless.trainer.recovery.exits import leave_process
-from lightning_ckptless.trainer.reporting.loggers import RunLoggers
 from lightning_ckptless.trainer.session.identity import count_call, fits_before, identify
 from lightning_ckptless.trainer.session.past_call_replay import digests_of, record_evaluation, record_fit, replay_call
 from lightning_ckptless.trainer.session.past_calls import PastCalls, Record

@@ -28,13 +28,13 @@ from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.data.hooks import from_note, to_note
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
+from lightning_ckptless.trainer.outputs.loggers import Positions
 from lightning_ckptless.trainer.recovery.fit_resume import run_restored
 from lightning_ckptless.trainer.recovery.judgement import why_final
 from lightning_ckptless.trainer.recovery.recovery_loop import RecoveryLoop
 from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
-from lightning_ckptless.trainer.reporting.loggers import Positions
 from lightning_ckptless.trainer.reporting.rank_ledger import WarningsInLedger
 from lightning_ckptless.trainer.rewind.going_back import GoingBack
 from lightning_ckptless.trainer.session.entry import enter_alone, enter_together

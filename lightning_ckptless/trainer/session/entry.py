@@ -8,9 +8,9 @@ from lightning_ckptless.protocol.checkpoint_history import BEGINNING
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
+from lightning_ckptless.trainer.outputs.loggers import Positions
 from lightning_ckptless.trainer.recovery.fetch import fetch_version
 from lightning_ckptless.trainer.recovery.restoration import Restoration
-from lightning_ckptless.trainer.reporting.loggers import Positions
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.session.startup import Sources, decide_start
 

@@ -15,7 +15,7 @@ from lightning_ckptless.protocol.failure_domains import place_in
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
-from lightning_ckptless.replica.spread import spread
+from lightning_ckptless.replica.broadcast import broadcast
 from lightning_ckptless.replica.transport import Transport, gather_json
 from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_rank
 from lightning_ckptless.trainer.session.failure_domains import find_domains
@@ -135,7 +135,7 @@ def _gather_notes(mine: ArenaNotes, transport: Transport) -> tuple[ArenaNotes, .
     """The notes of all ranks' arenas; the folders of all ranks are sent to those whose arena lacks them only."""
     data = b"" if mine.folders is None else json.dumps(ArenaNotes(folders=mine.folders).to_values()).encode()
     facts = gather_json(transport, [replace(mine, folders=None).to_values(), len(data)])
-    common = spread(transport, [length for _, length in facts], data)
+    common = broadcast(transport, [length for _, length in facts], data)
     folders = ArenaNotes.from_values(json.loads(common)).folders if common else None
     return tuple(replace(ArenaNotes.from_values(values), folders=folders) for values, _ in facts)
 

@@ -44,8 +44,8 @@ from lightning_ckptless.trainer.data.hooks import DataHooks, Records
 from lightning_ckptless.trainer.data.loader import make_resumable
 from lightning_ckptless.trainer.data.position import apply_attributes, attributes_now
 from lightning_ckptless.trainer.data.sampler_replay import sampler_parts
+from lightning_ckptless.trainer.outputs.loggers import RunLoggers
 from lightning_ckptless.trainer.recovery.restoration import restore_structure
-from lightning_ckptless.trainer.reporting.loggers import RunLoggers
 from lightning_ckptless.trainer.session.past_calls import Record
 from lightning_ckptless.trainer.state.host_state import HostState
 from lightning_ckptless.trainer.state.layout_tensors import digest_of, make_room

@@ -16,7 +16,7 @@ from typing import Any
 from lightning_ckptless.internals.lightning.process import set_root_folder
 from lightning_ckptless.membership.worker.hydra import folder_of_run, folder_of_sweep
 from lightning_ckptless.replica.arena_notes import RankFolders
-from lightning_ckptless.trainer.reporting.checkpoint_files import absolute
+from lightning_ckptless.trainer.outputs.checkpoint_files import absolute
 
 _chosen_before: dict[str, str] = {}
 """Folders that this process had chosen -> folders of the run; for fits that have not recorded any yet."""

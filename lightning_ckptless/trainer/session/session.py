@@ -34,9 +34,9 @@ from lightning_ckptless.replica.node_transport import share_votes
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.system.reaper import MARKER
 from lightning_ckptless.trainer.commit.durable import DurableRung
-from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
-from lightning_ckptless.trainer.reporting.loggers import Positions, RunLoggers
-from lightning_ckptless.trainer.reporting.lost_files import lost_logs, warning_of
+from lightning_ckptless.trainer.outputs.checkpoint_files import CheckpointFiles
+from lightning_ckptless.trainer.outputs.loggers import Positions, RunLoggers
+from lightning_ckptless.trainer.outputs.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.arenas import (

@@ -11,7 +11,7 @@ from lightning_ckptless.protocol.startup import CheckpointFile, Left, Start, Sta
 from lightning_ckptless.protocol.versions import Complete, Missing
 from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.trainer.commit.durable import DurableRung
-from lightning_ckptless.trainer.reporting.checkpoint_files import newest_checkpoint, step_of
+from lightning_ckptless.trainer.outputs.checkpoint_files import newest_checkpoint, step_of
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
 

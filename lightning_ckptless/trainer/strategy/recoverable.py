@@ -27,7 +27,7 @@ from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.time_account import TimeAccount
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
-from lightning_ckptless.trainer.reporting.checkpoint_files import removes_by_path
+from lightning_ckptless.trainer.outputs.checkpoint_files import removes_by_path
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.strategy.compatibility import check_trainer
 from lightning_ckptless.trainer.strategy.world_size import require_ranks

@@ -32,8 +32,8 @@ from lightning_ckptless.protocol.checkpoint_history import (
     read_history,
 )
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.reporting.checkpoint_copies import Copies, is_whole
-from lightning_ckptless.trainer.reporting.lost_files import LostFile, lost_checkpoints, size_bytes
+from lightning_ckptless.trainer.outputs.checkpoint_copies import Copies, is_whole
+from lightning_ckptless.trainer.outputs.lost_files import LostFile, lost_checkpoints, size_bytes
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 
 log = logging.getLogger(__name__)

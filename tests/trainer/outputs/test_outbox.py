@@ -15,7 +15,7 @@ import torch
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.reporting.outbox import Marks, Outbox
+from lightning_ckptless.trainer.outputs.outbox import Marks, Outbox
 
 
 class Store:

@@ -12,8 +12,8 @@ from lightning.pytorch import loggers
 from lightning_ckptless.internals.lightning.log_files import log_positions
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
-from lightning_ckptless.trainer.reporting.lost_files import (
+from lightning_ckptless.trainer.outputs.checkpoint_files import CheckpointFiles
+from lightning_ckptless.trainer.outputs.lost_files import (
     LostFile,
     lost_checkpoints,
     lost_logs,

@@ -14,7 +14,7 @@ from lightning_ckptless.replica.transport import Transport, receive_buffer, tens
 _TAG = 0
 
 
-def plan_spread(has: Sequence[bool]) -> list[list[tuple[int, int]]]:
+def plan_broadcast(has: Sequence[bool]) -> list[list[tuple[int, int]]]:
     """Plan who sends to whom, in rounds. The number of ranks that have the data doubles with each round.
 
     Args:
@@ -33,7 +33,7 @@ def plan_spread(has: Sequence[bool]) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def spread(transport: Transport, lengths: Sequence[int], mine: bytes) -> bytes:
+def broadcast(transport: Transport, lengths: Sequence[int], mine: bytes) -> bytes:
     """Send data to the ranks that lack it. All ranks call it together.
 
     Args:
@@ -48,7 +48,7 @@ def spread(transport: Transport, lengths: Sequence[int], mine: bytes) -> bytes:
         TransportError: a peer is lost.
     """
     rank, length = transport.rank, max(lengths)
-    for pairs in plan_spread([there > 0 for there in lengths]):
+    for pairs in plan_broadcast([there > 0 for there in lengths]):
         received = receive_buffer(length)
         sends = [(target, _TAG, tensor_of(mine)) for source, target in pairs if source == rank]
         receives = [(source, _TAG, received) for source, target in pairs if target == rank]

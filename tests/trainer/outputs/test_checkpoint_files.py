@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles, removes_by_path, settle_run
+from lightning_ckptless.trainer.outputs.checkpoint_files import CheckpointFiles, removes_by_path, settle_run
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 
 

@@ -31,7 +31,7 @@ from lightning_ckptless.internals.lightning.logger_identity import (
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
-from lightning_ckptless.trainer.reporting.outbox import Marks, MayLeave, Outbox
+from lightning_ckptless.trainer.outputs.outbox import Marks, MayLeave, Outbox
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_ckptless.trainer.reporting.checkpoint_files import newest_checkpoint, step_of
+from lightning_ckptless.trainer.outputs.checkpoint_files import newest_checkpoint, step_of
 from tests.trainer.tiny import tiny_trainer
 
 

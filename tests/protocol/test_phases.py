@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.goodput import Phases, phases_from
+from lightning_ckptless.protocol.phases import Phases, phases_from
 
 NAMES = ("fault_at", "detected_at", "stopped_at", "regrouped_at", "restored_at", "first_step_done_at")
 instants = st.lists(st.none() | st.floats(0.0, 1e9), min_size=6, max_size=6)
