@@ -1,4 +1,4 @@
-"""What is said of the growth with the number of ranks, measured and modelled."""
+"""The reported growth with the number of ranks, measured and modelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ckptless drain` sends a request to the agents of a run, and prints what became of it."""
+"""`ckptless drain` sends a request to the agents of a run, and prints the answer."""
 
 from __future__ import annotations
 

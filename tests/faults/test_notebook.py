@@ -1,4 +1,4 @@
-"""Training from a notebook, for which this process stands in: workers are forks of it, and it gets their results."""
+"""Training from a notebook, represented by this process: workers are its forks, and it gets their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time of every run in the fault tests: its buckets sum to its wall time, whatever has happened to it.
+"""The time of every run in the fault tests: its buckets sum to its wall time, whatever happened to it.
 
 Apart from `conftest`, because it is a check and no fixture.
 """

@@ -108,7 +108,7 @@ def own_names(source: Source) -> set[str]:
 
 
 def private(name: str) -> bool:
-    """Whether a name is somebody's own."""
+    """Whether a name is private."""
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 

@@ -1,4 +1,4 @@
-"""What tests have read is let go, so that later ones do not look through it whenever they collect garbage."""
+"""Frees what tests have read, so that later garbage collections do not have to scan it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what `docs/configuration.md` and `docs/environment.md` repeat of the code: `python -m tests.house.options`.
+"""Generates parts of `docs/configuration.md` and `docs/environment.md` from the code: `python -m tests.house.options`.
 
 The prose below an option's heading is written by hand. Its heading, the line below it, the overview, and the tables of
 environment variables are derived from the options and from `environment.py`.
@@ -69,7 +69,7 @@ def _overview() -> str:
 
 
 def head_line(option: Option) -> str:
-    """What stands below the heading of an option."""
+    """The text below the heading of an option."""
     about = option.about
     default = f"`{option.default!r}`" + (f", for {about.none}" if about.none else "")
     values = re.sub(r"\[.*?\]|'[^']+'|\bNone\b", r"`\g<0>`", option.range.expected)

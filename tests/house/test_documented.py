@@ -1,4 +1,4 @@
-"""The pages say what the code does: tables are compared, names are looked up, quoted messages are made again."""
+"""The pages match the code: tables are compared, names are looked up, quoted messages are reproduced."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def table(text: str, head: str) -> list[Row]:
 
 
 def first_words(rows: list[Row]) -> set[str]:
-    """What stands in code in the first column."""
+    """The text in code format in the first column."""
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
 
 
@@ -166,7 +166,7 @@ def test_what_silence_means() -> None:
     assert table(page("nodes"), "Seen") == table(node_liveness.__doc__, "Seen")
 
 
-def test_who_stays_where_nodes_go_or_come() -> None:
+def test_which_workers_stay_when_nodes_leave_or_join() -> None:
     assert reconfiguration.__doc__ is not None
     assert table(page("elastic"), "Nodes") == table(reconfiguration.__doc__, "Nodes")
     trains = reconfiguration.NodeStatus(trains=True, world_size=8)
@@ -180,14 +180,14 @@ def test_who_stays_where_nodes_go_or_come() -> None:
     )
 
 
-def test_how_other_ranks_go_on() -> None:
+def test_how_a_run_continues_on_other_ranks() -> None:
     text = page("elastic")
     assert require_world(6, before=8, virtual_ranks=8, obstacle=None) in text
     assert require_world(8, before=6, virtual_ranks=8, obstacle=None) in text
     assert require_repartition(Repartition(4, 60, 36, 3), before=4, per_step=4) in text
 
 
-def test_other_ranks_that_cannot_go_on() -> None:
+def test_runs_that_cannot_continue_on_other_ranks() -> None:
     text = flowing(page("errors"))
     with pytest.raises(WorldSizeError) as refused:
         require_world(3, before=2, virtual_ranks=2, obstacle=None)
@@ -208,7 +208,7 @@ def test_the_plan_that_is_shown() -> None:
     assert "\n".join(f"  {line}" for line in plan.lines()) in page("nodes")
 
 
-def test_who_says_where_a_machine_is() -> None:
+def test_missing_failure_domains() -> None:
     error = missing_name_error("rack", "node17", environment.FAILURE_DOMAIN, environment.FAILURE_DOMAINS_FILE)
     assert str(error) in flowing(page("errors"))
 

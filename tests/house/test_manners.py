@@ -1,4 +1,4 @@
-"""What the code does not do: swallow errors, sleep in tests, fix ports, reach into what is not its own."""
+"""What the code must not do: swallow errors, sleep in tests, use fixed ports, use private names of others."""
 
 from __future__ import annotations
 

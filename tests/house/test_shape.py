@@ -1,4 +1,4 @@
-"""Files and functions are small enough to be read at once, and typed."""
+"""Files and functions are short, and typed."""
 
 from __future__ import annotations
 

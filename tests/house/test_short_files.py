@@ -1,4 +1,4 @@
-"""A short file is not opened for nothing: several files import it, or it says why it is a file of its own."""
+"""A short file has several importers, or its docstring says why it is a separate file."""
 
 from __future__ import annotations
 

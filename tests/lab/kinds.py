@@ -229,7 +229,7 @@ def searching(distribution: Any) -> Any:
 
 
 def dying(distribution: Any) -> Any:
-    """Return a callback whose start hook meets the other ranks.
+    """Return a callback whose start hook calls a collective.
 
     If faults are injected, rank 0 is killed in this hook once, in the second process that calls it.
     """

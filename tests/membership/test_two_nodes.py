@@ -40,7 +40,7 @@ CONF = {"is_host": "0", "keep_alive_interval": "1", "keep_alive_max_attempt": "3
 
 
 def node_of_two(name: str, program: Program, port: int, folder: Path, **more: Any) -> LaunchConfig:
-    """One of two nodes that meet at a port of loopback."""
+    """One of two nodes whose rendezvous is at a port of loopback."""
     return LaunchConfig(
         program=program,
         nnodes="2",

@@ -176,7 +176,7 @@ def ended(me: Rank, content: Content) -> Rank:
 
 
 def restores(game: Game, world: World, rank: int, me: Rank) -> Iterator[Rank]:
-    """One step of a restore: save the live tensors, keep what was fetched, fill the live tensors, go on."""
+    """One step of a restore: save the live tensors, keep what was fetched, fill the live tensors, continue."""
     found = me.restoring
     assert found is not None
     if me.stage == 0:
@@ -205,7 +205,7 @@ def fetched(world: World, found: Snapshot) -> Content:
 
 
 def regrouped(game: Game, world: World) -> World:
-    """Survivors and replacements meet, and all choose the same version from the same inventory."""
+    """Survivors and replacements regroup, and all choose the same version from the same inventory."""
     found = chosen(game, world)
     version = found.snapshot if isinstance(found, Complete) else game.snapshot(0, 1)
     ranks = tuple(

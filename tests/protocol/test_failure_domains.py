@@ -83,7 +83,7 @@ def test_a_mesh_level_without_a_mesh_is_refused() -> None:
         domains_of("tensor_parallel", ["a", "b"])
 
 
-# ---------------------------------------------------------------------- names that somebody gives
+# ---------------------------------------------------------------------- names given by the user
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_ranks_that_prevent_a_regroup_are_late() -> None:
     assert {name: hang.ranks for name, hang in found.items() if hang is not None} == dict.fromkeys(found, (1,))
     everyone = find_late(READY, now=OVERDUE, waits=ALL_WAIT)
     assert everyone is not None and everyone.ranks == (0, 1, 2)
-    assert f"have not met within {REGROUP_S} s" in everyone.reason
+    assert f"have not regrouped within {REGROUP_S} s" in everyone.reason
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_the_longest_pause_needs_some_pauses() -> None:
     assert longest_pause_s([0.5] * 9 + [0.8]) == 0.8
 
 
-def test_without_an_answer_this_node_is_cut_off() -> None:
+def test_without_an_answer_this_node_is_partitioned() -> None:
     found = after(60.0, own_s=6.1)
     assert isinstance(found, Partitioned)
     assert found.reason.startswith("the rendezvous at head:29400 has not answered for 6.1 s, limit 6 s")

@@ -23,7 +23,7 @@ from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.ballot_box import BallotBox, Mate, make_ballots, map_ballots
 from lightning_ckptless.system import futex
 
-# A rank of a node: it prints what it is, is told what the others are, and does what the test asks for.
+# A rank of a node: it prints its identity, receives those of the others, and does what the test requests.
 RANK = """
     import json, os, random, signal, sys, time
     from dataclasses import asdict
@@ -172,7 +172,7 @@ def test_a_vote_is_aborted_while_it_waits(boxes: list[BallotBox], monkeypatch: p
 def test_a_silent_rank_is_an_error(boxes: list[BallotBox]) -> None:
     with pytest.raises(TransportError, match=r"rank 1: .*: no vote of rank 0 of this node within 0\.3 s"):
         boxes[1].collect(1)
-    # Rank 0 may have counted the vote: this rank must not go on as if it had not been cast.
+    # Rank 0 may have counted the vote: this rank must not continue as if it had not been cast.
     with pytest.raises(TransportError, match="an earlier vote has failed"):
         boxes[1].collect(1)
 

@@ -1,4 +1,4 @@
-"""Readings of a run that never was: two ranks on two nodes, whose copies are on each other's node."""
+"""Readings of an invented run: two ranks on two nodes, with copies on each other's node."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Nodes:
         return Leaving("node1", WHY, self.here, wait_s, self.events.append, self.clock)
 
 
-def test_the_ranks_are_handed_over_once_the_others_can_meet() -> None:
+def test_the_ranks_are_handed_over_once_the_others_are_ready() -> None:
     nodes = Nodes()
     leaving = nodes.leave()
     assert nodes.there.news() == WHY

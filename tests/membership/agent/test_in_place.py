@@ -159,7 +159,7 @@ SILENT_REPLACEMENT = WITHOUT_GROUP.replace(
     ],
     ids=["replacement=silent_in_the_loop", "survivor=without_group"],
 )
-def test_a_rank_that_keeps_the_others_from_meeting_is_replaced(
+def test_a_rank_that_holds_up_a_regroup_is_replaced(
     worker: str, rank: int, reason: str, bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = LaunchConfig(program=script(write(worker)), nproc=3, cwd=tmp_path, max_restarts=3)
@@ -207,7 +207,7 @@ def in_place_at(now: Callable[[], float]) -> InPlaceRecovery:
     )
 
 
-def test_a_meeting_with_joining_nodes_does_not_replace_that_of_a_later_fault() -> None:
+def test_a_regroup_with_joining_nodes_does_not_replace_that_of_a_later_fault() -> None:
     in_place, workers, store = in_place_at(lambda: 0.0), Workers(), HashStore()
     in_place.begin_round(Regroupings(store, 2, 5), lambda _: pytest.fail("no standby"), env_of=lambda _: {})
     Regroupings(store, 2, 5).open(FAULT)

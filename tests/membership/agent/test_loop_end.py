@@ -1,4 +1,4 @@
-"""Agents let their workers leave the training loop once those of all nodes have ended; the workers are scripted."""
+"""Agents let their workers leave the training loop once those of all nodes are done; the workers are scripted."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_sigterm_is_a_notice() -> None:
     assert (made.take(), made.take()) == ("the agent received SIGTERM", "")
 
 
-def test_the_function_is_found_beside_the_script(tmp_path: Path) -> None:
+def test_the_function_is_found_next_to_the_script(tmp_path: Path) -> None:
     (tmp_path / "notice_of_site.py").write_text("def soon(): return 'soon'\nlater = 1\n")
     hook = load_hook("notice_of_site.soon", [str(tmp_path)])
     assert hook is not None and hook() == "soon"

@@ -1,4 +1,4 @@
-"""Agents publish where their workers have ended and stand, over a real store."""
+"""Agents publish the last steps and the positions of their workers, over a real store."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_node_that_is_ahead_finds_the_one_that_has_ended(join: Join) -> None:
 def test_ends_before_a_fault_or_of_an_earlier_fit_do_not_count(join: Join) -> None:
     first, second = join(0), join(1)
     second.have_all_ended(0, {2: END})
-    assert first.first_ended(1) == {}, "the ranks have met again since"
+    assert first.first_ended(1) == {}, "the ranks have regrouped since"
     assert first.have_all_ended(0, {0: END})
     first.leave(0)
     second.leave(0)

@@ -112,7 +112,7 @@ def test_a_killed_worker_takes_its_processes_with_it(
         assert worker.pid in pids
         os.kill(worker.pid, signal.SIGKILL)
         assert bare.end_of(worker).exit_code == -signal.SIGKILL
-        assert lines.read() == ""  # end of file: nobody has the pipe any more
+        assert lines.read() == ""  # end of file: no process has the pipe open any more
     os.close(worker.pidfd)
 
 

@@ -100,7 +100,7 @@ def test_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--standalone --nnodes 4 --rdzv-id j train.py", "1", "", "j", {}),
     ],
 )
-def test_where_nodes_meet(line: str, nnodes: str, endpoint: str, run_id: str, conf: dict[str, object]) -> None:
+def test_rendezvous_settings(line: str, nnodes: str, endpoint: str, run_id: str, conf: dict[str, object]) -> None:
     config = read(line)
     assert (config.nnodes, config.rdzv_endpoint, config.run_id, config.rdzv_conf) == (nnodes, endpoint, run_id, conf)
 

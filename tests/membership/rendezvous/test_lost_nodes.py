@@ -1,4 +1,4 @@
-"""Nodes that rendezvous again without those that are gone: at once, and without a last call."""
+"""Nodes that rendezvous again without lost ones: at once, and without a last call."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_the_loop_is_left_when_the_agent_allows_it_or_the_run_ends(
     assert watcher.ask_to_leave(AT_END)
 
 
-def test_a_worker_that_asks_to_leave_may_have_to_meet_others(agent: AgentChannel, watcher: Watcher) -> None:
+def test_a_worker_that_asks_to_leave_may_have_to_regroup(agent: AgentChannel, watcher: Watcher) -> None:
     """The agent announced a regrouping before it received the question, so its answer does not count."""
     regroup(agent, 1)
     agent.send(MayLeave(0))

@@ -111,7 +111,7 @@ def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None
     assert report.failures == 0
 
 
-def test_tensorboard_is_told_which_values_share_a_chart(tmp_path: Path) -> None:
+def test_tensorboard_learns_which_values_share_a_chart(tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path))
     trainer = tiny_trainer(tmp_path, logger=logger, log_every_n_steps=1)
     report = report_of(trainer, tmp_path)

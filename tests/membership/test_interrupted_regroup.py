@@ -1,4 +1,4 @@
-"""A second fault interrupts a meeting at any point; the next meeting succeeds."""
+"""A second fault interrupts a regroup at any point; the next regroup succeeds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.membership.conftest import run_forked, script, worker_env
 STUCK = 77
 """About one try in ten ends with a collective that gloo has no way to abort; two in a row are a bug."""
 
-# Two ranks meet many times. Each meeting is interrupted on rank 0 by another fault, at a line where none has struck
-# before, and on its peer shortly after. Both leave, meet under the next number, and use the groups. An agent would
+# Two ranks regroup many times. Each regroup is interrupted on rank 0 by another fault, at a line where none has struck
+# before, and on its peer shortly after. Both leave, regroup under the next number, and use the groups. An agent would
 # replace a rank that keeps reporting a stuck collective; here the program ends with the exit code STUCK.
 MEETINGS = """
     import os, socket, struct, sys, threading, time
@@ -141,7 +141,7 @@ MEETINGS = """
 """
 
 
-def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_regroup_can_be_aborted_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {
         "MASTER_ADDR": "127.0.0.1",
