@@ -3,8 +3,8 @@
 | The run | And | Its shared memory |
 |---|---|---|
 | finished, or failed by an error of its script | | removed |
-| was stopped by a signal | has a run id of its own, under which it can be restarted | kept |
-| was stopped by a signal | has no run id of its own | removed |
+| was stopped by a signal | a run id was given, under which it can be restarted | kept |
+| was stopped by a signal | no run id was given | removed |
 | gave up: too many recoveries, or a script that cannot be restarted | | kept |
 
 If no version was committed, or if the slots were anonymous memory of the agent, there is nothing to keep. A durable
@@ -68,6 +68,6 @@ def conclude(outcome: RunOutcome) -> Conclusion:
         return Conclusion(keeps_arenas=False, text="no state is kept: no step was committed")
     return Conclusion(
         keeps_arenas=False,
-        text=f"{outcome.committed} is not kept: the run has no run id. Start it with "
+        text=f"{outcome.committed} is not kept: no run id was given. Start the run with "
         "`ckptless run --rdzv-id NAME` to keep its state when it is stopped",
     )

@@ -168,7 +168,7 @@ class OomKills:
             return ""
         assert self._group is not None, "it has kills"
         count, limit_bytes = self._last - self._first, min((one.limit for one in self._group.ceilings()), default=None)
-        limit = "no memory limit itself" if limit_bytes is None else f"a limit of {limit_bytes / (1 << 20):.0f} MiB"
+        limit = "no memory limit of its own" if limit_bytes is None else f"a limit of {limit_bytes / (1 << 20):.0f} MiB"
         return (
             f"the kernel has killed {count} process{'' if count == 1 else 'es'} in cgroup {self._group.folder} for "
             f"lack of memory since the start (oom_kill was {self._first}, is {self._last}); the cgroup has {limit}"

@@ -54,7 +54,7 @@ def test_either_a_rank_or_a_node_is_drained(words: tuple[str, ...], tmp_path: Pa
     write_ledger(tmp_path, ended=False)
     result = invoke(tmp_path, *words)
     assert isinstance(result.exception, OptionsError)
-    assert "Give either --rank R or --node N" in str(result.exception)
+    assert "give either --rank R or --node N" in str(result.exception)
 
 
 def test_a_run_that_has_ended_is_not_asked(tmp_path: Path) -> None:

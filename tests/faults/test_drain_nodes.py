@@ -87,7 +87,7 @@ def test_a_waiting_node_takes_the_place_of_a_drained_one(tmp_path: Path, stack: 
     nodes.begin(2)
     refused = nodes.drain(1)
     assert not refused.accepted
-    assert "2 - 1 + 0 waiting = 1 node would be left, and the run needs 2" in refused.reason
+    assert "2 - 1 + 0 spare = 1 node would remain, but the run needs 2" in refused.reason
     nodes.start(2)
     nodes.wait_until(lambda: nodes.drain(1).accepted, "the third node does not wait for a place")
     found = nodes.finish(2)

@@ -92,7 +92,7 @@ def test_a_run_without_a_run_id_keeps_nothing_and_says_so(job: Run) -> None:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     script = command_for(replace(BASE, slow_mirror_s=0.3))
     output = _run_until_committed([*AGENT, *words, "--redirects=3", *script], job, env, ask=True)
-    assert " of the run is not kept: the run has no run id of its own." in output.splitlines()[-1]
+    assert " of the run is not kept: no run id was given." in output.splitlines()[-1]
 
 
 def _run_until_committed(command: list[str], job: Run, env: dict[str, str], *, ask: bool) -> str:

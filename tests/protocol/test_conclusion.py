@@ -32,10 +32,7 @@ def test_a_run_that_can_be_continued_is_kept_and_the_command_is_shown(outcome: R
 def test_a_run_without_a_run_id_is_not_kept_when_it_is_stopped() -> None:
     found = conclude(UNNAMED)
     assert not found.keeps_arenas
-    assert (
-        "step 7 is not kept: the run has no run id of its own. Start it with `ckptless run --rdzv-id NAME`"
-        in found.text
-    )
+    assert "step 7 is not kept: no run id was given. Start the run with `ckptless run --rdzv-id NAME`" in found.text
 
 
 def test_a_run_can_be_continued_from_a_durable_state() -> None:

@@ -37,9 +37,9 @@ def test_a_rank_is_replaced_by_a_process_that_is_ready_or_started() -> None:
     ("changes", "expected"),
     [
         ({"rank": 4}, "rank 4 is not drained: the run has 4 ranks, numbered from 0"),
-        ({"under_way": frozenset({2})}, "it is being drained already"),
+        ({"under_way": frozenset({2})}, "it is already being drained"),
         ({"rank": 0, "world_size": 1}, "it is the only rank of the run"),
-        ({"in_place": False}, "recovery in place is switched off"),
+        ({"in_place": False}, "recovery in place is disabled"),
         ({"obstacle": "the script has a group"}, "no process could take its place: the script has a group"),
     ],
 )
@@ -62,14 +62,14 @@ def test_the_work_of_a_node_moves_to_a_waiting_one_or_to_the_others() -> None:
         ({"node": 4}, "node 4 is not drained: the run has 4 nodes, numbered from 0"),
         ({"node": 0, "nodes": 1, "least_nodes": 1, "spare_nodes": 2}, "it is the only node of the run"),
         ({"leaving": "draining node 3"}, "another node is being drained (draining node 3)"),
-        ({"hosts": True}, "its loss ends the run: start it again with several endpoints in --rdzv-endpoint"),
+        ({"hosts": True}, "its loss ends the run: restart it with several endpoints in --rdzv-endpoint"),
         (
             {"hosts": True, "endpoints": 2},
-            "once it is gone, they use the next endpoint, and all workers start again",
+            "once it is gone, they use the next endpoint, and all workers are relaunched",
         ),
         ({"sole_shards": (5, 3)}, "no other node has a copy of shard 3"),
         ({"obstacle": "manual optimization"}, "could not continue without it: manual optimization"),
-        ({"least_nodes": 4}, "4 - 1 + 0 waiting = 3 nodes would be left, and the run needs 4"),
+        ({"least_nodes": 4}, "4 - 1 + 0 spare = 3 nodes would remain, but the run needs 4"),
     ],
 )
 def test_a_node_is_not_drained(changes: dict[str, Any], expected: str) -> None:

@@ -163,9 +163,9 @@ def test_a_vote_is_aborted_while_it_waits(boxes: list[BallotBox], monkeypatch: p
         # As the watcher does: the first call may come between the last look and the sleep.
         boxes[0].abort()
         thread.join(0.01)
-    why = "rank 0: vote with peers failed: this rank was told that the ranks regroup, or an earlier vote has failed"
+    why = "rank 0: vote with peers failed: this rank was notified of a regroup, or an earlier vote failed"
     assert errors == [why]
-    with pytest.raises(TransportError, match="an earlier vote has failed"):
+    with pytest.raises(TransportError, match="an earlier vote failed"):
         boxes[0].collect(1)
 
 
@@ -173,7 +173,7 @@ def test_a_silent_rank_is_an_error(boxes: list[BallotBox]) -> None:
     with pytest.raises(TransportError, match=r"rank 1: .*: no vote of rank 0 of this node within 0\.3 s"):
         boxes[1].collect(1)
     # Rank 0 may have counted the vote: this rank must not continue as if it had not been cast.
-    with pytest.raises(TransportError, match="an earlier vote has failed"):
+    with pytest.raises(TransportError, match="an earlier vote failed"):
         boxes[1].collect(1)
 
 
