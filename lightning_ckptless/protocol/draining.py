@@ -159,12 +159,12 @@ def _instead(now: NodeSituation) -> str:
     """What happens to a run that loses the host of its rendezvous, and what can be done about it."""
     if now.endpoints > 1:
         return (
-            "once it is gone, they use the next endpoint, and all workers are relaunched from the newest version on "
-            "the other nodes"
+            "once it is gone, they use the next endpoint, and all workers are relaunched from the newest version "
+            "on the other nodes"
         )
     return (
-        "its loss ends the run: restart it with several endpoints in --rdzv-endpoint, or with the rendezvous on a machine "
-        "that stays"
+        "its loss ends the run: restart it with several endpoints in --rdzv-endpoint, or with the rendezvous "
+        "on a machine that stays"
     )
 
 

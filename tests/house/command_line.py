@@ -50,7 +50,7 @@ option, so does `ckptless run`."""
 FROM_TORCHRUN = {
     "--nnodes": "number of nodes, or a range `MIN:MAX` for a [run of variable size](elastic.md)",
     "--nproc-per-node": "ranks on this node: a number, `cpu`, `gpu` or `auto`",
-    "--rdzv-endpoint": "`HOST:PORT` where the nodes meet; several, separated by commas, to survive the loss of one",
+    "--rdzv-endpoint": "`HOST:PORT` of the rendezvous; several, separated by commas, to survive the loss of one",
     "--rdzv-id": "name of the run; a run without a name is not kept when it is asked to end",
     "--rdzv-conf": "settings of the rendezvous as `KEY=VALUE,...`, e.g. `join_timeout=1800`",
     "--rdzv-backend": "`c10d`; `static` stands for the older `--master-addr`",
