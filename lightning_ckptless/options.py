@@ -195,7 +195,7 @@ class RecoveryOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DrainOptions(Options):
-    """When work is moved off a node or a rank by itself."""
+    """When work is moved off a node or a rank automatically."""
 
     health_check_every_s: float | None = option(
         None,
