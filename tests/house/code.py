@@ -26,12 +26,12 @@ class Source:
 
     @cached_property
     def text(self) -> str:
-        """What it says."""
+        """Its content."""
         return (REPOSITORY / self.path).read_text()
 
     @cached_property
     def tree(self) -> ast.Module:
-        """What Python reads in it."""
+        """Its syntax tree."""
         return ast.parse(self.text)
 
     @cached_property
@@ -40,18 +40,18 @@ class Source:
         return tuple(ast.walk(self.tree))
 
     def forget(self) -> None:
-        """Let the tree go, which has more objects than all else that tests hold."""
+        """Release the tree, which has more objects than everything else that tests hold."""
         for name in ("tree", "nodes"):
             vars(self).pop(name, None)
 
     @property
-    def room(self) -> str:
-        """The folder or the file right below the package: `protocol`, `errors`, ..."""
+    def layer(self) -> str:
+        """The top-level folder or file of the package that it belongs to: `protocol`, `errors`, ..."""
         return self.path.parts[1].removesuffix(".py")
 
     @property
     def module(self) -> str:
-        """Its name as a module, below the package."""
+        """Its module name relative to the package."""
         return ".".join(self.path.with_suffix("").parts[1:])
 
     @property

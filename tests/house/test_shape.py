@@ -48,6 +48,6 @@ def test_every_function_is_typed() -> None:
     assert findings(CODE, untyped) == {}
 
 
-def test_every_file_says_what_it_is() -> None:
-    silent = [str(source) for source in sources(PACKAGE) if source.text and not ast.get_docstring(source.tree)]
-    assert silent == []
+def test_every_module_has_a_docstring() -> None:
+    missing = [str(source) for source in sources(PACKAGE) if source.text and not ast.get_docstring(source.tree)]
+    assert missing == []

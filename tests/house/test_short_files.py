@@ -26,7 +26,7 @@ def importers() -> dict[str, set[str]]:
     return found
 
 
-def test_a_short_file_with_one_importer_says_why_it_is_apart() -> None:
+def test_short_file_with_one_importer_gives_a_reason() -> None:
     importers_of = importers()
     unexplained = {
         str(source): sorted(importers_of[source.module])

@@ -1,4 +1,4 @@
-"""Imports run one way, and every room keeps to what it may know."""
+"""Imports have one direction: each layer imports only what the table allows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 
 from tests.house.code import PACKAGE, REPOSITORY, Source, findings, sources
 
-# What any room may use: it knows nothing of this package but itself.
+# What any layer may import. These import nothing else of this package.
 BASE = {
     "configuration", "console", "distributions", "environment", "errors", "formats", "internals", "options", "system",
 }  # fmt: skip
-# What each room may import from the package. A file of the top floor counts as a room, and so does one that is named.
+# What each layer may import from the package. A top-level folder or file is a layer, and so is any other entry.
 MAY_IMPORT = {
     "configuration": {"configuration", "errors"},
     "console": set[str](),
@@ -51,28 +51,28 @@ MAY_IMPORT = {
         "_registration", "distributions", "errors", "lightning_pytorch", "metrics", "options", "supported",
     },
 }  # fmt: skip
-# `protocol` decides: it has no clock, opens nothing, and could be run in the head.
+# `protocol` only decides: it reads no clock and performs no I/O.
 PURE = {
     "__future__", "abc", "bisect", "collections", "dataclasses", "difflib", "enum", "functools", "heapq", "itertools",
     "json", "math", "operator", "re", "textwrap", "typing",
 }  # fmt: skip
-# The forecast simulates; its random numbers are given to it, and dates are read but not asked for.
+# The forecast simulates with random numbers that are passed in, and parses dates without reading the clock.
 PURE_OF_FORECAST = {"numpy", "datetime"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 CODE = sources(PACKAGE)
 
 
-def room_of(module: str) -> str:
-    """The room of a module or name, below the package: the two first parts where the table has them, else the first."""
+def layer_of(module: str) -> str:
+    """The layer of a module or name below the package: its first two parts if the table has them, else the first."""
     parts = module.split(".")
     both = ".".join(parts[:2])
     return both if both in MAY_IMPORT else parts[0]
 
 
-def test_imports_run_one_way() -> None:
+def test_layers_import_only_what_they_may() -> None:
     def unknown(source: Source) -> set[str]:
         inside = (name.removeprefix(f"{PACKAGE}.") for name in source.imports() if name.startswith(f"{PACKAGE}."))
-        return {room_of(name) for name in inside} - MAY_IMPORT[room_of(source.module)]
+        return {layer_of(name) for name in inside} - MAY_IMPORT[layer_of(source.module)]
 
     assert findings(CODE, unknown) == {}
 
@@ -82,11 +82,11 @@ def test_protocol_is_pure() -> None:
         extra = PURE_OF_FORECAST if source.module.startswith("protocol.forecast.") else set[str]()
         return {name.split(".")[0] for name in source.imports()} - PURE - extra - {PACKAGE}
 
-    assert findings((source for source in CODE if source.room == "protocol"), impure) == {}
+    assert findings((source for source in CODE if source.layer == "protocol"), impure) == {}
 
 
 def test_each_distribution_of_lightning_is_imported_by_one_file() -> None:
-    """Elsewhere, what is needed of it is loaded by name, because there are two."""
+    """All other files load what they need by name, because there are two distributions."""
     found = findings(CODE, lambda source: {name.split(".")[0] for name in source.imports()} & LIGHTNING)
     assert found == {
         f"{PACKAGE}/lightning_pytorch.py": ["lightning"],
@@ -94,7 +94,7 @@ def test_each_distribution_of_lightning_is_imported_by_one_file() -> None:
     }
 
 
-def test_the_files_of_the_distributions_are_the_same() -> None:
+def test_files_of_both_distributions_are_the_same() -> None:
     one, other = (
         (REPOSITORY / PACKAGE / f"{name}.py").read_text() for name in ("lightning_pytorch", "pytorch_lightning")
     )
@@ -103,19 +103,18 @@ def test_the_files_of_the_distributions_are_the_same() -> None:
     assert names.sub(lambda found: swapped[found[0]], one) == other
 
 
-def test_the_table_has_no_room_that_is_gone() -> None:
-    assert set(MAY_IMPORT) == {room_of(source.module) for source in CODE}
+def test_table_has_all_layers_and_no_others() -> None:
+    assert set(MAY_IMPORT) == {layer_of(source.module) for source in CODE}
 
 
-def test_no_room_reaches_itself_through_another() -> None:
-    """The table has no circle."""
-    needs = {room: others - {room} for room, others in MAY_IMPORT.items()}
-    while leaves := {room for room, others in needs.items() if not others}:
-        needs = {room: others - leaves for room, others in needs.items() if room not in leaves}
+def test_layers_form_no_cycle() -> None:
+    needs = {layer: others - {layer} for layer, others in MAY_IMPORT.items()}
+    while leaves := {layer for layer, others in needs.items() if not others}:
+        needs = {layer: others - leaves for layer, others in needs.items() if layer not in leaves}
     assert needs == {}
 
 
-def test_no_files_import_each_other() -> None:
+def test_modules_form_no_cycle() -> None:
     names = {source.module.removesuffix(".__init__") for source in CODE}
     needs = {}
     for source in CODE:

@@ -11,22 +11,22 @@ from tests.house.code import PACKAGE, Source, dotted, findings, private_names, s
 CODE = sources(PACKAGE)
 TESTS = sources("tests")
 
-# Who catches everything, and why nothing narrower would do. Those that raise again are not listed.
+# Files that catch any exception, and why nothing narrower would do. Handlers that raise it again are not listed.
 CATCHES_EVERYTHING = {
-    f"{PACKAGE}/_registration/autoload.py": "an error would make `import torch` fail for everybody",
+    f"{PACKAGE}/_registration/autoload.py": "an error would make `import torch` fail in every program",
     f"{PACKAGE}/membership/worker/startup.py": "like the interpreter, it reports whatever a program raises",
-    f"{PACKAGE}/membership/forkserver/learning.py": "whatever a module raises on import is why it is left out",
-    f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its answer",
+    f"{PACKAGE}/membership/forkserver/learning.py": "whatever a module raises on import is the reason to exclude it",
+    f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its result",
     f"{PACKAGE}/membership/agent/notices.py": "whatever the user's function raises is reported",
-    f"{PACKAGE}/trainer/outputs/loggers.py": "a logger that fails while fit ends must not hide why it ends",
+    f"{PACKAGE}/trainer/outputs/loggers.py": "a logger that fails while fit ends must not hide the reason for the end",
     f"{PACKAGE}/membership/forkserver/forked_call.py": "as startup.py: whatever a call raises ends the process",
     f"{PACKAGE}/trainer/strategy/notebook.py": "how exceptions of a program are pickled is up to their classes",
-    f"{PACKAGE}/trainer/recovery/recovery_loop.py": "the boundary of the fit loop: errors of its own are raised again",
+    f"{PACKAGE}/trainer/recovery/recovery_loop.py": "the boundary of the fit loop: raises errors that are no faults",
     f"{PACKAGE}/replica/mirror/mirror.py": "the boundary of the thread: the training thread raises it",
 }
-# Private by their name, made for everybody by their documentation.
+# Private by name, but documented for general use.
 COMMON = {"os._exit", "pickle._Pickler", "sys._current_frames", "sys._getframe"}
-# What a subclass shares with its base, most of them another project's.
+# Names that a subclass shares with its base class, which mostly belongs to another project.
 INHERITED = {
     f"{PACKAGE}/lightning_pytorch.py": {"lightning.pytorch.strategies.launchers.launcher._Launcher"},
     f"{PACKAGE}/pytorch_lightning.py": {"pytorch_lightning.strategies.launchers.launcher._Launcher"},
@@ -52,7 +52,7 @@ def test_errors_are_not_swallowed() -> None:
     assert {str(source) for source in CODE if catches_everything(source)} == set(CATCHES_EVERYTHING)
 
 
-def test_private_names_of_others_stay_in_their_room() -> None:
+def test_private_names_of_other_projects_are_used_only_in_internals() -> None:
     def foreign(source: Source) -> Iterator[str]:
         allowed = COMMON | INHERITED.get(str(source), set())
         return (f"line {line}: {name}" for line, name in private_names(source) if name not in allowed)
@@ -73,7 +73,7 @@ def test_no_port_is_fixed() -> None:
 
 
 def fixed_ports(source: Source) -> Iterator[str]:
-    """Ports written down as numbers."""
+    """Return ports that are written as numbers."""
     for node in source.nodes:
         match node:
             case ast.Constant(value=str(text)) if FIXED_ADDRESS.search(text):
