@@ -54,8 +54,8 @@ MEETINGS = """
         stuck_in, since = 0, 0.0
         while True:
             if any(isinstance(message, StuckCollective) for message, _ in agent.poll()):
-                if stuck_in != meetings:
-                    stuck_in, since = meetings, time.monotonic()
+                if stuck_in != regroups:
+                    stuck_in, since = regroups, time.monotonic()
                 elif time.monotonic() - since > 5:
                     os._exit(STUCK)
             time.sleep(0.05)
@@ -64,10 +64,10 @@ MEETINGS = """
         if os.waitstatus_to_exitcode(os.wait()[1]):
             os._exit(STUCK)
 
-    def meet(number):
-        global meetings
-        meetings += 1
-        assert not world.foreign_groups(), "groups of an aborted meeting are taken for groups of the script"
+    def regroup(number):
+        global regroups
+        regroups += 1
+        assert not world.foreign_groups(), "groups of an aborted regroup are mistaken for user code's"
         world.leave()
         watcher.release()
         world.open(
@@ -100,7 +100,7 @@ MEETINGS = """
                 time.sleep(0.0005)
         return trace
 
-    number, meetings, slowest_s, is_last = 0, 0, 0.0, False
+    number, regroups, slowest_s, is_last = 0, 0, 0.0, False
     threading.Thread(target=watch_reports, daemon=True).start()
     beside = threading.Thread(target=listen if rank == 1 else watch_peer, daemon=True)
     beside.start()
@@ -113,7 +113,7 @@ MEETINGS = """
             try:
                 if rank == 0:
                     sys.settrace(trace)
-                meet(assignment.number)
+                regroup(assignment.number)
             except Exception as error:
                 assert is_lost_peer(error), repr(error)
             finally:
@@ -123,7 +123,7 @@ MEETINGS = """
                 tell(number + 1)
             assignment = watcher.accept(10)
         began = time.monotonic()
-        meet(assignment.number)
+        regroup(assignment.number)
         slowest_s = max(slowest_s, time.monotonic() - began)
         flag = torch.tensor([float(is_last)])
         dist.broadcast(flag, 0)

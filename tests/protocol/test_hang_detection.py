@@ -253,9 +253,9 @@ ALL_WAIT = {0: True, 1: True, 2: True}
 
 
 def test_ranks_that_prevent_a_regroup_are_late() -> None:
-    met = replace(READY, ready={1: 100.0}, regrouped=(0, 2))
+    regrouped = replace(READY, ready={1: 100.0}, regrouped=(0, 2))
     found = {
-        "others have met": find_late(met, now=OVERDUE),
+        "others have regrouped": find_late(regrouped, now=OVERDUE),
         "busy": find_late(READY, now=OVERDUE, waits={**ALL_WAIT, 1: False}),
     }
     assert {name: hang.ranks for name, hang in found.items() if hang is not None} == dict.fromkeys(found, (1,))

@@ -57,9 +57,9 @@ class Ranks:
         self.live = [state_at(rank, 0) for rank in range(size)]
         self.generation = 0
         self.known: list[tuple[int, int]] = []
-        self.meet()
+        self.regroup()
 
-    def meet(self) -> None:
+    def regroup(self) -> None:
         self.generation += 1
         self.transports = LoopbackTransport.world(self.size, timeout_s=20.0)
 
@@ -107,11 +107,11 @@ class Ranks:
             slot.close()
 
     def lose(self, *ranks: int) -> None:
-        """New processes take the ranks, and all meet."""
+        """Replace the ranks by new processes, and regroup."""
         for rank in ranks:
             self.tiers[rank] = DeviceTier()
             self.live[rank] = state_at(rank, 0)
-        self.meet()
+        self.regroup()
 
     def chosen(self) -> Complete:
         found = self.run(self._choose)

@@ -67,7 +67,7 @@ def nodes(names: str, world_size: int, folder: Path) -> Join:
         arena.mkdir(exist_ok=True)
         shared = share_votes(messages[rank], names, arena, timeout_s=TIMEOUT_S, when_open=boxes.append)
         messages[rank].gather(b"")
-        assert list(arena.iterdir()) == [], "another meeting could find the ballots of this one"
+        assert list(arena.iterdir()) == [], "another generation could find the ballots of this one"
         return shared
 
     return join

@@ -1,7 +1,7 @@
 """The end of a run, or of one rank's process, on request: after a step that all ranks have agreed on.
 
 A signal or the agent asks single ranks. The ranks vote with each version, and agree on the step. A run ends there, at
-the point where Lightning ends it. A rank that is handed over exits there; the others meet its successor.
+the point where Lightning ends it. A rank that is handed over exits there; the others regroup with its successor.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RunEnd:
         self._sigterm.agree()
 
     def hand_over(self, step: int) -> None:
-        """Exit if this rank was asked to hand over, or else leave the training loop to meet the rank's successor.
+        """Exit if this rank was asked to hand over, or else leave the training loop to regroup with its successor.
 
         Args:
             step: at which all ranks have stopped; all of them know that it is committed.

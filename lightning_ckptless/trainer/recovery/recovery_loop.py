@@ -1,7 +1,7 @@
 """RecoveryLoop: runs the fit loop so that the loss of a peer rolls this rank back instead of ending it.
 
 A survivor stays inside `fit`. The error that a fault causes, directly or because the agent aborts this rank's
-connections, is caught where the fit loop was entered. The rank meets the others in a new rendezvous, is rolled back to
+connections, is caught where the fit loop was entered. The rank joins the others in a new rendezvous, is rolled back to
 the newest complete version, and resumes in the middle of the epoch with the same trainer, model, optimizers,
 dataloaders and loggers. No hook of a starting or failing `fit` is called. A replacement reaches the same point through
 a regular `fit`, and follows the same path from there on.
@@ -58,7 +58,7 @@ class RecoveryLoop:
         session: session of this rank.
         loops: loops of the trainer.
         progress: reports this rank's position in the step.
-        regrouping: meets the other ranks and restores a version.
+        regrouping: joins the other ranks and restores a version.
         going_back: carries out rewinds.
         watcher: listens to our agent; None under a foreign agent, or with a single rank.
     """
@@ -150,7 +150,7 @@ class RecoveryLoop:
         continue_fit(self._loops, validation_done=version.validation_done)
 
     def ask_to_leave(self) -> None:
-        """Called after the last epoch: proceed to the end of `fit`, or meet the ranks of the next generation.
+        """Called after the last epoch: proceed to the end of `fit`, or to the next generation.
 
         Raises:
             TransportError: a new generation is forming.
@@ -185,14 +185,14 @@ class RecoveryLoop:
         return self._watcher.accept(LOST_PEER_WAIT_S if is_lost_peer(error) else ANY_ERROR_WAIT_S)
 
     def _recover(self, assignment: Assignment) -> Callable[[], None]:
-        """Meet the other ranks and roll back; returns a function that runs the rest of the loop."""
+        """Regroup with the other ranks and roll back; returns a function that runs the rest of the loop."""
         self._move(WorkerEvent.FAULT)
         self._loops.tidy_up()
         version = self._restore_among_others(assignment)
         return lambda: continue_fit(self._loops, validation_done=version.validation_done)
 
     def _restore_among_others(self, assignment: Assignment) -> Version:
-        """Meet the other ranks and restore a version, retrying after each further fault."""
+        """Regroup with the other ranks and restore a version, retrying after each further fault."""
         while True:
             self._move(WorkerEvent.ASSIGN)
             try:

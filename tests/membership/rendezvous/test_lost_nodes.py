@@ -30,7 +30,7 @@ class Nodes:
         self._pool = pool
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.handlers = [self.make(number) for number in range(3)]
-        self.places = [info.rank for info in self.meet(self.handlers)]
+        self.places = [info.rank for info in self.join(self.handlers)]
 
     def make(self, number: int) -> DataRendezvous:
         """Return another node."""
@@ -41,9 +41,9 @@ class Nodes:
         """Let a node rendezvous."""
         return self._pool.submit(handler.next_rendezvous)
 
-    def meet(self, handlers: list[DataRendezvous]) -> list[RendezvousInfo]:
+    def join(self, handlers: list[DataRendezvous]) -> list[RendezvousInfo]:
         """Let nodes rendezvous; returns what each has found."""
-        return [met.result(SOON_S) for met in [self.begin(handler) for handler in handlers]]
+        return [joined.result(SOON_S) for joined in [self.begin(handler) for handler in handlers]]
 
 
 @contextmanager
@@ -67,21 +67,21 @@ def test_all_nodes_that_are_left_continue_without_a_last_call() -> None:
         first, second, lost = nodes.handlers
         first.expel([nodes.places[2]])
         second.expel([nodes.places[2]])
-        found = nodes.meet([first, second])
+        found = nodes.join([first, second])
         assert {info.rank for info in found} == {0, 1}
         assert {info.world_size for info in found} == {2}
         # It was not lost after all.
         until(lambda: lost.num_nodes_waiting() == 0)
         returned = nodes.begin(lost)
         until(lambda: first.num_nodes_waiting() == second.num_nodes_waiting() == 1)
-        assert {info.world_size for info in [*nodes.meet([first, second]), returned.result(SOON_S)]} == {3}
+        assert {info.world_size for info in [*nodes.join([first, second]), returned.result(SOON_S)]} == {3}
 
 
 def test_a_node_that_leaves_is_not_waited_for() -> None:
     with three_nodes() as nodes:
         first, second, leaves = nodes.handlers
         leaves.leave()
-        assert {info.world_size for info in nodes.meet([first, second])} == {2}
+        assert {info.world_size for info in nodes.join([first, second])} == {2}
 
 
 def test_a_node_that_is_late_is_waited_for() -> None:
@@ -102,7 +102,7 @@ def test_a_replacement_that_already_waits_takes_part() -> None:
         first.expel([nodes.places[2]])
         replaced = nodes.begin(new)
         until(lambda: first.num_nodes_waiting() == 1)
-        assert {info.world_size for info in [*nodes.meet([first, second]), replaced.result(SOON_S)]} == {3}
+        assert {info.world_size for info in [*nodes.join([first, second]), replaced.result(SOON_S)]} == {3}
 
 
 def test_nodes_learn_of_each_other_without_reading_the_state_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_nodes_learn_of_each_other_without_reading_the_state_again(monkeypatch: 
         monkeypatch.setattr(first._state_holder, "_cache_duration", 3600)
         assert first.num_nodes_waiting() == 0
         second.expel([nodes.places[2]])
-        met = nodes.begin(second)
+        joined = nodes.begin(second)
         until(lambda: first.num_nodes_waiting() == 1)
-        assert first.next_rendezvous().world_size == met.result(SOON_S).world_size == 2
+        assert first.next_rendezvous().world_size == joined.result(SOON_S).world_size == 2
         lost.shutdown()

@@ -67,12 +67,12 @@ PAIR = """
 def ranks(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> Iterator[list[tuple[Forked, Path]]]:
     """Both ranks of the script; the stopped one is killed after the test."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     program, found = script(write(PAIR)), list[tuple[Forked, Path]]()
     for rank in (0, 1):
         folder = tmp_path / f"rank-{rank}"
         folder.mkdir()
-        env = worker_env({**meeting, "WORLD_SIZE": "2", "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"})
+        env = worker_env({**rendezvous, "WORLD_SIZE": "2", "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"})
         found.append((start(parent, Job(program, env, str(folder)), folder), folder))
     yield found
     stopped, folder = found[1]
