@@ -153,7 +153,7 @@ def test_messages() -> None:
     assert unsaid == []
 
 
-def test_what_is_shown_of_a_run() -> None:
+def test_status_of_a_run() -> None:
     text = page("watching")
     assert alarms.__doc__ is not None
     assert table(text, "Kind") == table(alarms.__doc__, "Kind")
@@ -161,7 +161,7 @@ def test_what_is_shown_of_a_run() -> None:
     assert table(text, "Metric") == [[f"`{metric.name}`", metric.kind, metric.about] for metric in METRICS]
 
 
-def test_what_silence_means() -> None:
+def test_meaning_of_silence() -> None:
     assert node_liveness.__doc__ is not None
     assert table(page("nodes"), "Seen") == table(node_liveness.__doc__, "Seen")
 
@@ -203,7 +203,7 @@ def test_runs_that_cannot_continue_on_other_ranks() -> None:
     assert str(differs.value) in text
 
 
-def test_the_plan_that_is_shown() -> None:
+def test_placement_plan() -> None:
     plan = table_of(place(["n0", "n1", "n2", "n3"], 1), [1000, 1_234_000, 999, 0], kind="node")
     assert "\n".join(f"  {line}" for line in plan.lines()) in page("nodes")
 
@@ -213,7 +213,7 @@ def test_missing_failure_domains() -> None:
     assert str(error) in flowing(page("errors"))
 
 
-def test_what_a_generation_starts_from() -> None:
+def test_start_of_a_generation() -> None:
     assert startup.__doc__ is not None
     assert table(page("recovery"), "Arenas") == table(startup.__doc__, "Arenas")
 
@@ -281,7 +281,7 @@ def test_fault_grammar() -> None:
     assert {row[0].strip("`") for row in table(text, "Kind")} == set(FaultKind)
 
 
-def test_faults_that_are_shown_can_be_read() -> None:
+def test_documented_faults_can_be_parsed() -> None:
     shown = re.findall(r"(?:--fault |CKPTLESS_FAULTS=|FaultInjector\(\")([a-z]+:[^\s\"`]+)", ALL_TEXT)
     assert len(shown) > 5
     for text in shown:
@@ -361,13 +361,13 @@ def _plan(found: Complete | Missing, *, world_size: int) -> StartPlan:
     return plan_start(start_, found, Left())
 
 
-def test_make_targets_that_are_shown_exist() -> None:
+def test_documented_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     shown = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", ALL_TEXT))
     assert {"demo", "test"} <= shown <= targets
 
 
-def test_files_that_are_shown_exist() -> None:
+def test_documented_files_exist() -> None:
     shown = set(
         re.findall(r"\b(?:examples|configs|tests|benchmarks)/[\w./-]+\w|lightning_ckptless/[\w/]+\.py", ALL_TEXT)
     )

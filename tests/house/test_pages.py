@@ -61,7 +61,7 @@ def most_alike(text: str, known: list[str]) -> str:
     return max(known, key=shared)
 
 
-def test_the_command_line_page_is_what_the_commands_say() -> None:
+def test_command_line_page_is_up_to_date() -> None:
     assert PAGE.read_text() == page_text(), "write it again: python -m tests.house.command_line"
 
 
@@ -69,7 +69,7 @@ def test_the_command_line_page_is_what_the_commands_say() -> None:
     ("path", "text_of"),
     [(options.CONFIGURATION, options.configuration_text), (options.ENVIRONMENT, options.environment_text)],
 )
-def test_pages_repeat_what_is_declared_of_options_and_variables(path: Path, text_of: Callable[[str], str]) -> None:
+def test_pages_of_options_and_variables_are_up_to_date(path: Path, text_of: Callable[[str], str]) -> None:
     assert path.read_text() == text_of(path.read_text()), "write it again: python -m tests.house.options"
 
 

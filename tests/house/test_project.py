@@ -35,17 +35,17 @@ EXTRAS = chain.from_iterable(PROJECT["optional-dependencies"].values())
 REQUIREMENTS = [Requirement(text) for text in (*PROJECT["dependencies"], *EXTRAS)]
 
 
-def test_what_is_required_is_pinned_within_its_range() -> None:
+def test_requirements_are_pinned_within_their_ranges() -> None:
     others = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
     pinned = THIRD_PARTY_PINS | LOGGERS_PINS | RIVALS_PINS | PINS
     assert [str(r) for r in others if not r.specifier.contains(pinned[canonicalize_name(r.name)])] == []
 
 
-def test_the_rivals_change_no_pin() -> None:
+def test_rivals_change_no_pin() -> None:
     assert not PINS.keys() & RIVALS_PINS.keys()
 
 
-def test_the_tracking_stores_change_no_pin() -> None:
+def test_tracking_stores_change_no_pin() -> None:
     assert not PINS.keys() & LOGGERS_PINS.keys()
 
 
@@ -68,7 +68,7 @@ def needs_of(name: str) -> list[str]:
         return []
 
 
-def test_what_pins_need_is_pinned() -> None:
+def test_dependencies_of_pins_are_pinned() -> None:
     """For what is installed here: nothing is left to the day of the installation."""
     missing = {
         f"{name} needs {requirement.name}"
@@ -84,7 +84,7 @@ def test_version_is_in_the_changelog() -> None:
     assert f"\n## {PROJECT['version']}" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
-def test_public_names_are_there() -> None:
+def test_public_names_exist() -> None:
     for name in lightning_ckptless.__all__:
         assert getattr(lightning_ckptless, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
