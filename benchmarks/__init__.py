@@ -3,16 +3,13 @@
 | Program | What it measures |
 |---|---|
 | `python -m benchmarks.steady_state` | the cost of mirroring every step while nothing fails |
-| `python -m benchmarks.interference` | the cost of the mirror thread to training, by its scheduling |
 | `python -m benchmarks.sharded` | mirroring of large models, DDP and FSDP2: bytes, staging, steps |
 | `python -m benchmarks.durable` | the cost of durable states, and when they are on disk |
 | `python -m benchmarks.device` | the cost of mirroring on a CUDA device |
 | `python -m benchmarks.recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
-| `python -m benchmarks.relaunch` | the same on two ranks, with a relaunch of all ranks |
 | `python -m benchmarks.growth` | the same by number of ranks |
 | `python -m benchmarks.scale` | 8 to 64 ranks: times, and what each rank needs of the machine |
 | `python -m benchmarks.projection` | 64 to 8,192 ranks: the real decisions and a model of the network |
-| `python -m benchmarks.detection` | SIGKILL to its detection, by the memory of the worker |
 | `python -m benchmarks.elastic` | a node is lost and rejoins: times, samples |
 | `python -m benchmarks.cold_start` | command to the first optimizer step |
 

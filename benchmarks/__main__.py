@@ -14,8 +14,6 @@ PROGRAMS = (
     "growth",
     "scale",
     "projection",
-    "detection",
-    "relaunch",
     "cold_start",
     "durable",
     "sharded",

@@ -13,7 +13,7 @@ from statistics import median
 from benchmarks.harness import kills
 from benchmarks.harness.kills import Kill, Scenario, survived
 from benchmarks.harness.processes import ckptless_run
-from benchmarks.harness.report import Default, Program, Results
+from benchmarks.harness.report import Program, Results
 from benchmarks.harness.table import Column, Table, each, name_of, verdict
 from benchmarks.recovery import groups_of, phases_table
 
@@ -51,7 +51,7 @@ PROGRAM = Program(
     __doc__,
     partial(kills.measure, every_scenario=SCENARIOS),
     tables,
-    partial(kills.add_options, scenarios=SCENARIOS, repeats=12, block=4, size="tiny", tries=Default(0, 0)),
+    partial(kills.add_options, scenarios=SCENARIOS, repeats=12, block=4, size="tiny"),
 )
 
 if __name__ == "__main__":

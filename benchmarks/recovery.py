@@ -152,13 +152,6 @@ MOMENTS_NOTE = (
     "fit to training: process group, restore, Lightning's setup. The sum of medians differs a little from the median "
     "of sums."
 )
-STOCK = (
-    Column("try", lambda row: row[0]),
-    Column("recovered", lambda row: "no" if "failed" in row[1] else "yes"),
-    Column("starts", lambda row: row[1].get("starts"), "g"),
-    Column("s", lambda row: row[1].get("seconds"), ".1f"),
-)
-STOCK_NOTE = "Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which is set for the table above."
 
 
 def verdicts(groups: list[Group]) -> Iterator[str]:
@@ -193,17 +186,8 @@ def moments_table(results: Results) -> Table:
     return Table.of(title, groups, *MOMENTS, notes=[MOMENTS_NOTE])
 
 
-def stock_table(results: Results) -> Table:
-    """Return the table of torchrun's relaunches with its default settings."""
-    tries, notes = results["stock"], [STOCK_NOTE]
-    if tries:
-        bad = sum("failed" in kill or kill["starts"] > 1 for kill in tries)
-        notes.append(f"{bad} of {len(tries)} tries did not recover with one restart within 60 s.")
-    return Table.of("torchrun without changes", enumerate(tries, 1), *STOCK, notes=notes)
-
-
-def all_tables(results: Results, ranks: int) -> list[Table]:
-    return [kills_table(results, ranks), phases_table(results), moments_table(results), stock_table(results)]
+def tables(_: Namespace, results: Results) -> list[Table]:
+    return [kills_table(results, RANKS), phases_table(results), moments_table(results)]
 
 
 # ---------------------------------------------------------------------- the program
@@ -232,7 +216,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--rivals-python", type=Path, default=DEFAULT_PYTHON, metavar="PATH", help=about)
 
 
-PROGRAM = Program(__doc__, measure, lambda _, results: all_tables(results, RANKS), options)
+PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
     PROGRAM.main()

@@ -25,9 +25,7 @@ LONGEST_STEP_S = 2.0
 CHECKPOINT_EVERY = 50
 """Steps between two checkpoint files of other tools; kills are spread over that interval."""
 TIMEOUT_S = 120.0
-STOCK_TIMEOUT_S = 60.0
 LEDGER_S = 10.0
-STOCK_TRIES = Default(6, 1)
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,6 @@ def with_files(ranks: int) -> Scenario:
     """Return torchrun with checkpoint files, and with the setting that makes its relaunches work."""
     name = f"torchrun, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
     return Scenario(name, torchrun, "ddp", CHECKPOINT_EVERY, tuple(OWN_STORE.items()), ranks)
-
-
-def unchanged(ranks: int) -> Scenario:
-    """Return torchrun with checkpoint files and its default settings."""
-    name = f"torchrun without changes, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
-    return Scenario(name, torchrun, "ddp", CHECKPOINT_EVERY, ranks=ranks)
 
 
 @contextmanager
@@ -137,12 +129,11 @@ def recoveries_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(args: Namespace, results: Results, steps: Steps, every_scenario: tuple[Scenario, ...]) -> None:
-    """Kill a rank `args.repeats` times in each scenario, in alternating blocks; then try torchrun without changes."""
+    """Kill a rank `args.repeats` times in each scenario, in alternating blocks."""
     chance = random.Random(args.seed)
     scenarios = [scenario for scenario in every_scenario if not args.only or scenario.name in args.only]
-    results |= {"kills": {scenario.name: [] for scenario in scenarios}, "stock": []}
-    stock = unchanged(every_scenario[0].ranks)
-    steps.expect(len(scenarios) * args.repeats + args.stock_tries)
+    results["kills"] = {scenario.name: [] for scenario in scenarios}
+    steps.expect(len(scenarios) * args.repeats)
     with scratch() as place:
         for number, begin in enumerate(range(0, args.repeats, args.block)):
             kills = min(args.block, args.repeats - begin)
@@ -151,25 +142,14 @@ def measure(args: Namespace, results: Results, steps: Steps, every_scenario: tup
                 killed = jobs(scenario, args, kills, place, f"{index}-{number}", chance)
                 results["kills"][scenario.name] += killed
                 steps.done(kills)
-        for number in range(args.stock_tries):
-            steps.begin(stock.name)
-            results["stock"] += block(stock, args.size, 1, place, f"stock-{number}", chance, STOCK_TIMEOUT_S)
-            steps.done()
 
 
 def add_options(
-    parser: ArgumentParser,
-    scenarios: tuple[Scenario, ...],
-    *,
-    repeats: int,
-    block: int,
-    size: str = "1M",
-    tries: Default = STOCK_TRIES,
+    parser: ArgumentParser, scenarios: tuple[Scenario, ...], *, repeats: int, block: int, size: str = "1M"
 ) -> None:
-    """Add the options of a program that kills ranks: with defaults for kills, their blocks, size and stock tries."""
+    """Add the options of a program that kills ranks, with defaults for kills, their blocks and the size."""
     add_count(parser, "--repeats", Default(repeats, 2), "kills in each scenario")
     add_count(parser, "--block", block, "consecutive kills in a scenario")
-    add_count(parser, "--stock-tries", tries, "kills of torchrun without changes")
     about = "seconds after a kill until a job counts as lost (default: %(default)g)"
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help=about)
     parser.add_argument("--size", default=size, help="model size (default: %(default)s)")

@@ -32,7 +32,6 @@ class JobOptions:
         turns: train only when it is this job's turn.
         async_save_every: steps between two calls of torch's `async_save`; 0 for none.
         accelerator: `cpu` or `gpu`.
-        mirror_scheduling: key of `training.MIRROR_SCHEDULING`; empty for the default.
         sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
         census: count what the protocol of each rank sends, and time its rounds.
     """
@@ -49,7 +48,6 @@ class JobOptions:
     async_save_every: int = 0
     accelerator: str = "cpu"
     sharded: bool = False
-    mirror_scheduling: str = ""
     census: bool = False
 
     def but(self, **changed: Any) -> JobOptions:

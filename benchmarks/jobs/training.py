@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -73,27 +72,6 @@ class StepReporter(pl.Callback):
         self.wire.send("step", step=trainer.global_step, fingerprint=found)
 
 
-MIRROR_SCHEDULING: dict[str, Callable[[], None]] = {
-    "nice": lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10),
-    "batch": lambda: os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0)),
-    "one": lambda: torch.set_num_threads(1),
-}
-"""What is applied to the mirror thread at its first probe: each variant tries to reduce its cost to training."""
-
-
-class SchedulingProbe:
-    """A probe that sets the scheduling of each mirror thread, once."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.known: set[int] = set()
-
-    def __call__(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
-        if threading.get_ident() not in self.known:
-            self.known.add(threading.get_ident())
-            MIRROR_SCHEDULING[self.name]()
-
-
 class Segment:
     """The steps since the last turn; in a separate class, because a version would contain plain values."""
 
@@ -152,10 +130,7 @@ def make_strategy(options: JobOptions) -> Any:
 
     if options.sharded:
         return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
-    strategy = CkptlessStrategy(**options.strategy_options)
-    if options.mirror_scheduling:
-        strategy.probes.append(SchedulingProbe(options.mirror_scheduling))
-    return strategy
+    return CkptlessStrategy(**options.strategy_options)
 
 
 def prepare(options: JobOptions) -> Callable[[Wire], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from benchmarks.jobs.job import JobOptions
 
 DEFAULT_PYTHON = ROOT / ".venv-rivals" / "bin" / "python"
 NVRX = f"nvidia-resiliency-ext in process, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
-TORCHFT, TORCHFT_UNMODIFIED = "torchft, with its gradient hook patched", "torchft, unmodified"
+TORCHFT = "torchft, with its gradient hook patched"
 PACKAGES = ("nvidia-resiliency-ext", "torchft", "lightning", "torch")
 _ASK = """
 import importlib.metadata, json, sys
@@ -32,15 +31,13 @@ def with_supervisor(options: JobOptions, *, python: Path) -> list[str]:
 
 
 def rivals(python: Path, ranks: int, every: int) -> tuple[Scenario, ...]:
-    """Return the jobs of both rivals in their best configuration, and of torchft without our patch."""
+    """Return the jobs of both rivals in their best configuration."""
     command = partial(with_supervisor, python=python)
     # Do not load this package there, and suppress the messages that the rivals' polling triggers in torch.
     env = (("TORCH_DEVICE_BACKEND_AUTOLOAD", "0"), ("TORCH_CPP_LOG_LEVEL", "ERROR"))
-    patched = Scenario(TORCHFT, command, "torchft", env=env, ranks=ranks, every=every)
     return (
         Scenario(NVRX, command, "nvrx", CHECKPOINT_EVERY, env, ranks, kills_of_a_job=1),
-        patched,
-        replace(patched, name=TORCHFT_UNMODIFIED, strategy_options={"patched": False}),
+        Scenario(TORCHFT, command, "torchft", env=env, ranks=ranks, every=every),
     )
 
 

@@ -20,7 +20,7 @@ from benchmarks.rivals.environment import NVRX, TORCHFT, RivalsMissingError, riv
 from benchmarks.rivals.supervisor import free_port
 
 PYTHON = Path("/rivals/bin/python")
-NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB = rivals(PYTHON, 4, 20)
+NVRX_JOB, TORCHFT_JOB = rivals(PYTHON, 4, 20)
 
 
 def test_the_batches_of_an_epoch_are_shared_by_the_ranks() -> None:
@@ -131,7 +131,7 @@ def test_with_their_environment_the_rivals_are_included(monkeypatch: pytest.Monk
     scenarios, installed = recovery.with_rivals(Path(sys.executable))
 
     assert [scenario.name for scenario in scenarios[len(recovery.SCENARIOS) :]] == [
-        scenario.name for scenario in (NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB)
+        scenario.name for scenario in (NVRX_JOB, TORCHFT_JOB)
     ]
     assert installed == {"torch": torch.__version__}
 
