@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.kills import Scenario, job, recoveries_of
 from benchmarks.harness.processes import ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
+from benchmarks.harness.scenario import Scenario, events_of, job
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, verdict
 from benchmarks.harness.watch import START_S, Watch
-from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.ledger import LEDGER_NAME
 from lightning_ckptless.membership.requests import DrainRequest, submit
 
 EVERY_STEPS = 20
@@ -38,15 +38,14 @@ def drain_one(watch: Watch, run: Path, rank: int) -> Drain:
         run: folder of the run.
         rank: the rank.
     """
-    watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
-    watch.until_step(max(life.first_step for life in watch.now()) + EVERY_STEPS, START_S)
+    watch.until_step(max(life.first_step for life in watch.until_begun()) + EVERY_STEPS, START_S)
     step_s = watch.now()[0].step_s
     with ThreadPoolExecutor(1) as terminal:
         asked = terminal.submit(submit, run, DrainRequest(rank=rank), timeout_s=TIMEOUT_S)
         watch.until(lambda _: asked.done(), TIMEOUT_S, f"the hand-over of rank {rank}")
     answer = asked.result()
     assert answer.accepted, answer.reason
-    drained = read_ledger(run / "ledger.jsonl", only="drained").events[-1].fields
+    drained = events_of(run, "drained")[-1]
     step = int(drained["step"])
     lives = watch.until_step(step + 2, START_S)
     others = [life for life in lives if step in life.steps]
@@ -69,11 +68,11 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
         for number in range(args.repeats):
             rank = 0 if number % 2 == 0 else 1 + chance.randrange(args.ranks - 1)
             steps.begin(f"rank {rank}")
-            watch.until(lambda _: any(folder.glob("runs/*/ledger.jsonl")), START_S, "the ledger")
-            (run,) = (ledger.parent for ledger in folder.glob("runs/*/ledger.jsonl"))
+            watch.until_begun()
+            [run] = (ledger.parent for ledger in folder.glob(f"runs/*/{LEDGER_NAME}"))
             results["drains"].append(drain_one(watch, run, rank))
             steps.done()
-        for drain, recovery in zip(results["drains"], recoveries_of(folder), strict=False):
+        for drain, recovery in zip(results["drains"], events_of(folder, "recovery"), strict=False):
             drain["replayed"], drain["phases"] = recovery["steps_replayed"], recovery["phases"]
 
 

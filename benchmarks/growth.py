@@ -11,9 +11,10 @@ from functools import partial
 from statistics import median
 
 from benchmarks.harness import kills
-from benchmarks.harness.kills import Kill, Scenario, survived
+from benchmarks.harness.kills import Kill, survived
 from benchmarks.harness.processes import ckptless_run
 from benchmarks.harness.report import Program, Results
+from benchmarks.harness.scenario import Scenario
 from benchmarks.harness.table import Column, Table, each, name_of, verdict
 from benchmarks.recovery import groups_of, phases_table
 

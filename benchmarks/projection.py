@@ -102,7 +102,7 @@ def real_phases(path: Path) -> dict[str, dict[int, float]]:
     worlds = json.loads(path.read_text())["results"]["worlds"]
     found: dict[str, dict[int, float]] = {name: {} for name in PHASES}
     for row in worlds:
-        accounts = [kill["phases"] for kill in row["kills"] if "phases" in kill]
+        accounts = [kill["ledger"]["phases"] for kill in row["kills"] if "ledger" in kill]
         for name in PHASES if accounts else ():
             found[name][row["ranks"]] = median(phases[f"{name}_s"] for phases in accounts)
     return found

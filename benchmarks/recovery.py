@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.harness import kills
-from benchmarks.harness.kills import Kill, Scenario, survived, with_files
+from benchmarks.harness.kills import Kill, survived
 from benchmarks.harness.processes import ckptless_run, torchrun
 from benchmarks.harness.report import Program, Results, Steps, console
+from benchmarks.harness.scenario import Scenario, with_files
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, percentile, verdict
 from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
 

@@ -7,8 +7,8 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness.kills import CHECKPOINT_EVERY, Scenario
 from benchmarks.harness.machine import ROOT
+from benchmarks.harness.scenario import CHECKPOINT_EVERY, Scenario
 from benchmarks.jobs.job import JobOptions
 
 DEFAULT_PYTHON = ROOT / ".venv-rivals" / "bin" / "python"

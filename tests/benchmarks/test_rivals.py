@@ -2,6 +2,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import recovery
-from benchmarks.harness.kills import Scenario, is_exact, jobs, reference_of
+from benchmarks.harness.kills import is_exact, jobs, reference_of
 from benchmarks.harness.machine import ROOT
+from benchmarks.harness.scenario import Scenario
 from benchmarks.jobs.gpt import GPT, Batches, fingerprint, random_tokens
 from benchmarks.jobs.job import JobOptions
 from benchmarks.recovery import kills_table
@@ -106,12 +108,13 @@ def run_jobs(
     """The kills that each job was started for, and what came of five, where a job is lost after so many."""
     started: list[int] = []
 
-    def block(scenario: Any, size: str, kills: int, *others: Any) -> list[Any]:
+    def kill_repeatedly(watch: Any, folder: Any, scenario: Any, kills: int, *_: Any) -> list[Any]:
         survives = lost[len(started)] if len(started) < len(lost) else kills
         started.append(kills)
         return [{} for _ in range(survives)] + [{"failed": "", "victim": victim}] * (survives < kills)
 
-    monkeypatch.setattr("benchmarks.harness.kills.block", block)
+    monkeypatch.setattr("benchmarks.harness.kills.job", lambda *_: nullcontext((None, None)))
+    monkeypatch.setattr("benchmarks.harness.kills.kill_repeatedly", kill_repeatedly)
     scenario = Scenario("one", lambda _: [], kills_of_a_job=of_a_job)
     args: Any = SimpleNamespace(size="1M", timeout=1.0)
     return started, jobs(scenario, args, 5, None, "name", None)  # type: ignore[arg-type]
