@@ -3,9 +3,9 @@
 | Program | What it measures |
 |---|---|
 | `python -m benchmarks.steady_state` | the cost of mirroring every step while nothing fails |
-| `python -m benchmarks.sharded` | mirroring of large models, DDP and FSDP2: bytes, staging, steps |
+| `python -m benchmarks.staging` | copying a shard into shared memory, against memcpy; frozen parameters |
+| `python -m benchmarks.sharded` | mirroring of large models, DDP and FSDP2: bytes, steps |
 | `python -m benchmarks.durable` | the cost of durable states, and when they are on disk |
-| `python -m benchmarks.device` | the cost of mirroring on a CUDA device |
 | `python -m benchmarks.recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
 | `python -m benchmarks.growth` | the same by number of ranks |
 | `python -m benchmarks.scale` | 8 to 64 ranks: times, and what each rank needs of the machine |

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
 
 import psutil
-import torch
 
-from benchmarks.harness.processes import Scratch, scratch
+from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Program, Results, Steps, add_count, console
-from benchmarks.harness.staging import gb_per_s, measure_frozen, measure_staging, ratio_to_memcpy, verdict_on
 from benchmarks.harness.table import Column, Table
-from benchmarks.harness.turns import JobLostError, running
+from benchmarks.harness.turns import JobLostError, Plan, Segment, TurnsJob, segment_of, train_in_turns
+from benchmarks.harness.variants import slowest_ms
 from benchmarks.jobs.async_save import saves_of
-from benchmarks.jobs.gpt import LAYERS, WIDTHS, parameter_count
+from benchmarks.jobs.gpt import LAYERS, WIDTHS, state_bytes
 from benchmarks.jobs.job import JobOptions
 
 EVERY = 4
@@ -33,12 +31,6 @@ RANKS = (2, 4)
 BATCH = 1
 SHARE_OF_MEMORY = 0.85
 """Share of free memory to use: torch and the kernel need some, too."""
-FLOAT_BYTES = 4
-STATE_FLOATS = 3
-"""Floats per parameter in the state: itself, and AdamW's two moments."""
-
-
-# ---------------------------------------------------------------------- what fits into memory
 
 
 @dataclass(frozen=True)
@@ -46,29 +38,29 @@ class Cell:
     """A model on a number of ranks, with FSDP2 or with DDP."""
 
     size: str
-    parameters: int
     ranks: int
-    is_sharded: bool
+    strategy: str
+    state_bytes: int
 
     @property
-    def strategy(self) -> str:
-        return "FSDP2" if self.is_sharded else "DDP"
+    def is_sharded(self) -> bool:
+        return self.strategy == "FSDP2"
 
-    @property
-    def state_bytes(self) -> int:
-        return STATE_FLOATS * FLOAT_BYTES * self.parameters
+    def needed_bytes(self, kept: int) -> int:
+        """Return the bytes that training takes, and at most the arenas with `kept` shards of others per rank.
 
-    def training_bytes(self) -> int:
-        """Return the bytes that training takes without mirroring: state, gradients, and buffers of DDP or FSDP2."""
-        whole = FLOAT_BYTES * self.parameters
+        Training takes state, gradients, and buffers: all gradients again with DDP; with FSDP2, the gathered weights and
+        gradients of two blocks on each rank. The arenas have two slots per copy, plus those of the first step.
+        """
+        whole = self.state_bytes // 3
+        arenas = 2 * (1 + kept) * self.state_bytes * 4 // 3
         if self.is_sharded:
-            # In addition to the shards, each rank has the gathered weights and gradients of two blocks.
-            return (STATE_FLOATS + 1) * whole + self.ranks * 4 * whole // LAYERS
-        return self.ranks * (STATE_FLOATS + 2) * whole
+            return self.state_bytes + whole + self.ranks * 4 * whole // LAYERS + arenas
+        return self.ranks * (self.state_bytes + 2 * whole) + arenas
 
-    def arena_bytes(self, kept: int) -> int:
-        """Return the peak bytes of all arenas: two slots per copy, plus those of the first step."""
-        return 2 * (1 + kept) * self.state_bytes * 4 // 3
+    def kept_shards(self, free_bytes: int) -> int | None:
+        """Return the number of shards that a rank keeps for others, one or zero; None if the cell does not fit."""
+        return next((kept for kept in (1, 0) if self.needed_bytes(kept) <= free_bytes), None)
 
     def __str__(self) -> str:
         return f"{self.size}, {self.strategy}, {self.ranks} ranks"
@@ -76,79 +68,50 @@ class Cell:
 
 def cells(sizes: list[str], ranks: list[int]) -> list[Cell]:
     """Return all requested cells."""
-    counts = {size: parameter_count(size) for size in sizes}
-    return [Cell(size, counts[size], count, kind) for size in sizes for count in ranks for kind in (False, True)]
-
-
-def kept_shards(cell: Cell, free_bytes: int) -> tuple[int | None, str]:
-    """Return the number of shards that a rank keeps for others, one or zero, and the calculation in words.
-
-    It is None if the cell does not fit into free memory at all.
-    """
-    needed = [cell.training_bytes() + cell.arena_bytes(kept) for kept in (0, 1)]
-    kept = int(needed[1] <= free_bytes)
-    reason = (
-        f"{cell}: {cell.training_bytes() / 1e9:.1f} GB of training and {cell.arena_bytes(kept) / 1e9:.1f} GB of arenas "
-        f"with {kept} kept shards, {free_bytes / 1e9:.1f} GB free"
-    )
-    return kept if needed[kept] <= free_bytes else None, reason
+    kinds = ("DDP", "FSDP2")
+    return [Cell(size, count, kind, state_bytes(size)) for size in sizes for count in ranks for kind in kinds]
 
 
 # ---------------------------------------------------------------------- measurement
 
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
-    """Measure staging of every size, and train every cell that fits; results are stored as they arrive."""
-    torch.set_num_threads(1)
-    results |= {"cells": [], "staging": [], "frozen": [], "left_out": []}
-    wanted, repeats = cells(args.sizes, args.ranks), 3 if args.quick else 10
-    steps.expect(len(wanted) + len(args.sizes))
-    for size in args.sizes:
-        steps.begin(f"staging, {size}")
-        with scratch() as place:
-            for ranks in args.ranks:
-                staged = measure_staging(size, place.arenas, ranks=ranks, repeats=repeats)
-                results["staging"].append({"ranks": ranks, **staged})
-            results["frozen"].append(measure_frozen(size, place.arenas, ranks=2, repeats=repeats))
-        steps.done()
+    """Train every cell that fits; results are stored as they arrive."""
+    results |= {"cells": [], "left_out": []}
+    wanted = cells(args.sizes, args.ranks)
+    steps.expect(2 * len(wanted))
     for cell in wanted:
         steps.begin(str(cell))
-        kept, reason = kept_shards(cell, int(SHARE_OF_MEMORY * psutil.virtual_memory().available))
+        free_bytes = int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
+        if (kept := cell.kept_shards(free_bytes)) is None:
+            needed_gb = cell.needed_bytes(0) / 1e9
+            results["left_out"].append(f"{cell}: {needed_gb:.1f} GB needed, {free_bytes / 1e9:.1f} GB free")
+            continue
         try:
-            if kept is None:
-                results["left_out"].append(reason)
-            else:
-                results["cells"].append(train(cell, kept, args.cycles))
+            results["cells"].append(train(cell, kept, 1 if args.quick else args.cycles, steps))
         except JobLostError as error:
             console.print(f"{cell}: {error}", markup=False)
             results["left_out"].append(f"{cell}: the job was lost")
-        steps.done()
 
 
-def train(cell: Cell, kept: int, cycles: int) -> Results:
+def train(cell: Cell, kept: int, cycles: int, steps: Steps) -> Results:
     """Train a cell with mirroring, then with `async_save`."""
     chosen = {"mirror_every_n_steps": EVERY, "failure_domain": "rank" if kept else "node"}
-    with scratch() as place:
-        common = JobOptions(
-            cell.size, BATCH, devices=cell.ranks, turns=True, root=str(place.files), sharded=cell.is_sharded
-        )
-        ours = common.but(strategy="ckptless", strategy_options=chosen)
-        mirrored, reports, _ = _train(ours, cycles, place)
-        plain, _, saves = _train(common.but(async_save_every=EVERY), cycles, place)
-    facts = {**vars(cell), "strategy": cell.strategy, "state_bytes": cell.state_bytes, "kept": kept}
-    return {**facts, "steps_s": mirrored, "rank_reports": reports, "async_steps_s": plain, "saves": saves}
+    common = JobOptions(cell.size, BATCH, devices=cell.ranks, sharded=cell.is_sharded)
+    jobs = {
+        "mirrored": common.but(strategy="ckptless", strategy_options=chosen),
+        "saved": common.but(async_save_every=EVERY),
+    }
 
+    def saving_segment(job: TurnsJob, count: int) -> Segment:
+        return {**segment_of(job, count, warm_up=0), "saves": saves_of(job.folder)}
 
-def _train(
-    options: JobOptions, cycles: int, place: Scratch
-) -> tuple[list[float], list[dict[str, Any]], list[dict[str, float]]]:
-    """Return the step times on the slowest rank, the reports of the ranks, and the records of `async_save`."""
-    with running({"": options}, place) as jobs:
-        job = jobs[""]
-        job.train(EVERY)
-        notes = job.train(EVERY * cycles)
-    steps_s = [max(step) for step in zip(*(note.fields["steps_s"] for note in notes), strict=True)]
-    return steps_s, [note.fields for note in notes], saves_of(job.folder)
+    found = {**asdict(cell), "kept": kept}
+    for name, job in jobs.items():
+        plan = Plan(1, (EVERY * cycles, EVERY * cycles))
+        with scratch() as place:
+            found[name] = train_in_turns({name: job}, place, plan, steps.done, saving_segment)[name][0]
+    return found
 
 
 # ---------------------------------------------------------------------- tables
@@ -159,22 +122,22 @@ def version_costs_ms(cell: Results) -> list[float]:
 
     The steps are whole cycles of four: a version is taken at the end of the last, and copied during the first.
     """
-    steps = cell["steps_s"]
+    steps = slowest_ms(cell["mirrored"])
     cycles = [steps[at : at + EVERY] for at in range(0, len(steps), EVERY)]
-    return [1e3 * (first + last - second - third) for first, second, third, last in cycles]
+    return [first + last - second - third for first, second, third, last in cycles]
 
 
 def plain_step_ms(cell: Results) -> float:
     """Return the median of the steps that no version affects."""
-    return float(1e3 * median(step for at, step in enumerate(cell["steps_s"]) if at % EVERY in (1, 2)))
+    return median(step for at, step in enumerate(slowest_ms(cell["mirrored"])) if at % EVERY in (1, 2))
 
 
 def part_ms(name: str) -> Callable[[Results], list[float]]:
-    return lambda cell: [1e3 * value for rank in cell["rank_reports"] for value in rank.get(name, ())]
+    return lambda cell: [1e3 * value for rank in cell["mirrored"]["ranks"] for value in rank.get(name, ())]
 
 
 def save_ms(name: str) -> Callable[[Results], list[float]]:
-    return lambda cell: [1e3 * save[name] for save in cell["saves"]]
+    return lambda cell: [1e3 * save[name] for save in cell["saved"]["saves"]]
 
 
 def spread(values: list[float]) -> str:
@@ -186,7 +149,7 @@ def formula_mb(cell: Results) -> float:
 
 
 def arena_mb(cell: Results) -> float:
-    return float(cell["rank_reports"][0]["arena_bytes"] / cell["ranks"] / 1e6)
+    return float(cell["mirrored"]["ranks"][0]["arena_bytes"] / cell["ranks"] / 1e6)
 
 
 CELL = (Column("model", "size"), Column("strategy", "strategy"), Column("ranks", "ranks"))
@@ -197,7 +160,7 @@ BYTES = (
     Column("formula MB", formula_mb, ".0f"),
     Column("arena per rank MB", arena_mb, ".0f"),
     Column("over the formula", lambda cell: arena_mb(cell) / formula_mb(cell) - 1, "+.2%"),
-    Column("sent MB", lambda cell: max(rank["sent_bytes"] for rank in cell["rank_reports"]) / 1e6, ".0f"),
+    Column("sent MB", lambda cell: max(rank["sent_bytes"] for rank in cell["mirrored"]["ranks"]) / 1e6, ".0f"),
 )
 BYTES_NOTE = (
     "Formula: 2 (1 + m) / N of parameters and optimizer state, for m kept shards and N ranks. Sent: by the rank that "
@@ -219,41 +182,15 @@ VERSION_NOTE = (
     "of the same cycle; slowest rank, median over versions. Staged, committed: time after the hand-over. "
     "async_save: time that the training thread waits in it, for the previous save and for the copy of the state."
 )
-STAGING = (
-    Column("model", "size"),
-    Column("ranks", "ranks"),
-    Column("MB", lambda row: row["shard_bytes"] / 1e6, ".0f"),
-    Column("pieces", "pieces"),
-    Column("memcpy GB/s", lambda row: gb_per_s(row, "memcpy_s"), ".1f"),
-    Column("staging GB/s", lambda row: gb_per_s(row, "stage_s"), ".1f"),
-    Column("share of memcpy speed", lambda row: 1 / ratio_to_memcpy(row), ".0%"),
-)
-FROZEN = (
-    Column("model", "size"),
-    Column("MB", lambda row: row["shard_bytes"] / 1e6, ".1f"),
-    Column("static MB", lambda row: row["static_bytes"] / 1e6, ".1f"),
-    Column("written MB", lambda row: row["written_bytes"] / 1e6, ".1f"),
-    Column("sent to a holder MB", lambda row: row["sent_bytes"] / 1e6, ".1f"),
-    Column("stage and checksum ms", lambda row: 1e3 * median(row["static_s"]), ".1f"),
-    Column("without ms", lambda row: 1e3 * median(row["plain_s"]), ".1f"),
-    Column("ratio", lambda row: median(row["static_s"]) / median(row["plain_s"]), ".0%"),
-)
-STAGING_TITLE = "Staging the shard of one rank, against a plain memcpy into warm shared memory"
-FROZEN_TITLE = "Nine tenths of the parameters frozen: a version of the shard of one rank of two"
-FROZEN_NOTE = "Without: the same tensors in a layout that treats none of them as static."
 
 
 def tables(_: Namespace, results: Results) -> list[Table]:
-    found, staged, alternating = results["cells"], results["staging"], "alternating in one process"
     left_out = [f"Left out: {reason}" for reason in results["left_out"]]
-    ratios = [f"{row['size']}, {row['ranks']} ranks: {verdict_on(row)}" for row in staged]
     of_bytes = "Shared memory per rank, and bytes per version, against the formula"
     of_version = "One version, and one async_save of the same state to the disk"
     return [
-        Table.of(of_bytes, found, *BYTES, notes=[BYTES_NOTE, *left_out]),
-        Table.of(of_version, found, *VERSION, notes=[VERSION_NOTE]),
-        Table.of(f"{STAGING_TITLE}, {alternating}", staged, *STAGING, notes=ratios),
-        Table.of(f"{FROZEN_TITLE}, {alternating}", results["frozen"], *FROZEN, notes=[FROZEN_NOTE]),
+        Table.of(of_bytes, results["cells"], *BYTES, notes=[BYTES_NOTE, *left_out]),
+        Table.of(of_version, results["cells"], *VERSION, notes=[VERSION_NOTE]),
     ]
 
 

@@ -9,10 +9,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from statistics import median
+from typing import Any, Self
 
-from benchmarks.harness import machine
+from benchmarks.harness.machine import ROOT
 from benchmarks.harness.processes import SCRIPT, Scratch, job_environment
 from benchmarks.harness.wire import Inbox, Note
 from benchmarks.jobs.job import JobOptions
@@ -21,12 +23,15 @@ from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchC
 from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 
+WARM_UP_STEPS = 4
+"""First steps of a segment, which are not measured."""
 PATIENCE_S = 300.0
 """Limit in seconds for a job to start or to end."""
 PATIENCE_PER_STEP_S = 120.0
 """The largest model takes half a minute per step when four ranks share two cores."""
 
-T = TypeVar("T")
+Segment = dict[str, Any]
+"""Under `ranks`, what each rank reports of the measured steps; under `cpu_per_step_s`, the CPU time of a rank."""
 
 
 class JobLostError(RuntimeError):
@@ -97,30 +102,58 @@ class TurnsJob:
 @contextmanager
 def running(variants: Mapping[str, JobOptions], place: Scratch) -> Iterator[dict[str, TurnsJob]]:
     """Start the jobs of all variants; their fork server has the modules that `ckptless run` preloads."""
-    with ForkServer(DEFAULT_PRELOAD, path=[str(machine.ROOT)]) as parent, ExitStack() as stack:
+    with ForkServer(DEFAULT_PRELOAD, path=[str(ROOT)]) as parent, ExitStack() as stack:
         yield {name: stack.enter_context(TurnsJob(job, parent, place)) for name, job in variants.items()}
 
 
-def alternate(
-    jobs: Mapping[str, TurnsJob], rounds: int, segment: Callable[[TurnsJob], T], done: Callable[[], None]
-) -> dict[str, list[T]]:
-    """Return the segments of all jobs, one of each per round."""
-    found: dict[str, list[T]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            found[name].append(segment(job))
-            done()
-    return found
+@dataclass(frozen=True)
+class Plan:
+    """How long jobs train.
+
+    Args:
+        rounds: segments of each job.
+        steps: minimum and maximum number of measured steps per segment.
+        segment_s: target length of a segment in seconds, between these two.
+    """
+
+    rounds: int
+    steps: tuple[int, int]
+    segment_s: float = 0.0
+
+    def count(self, step_s: float) -> int:
+        """Return the number of measured steps of a segment."""
+        return max(self.steps[0], min(self.steps[1], int(self.segment_s / step_s)))
 
 
-def segment_of(job: TurnsJob, steps: int, warm_up: int) -> dict[str, Any]:
-    """Let a job train; return the reports on the steps after the warm-up, and the load caused by other processes."""
-    before = machine.Busy.now()
-    notes = job.train(steps)
+def segment_of(job: TurnsJob, steps: int, warm_up: int = WARM_UP_STEPS) -> Segment:
+    """Let a job train; return what its ranks report of the steps after the warm-up."""
+    notes = job.train(warm_up + steps)
     own_cpu_s = sum(note.fields.pop("cpu_s") for note in notes)
-    others = machine.Busy.now().cores_used_by_others(before, own_cpu_s)
     ranks = [
         {name: value[warm_up:] if isinstance(value, list) else value for name, value in note.fields.items()}
         for note in notes
     ]
-    return {"ranks": ranks, "cpu_per_step_s": own_cpu_s / steps / len(notes), "cores_used_by_others": others}
+    return {"ranks": ranks, "cpu_per_step_s": own_cpu_s / (warm_up + steps) / len(notes)}
+
+
+def train_in_turns(
+    variants: Mapping[str, JobOptions],
+    place: Scratch,
+    plan: Plan,
+    done: Callable[[], None],
+    segment: Callable[[TurnsJob, int], Segment] = segment_of,
+) -> dict[str, list[Segment]]:
+    """Return the segments of all variants, one of each per round.
+
+    Raises:
+        JobLostError: If a job ends before it is asked to.
+    """
+    with running({name: job.but(turns=True, root=str(place.files)) for name, job in variants.items()}, place) as jobs:
+        first = [note for job in jobs.values() for note in job.train(2 * WARM_UP_STEPS)]
+        count = plan.count(median(step for note in first for step in note.fields["steps_s"][WARM_UP_STEPS:]))
+        found: dict[str, list[Segment]] = {name: [] for name in jobs}
+        for _ in range(plan.rounds):
+            for name, job in jobs.items():
+                found[name].append(segment(job, count))
+                done()
+        return found
