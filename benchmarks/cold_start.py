@@ -13,17 +13,19 @@ from typing import Any
 
 from benchmarks.harness.processes import Scratch, ckptless_run, python, scratch, torchrun
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.scenario import Scenario, job
+from benchmarks.harness.scenario import Scenario, running
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, verdict
 from benchmarks.harness.watch import START_S
+from benchmarks.jobs.job import JobOptions
 
 BASE = "python, ddp"
+DDP = JobOptions(strategy="ddp")
 SCENARIOS = (
-    Scenario(BASE, python, "ddp"),
+    Scenario(BASE, python, DDP),
     Scenario("ckptless run", ckptless_run()),
     Scenario("ckptless run --no-preload", ckptless_run("--no-preload")),
     Scenario("python, ckptless", python),
-    Scenario("torchrun, ddp", torchrun, "ddp"),
+    Scenario("torchrun, ddp", torchrun, DDP),
     Scenario("torchrun, ckptless", torchrun),
 )
 TARGETS = {"ckptless run": 1.0, "python, ckptless": 1.3}
@@ -38,7 +40,7 @@ def start_once(scenario: Scenario, size: str, place: Scratch, name: str) -> Star
     Returns:
         Seconds to the first step, and the milestones of each rank in seconds since the command.
     """
-    with job(scenario, size, place, name, steps=1) as (watch, _):
+    with running(scenario, place, name, size=size, steps=1) as (watch, _):
         lives = watch.until(lambda found: all(life.first_step for life in found), START_S, "the first step")
         watch.until_end()
         since = watch.command.began_at

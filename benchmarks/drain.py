@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness.processes import ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.scenario import Scenario, events_of, job
+from benchmarks.harness.scenario import OURS, Scenario, events_of, running
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, verdict
 from benchmarks.harness.watch import START_S, Watch
 from lightning_ckptless.ledger import LEDGER_NAME
@@ -61,10 +61,10 @@ def drain_one(watch: Watch, run: Path, rank: int) -> Drain:
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Drain ranks `args.repeats` times, in one job."""
-    chance, scenario = random.Random(args.seed), Scenario("drain", ckptless_run(), ranks=args.ranks)
+    chance, scenario = random.Random(args.seed), Scenario("drain", ckptless_run(), OURS.but(devices=args.ranks))
     results["drains"] = []
     steps.expect(args.repeats)
-    with scratch() as place, job(scenario, args.size, place, "job") as (watch, folder):
+    with scratch() as place, running(scenario, place, "job", size=args.size) as (watch, folder):
         for number in range(args.repeats):
             rank = 0 if number % 2 == 0 else 1 + chance.randrange(args.ranks - 1)
             steps.begin(f"rank {rank}")

@@ -9,11 +9,10 @@ never killed. Takes a quarter of an hour.
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -21,30 +20,32 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.nodes import MAX_NODES, Bound, Nodes, NodesLostError, Setup, run_undisturbed
-from benchmarks.harness.processes import Scratch, scratch
+from benchmarks.harness.nodes import MAX_NODES, SILENCE_S, Nodes, NodesLostError, Setup
+from benchmarks.harness.processes import Scratch, ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
-from benchmarks.harness.samples import Rows, Step, finished, first_of, tally
+from benchmarks.harness.samples import Step, finished, first_of, tally
+from benchmarks.harness.scenario import OURS, Scenario, running
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95
-from benchmarks.recovery import PHASES, phase
-from lightning_ckptless.ledger import Event
+from benchmarks.harness.watch import START_S, NoRecoveryError
+from benchmarks.jobs.counted import WEIGHTS
+from benchmarks.jobs.job import JobOptions
+from lightning_ckptless.ledger import LEDGER_NAME, Event, read_ledger
 
 EVERY = 50
 """Steps between two checkpoint files in torchrun's row."""
-START_S = 180.0
+BATCH = 3
 TIMEOUT_S = 120.0
-THEIRS = Bound()
-"""How long a node of torchrun's row may be silent."""
 SPARE_STEPS = 10
 """Steps that the job makes after a change before the next event."""
 RANDOM_STEPS = 50
 
+FILES = JobOptions(strategy="ddp", checkpoint_every=EVERY)
 SETUPS = (
-    Setup("DDP, in place"),
-    Setup("DDP, --no-in-place", flags=("--no-in-place",)),
-    Setup("FSDP2, in place", sharded=True),
-    Setup('DDP, in place, elastic_batch="scale"', ("--strategy-options={'elastic_batch': 'scale'}",)),
-    Setup(f"torchrun, ddp + ModelCheckpoint({EVERY})", checkpoint_every=EVERY),
+    Setup("DDP, in place", OURS),
+    Setup("DDP, --no-in-place", OURS, ("--no-in-place",)),
+    Setup("FSDP2, in place", OURS.but(sharded=True)),
+    Setup('DDP, in place, elastic_batch="scale"', OURS.but(strategy_options={"elastic_batch": "scale"})),
+    Setup(f"torchrun, ddp + ModelCheckpoint({EVERY})", FILES),
 )
 MARKS = {"noticed_s": "node_lost", "met_s": "move", "told_s": "fault", "restored_s": "restored"}
 """Moments of a loss, and the events that the ledger recorded first at each."""
@@ -59,75 +60,58 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Measure every setup, and store the results as they arrive."""
     setups = [setup for setup in SETUPS if not args.only or setup.name in args.only]
     chance = random.Random(args.seed)
+    size = {"batch": BATCH, "samples": args.steps * MAX_NODES * BATCH, "epochs": args.repeats + 2, "counted": True}
     results["setups"] = {}
-    steps.expect(len(setups) + 2)
+    steps.expect(2 * len(setups))
     with scratch() as place:
-        undisturbed: dict[bool, Path | None] = {}
-        for sharded in (False, True):
-            steps.begin(f"undisturbed, {'FSDP2' if sharded else 'DDP'}")
-            if any(setup.sharded == sharded for setup in setups):
-                undisturbed[sharded] = train_undisturbed(Setup("", sharded=sharded), place, size_of(args))
+        weights: dict[bool, Path | None] = {}
+        for number, setup in enumerate(setups):
+            if setup.job.sharded not in weights:
+                steps.begin(f"undisturbed, {'FSDP2' if setup.job.sharded else 'DDP'}")
+                weights[setup.job.sharded] = undisturbed(setup.job.sharded, size, place)
             steps.done()
-        for setup in setups:
             steps.begin(setup.name)
-            results["setups"][setup.name] = train(setup, args, place, chance, undisturbed[setup.sharded])
+            sized = Setup(setup.name, setup.job.but(**size), setup.flags)
+            with Nodes(sized, place, f"job-{number}") as nodes:
+                results["setups"][setup.name] = train(nodes, args.repeats, chance, weights[setup.job.sharded])
             steps.done()
 
 
-def counts_of(args: Namespace) -> dict[str, int]:
-    """Return the size of the dataset, and the number of epochs."""
-    return {"samples": args.steps * MAX_NODES * 3, "epochs": args.repeats + 2}
-
-
-def size_of(args: Namespace) -> tuple[str, ...]:
-    """Return the arguments of the script that say how much it trains, and its pace while nodes are missing."""
-    return (*(f"--{name}={count}" for name, count in counts_of(args).items()), f"--pace={args.pace}")
-
-
-def train_undisturbed(setup: Setup, place: Scratch, size: tuple[str, ...]) -> Path | None:
-    """Return the folder of an undisturbed run; None if it failed."""
-    folder = place.files / f"undisturbed-{setup.sharded}"
-    folder.mkdir()
-    try:
-        run_undisturbed(setup, folder, place.arenas, size)
-    except (NodesLostError, subprocess.TimeoutExpired) as error:
-        console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
-        return None
-    return folder
-
-
-def train(setup: Setup, args: Namespace, place: Scratch, chance: random.Random, undisturbed: Path | None) -> Found:
-    """Run one job with `args.repeats` losses and returns, then count samples and compare weights."""
-    folder = place.files / f"job-{SETUPS.index(setup)}"
-    folder.mkdir()
-    found: Found = {"cycles": [], "failed": ""}
-    bound = THEIRS if setup.checkpoint_every else bound_of(args)
-    with Nodes(setup, folder, place.arenas, size_of(args), bound) as nodes:
+def undisturbed(sharded: bool, size: dict[str, Any], place: Scratch) -> Path | None:
+    """Train undisturbed with four ranks on one node; returns the file of weights, None if that failed."""
+    scenario = Scenario("undisturbed", ckptless_run(), OURS.but(devices=MAX_NODES, sharded=sharded))
+    with running(scenario, place, f"undisturbed-{sharded}", **size) as (watch, folder):
         try:
-            for number in range(MAX_NODES):
-                nodes.start(number)
-            after = 0.0
-            for number in range(args.repeats):
-                found["cycles"].append(cycle(nodes, 1 + number % (MAX_NODES - 1), chance, after))
-                after = found["cycles"][-1]["full_at"]
-            nodes.wait()
-            counted = tally(Rows(folder).look(), **counts_of(args))
-            found |= {"due": counted.due, "twice": counted.twice, "never": counted.never}
-            if undisturbed is not None:
-                found |= {"weight": furthest(folder, undisturbed), "loss": furthest_loss(folder, undisturbed)}
-        except (NodesLostError, subprocess.TimeoutExpired) as error:
-            console.print(f"{setup.name}: {error}", markup=False)
-            found["failed"] = str(error)
-        if not setup.checkpoint_every:
-            add_ledger(found["cycles"], nodes.events())
+            watch.until_end()
+        except NoRecoveryError as error:
+            console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
+            return None
+    return folder / WEIGHTS
+
+
+def train(nodes: Nodes, repeats: int, chance: random.Random, weights: Path | None) -> Found:
+    """Run one job with losses and returns, then count samples and compare weights."""
+    found: Found = {"cycles": [], "failed": ""}
+    setup = nodes.setup
+    try:
+        for number in range(MAX_NODES):
+            nodes.start(number)
+        after = 0.0
+        for number in range(repeats):
+            found["cycles"].append(cycle(nodes, 1 + number % (MAX_NODES - 1), chance, after))
+            after = found["cycles"][-1]["full_at"]
+        nodes.wait()
+        counted = tally(nodes.rows, samples=setup.job.samples, epochs=setup.job.epochs)
+        found |= {"due": counted.due, "twice": counted.twice, "never": counted.never}
+        if weights is not None:
+            found["weight"] = furthest(nodes.folder / WEIGHTS, weights)
+    except (NodesLostError, subprocess.TimeoutExpired) as error:
+        console.print(f"{setup.name}: {error}", markup=False)
+        found["failed"] = str(error)
+    if setup.is_ours:
+        [ledger] = nodes.folder.glob(f"runs/*/{LEDGER_NAME}")
+        add_marks(found["cycles"], read_ledger(ledger).events)
     return found
-
-
-def bound_of(args: Namespace) -> Bound | None:
-    """Return how long our nodes may be silent; None for the defaults."""
-    if args.keep_alive_interval is None:
-        return None
-    return Bound(args.keep_alive_interval, args.keep_alive_max_attempt)
 
 
 def cycle(nodes: Nodes, victim: int, chance: random.Random, after: float) -> Found:
@@ -146,7 +130,7 @@ def cycle(nodes: Nodes, victim: int, chance: random.Random, after: float) -> Fou
 
     def until_made(world: int, steps: int, since: float, timeout_s: float = START_S) -> None:
         def made(_: object) -> bool | None:
-            return sum(step.world == world and step.at > since for step in finished(nodes.seen.look())) >= steps or None
+            return sum(step.world == world and step.at > since for step in finished(nodes.rows)) >= steps or None
 
         nodes.until(made, timeout_s, f"{steps} steps of {world} ranks")
 
@@ -162,7 +146,7 @@ def cycle(nodes: Nodes, victim: int, chance: random.Random, after: float) -> Fou
     came_at = nodes.start(victim)
     full = first_step(all_nodes, came_at)
     nodes.speed_up()
-    steps = finished(nodes.seen.look())
+    steps = finished(nodes.rows)
     moments = {"victim": victim, "killed_at": killed_at, "came_at": came_at, "full_at": full.at}
     return {**moments, "shrink": shrunk(steps, killed_at, small), "grow": grown(steps, came_at, full)}
 
@@ -188,18 +172,14 @@ def grown(steps: list[Step], came_at: float, full: Step) -> Found:
     }
 
 
-def add_ledger(cycles: list[Found], events: tuple[Event, ...]) -> None:
-    """Add to every cycle what the ledger recorded about it."""
+def add_marks(cycles: list[Found], events: Sequence[Event]) -> None:
+    """Add to every loss the first of each event in `MARKS` that the ledger recorded before the node rejoined."""
     for found in cycles:
-        kinds = {"shrink": (found["killed_at"], found["came_at"]), "grow": (found["came_at"], found["full_at"] + 5.0)}
-        for kind, (begin, end) in kinds.items():
-            within = [(event, event.at - begin) for event in events if begin < event.at < end]
-            accounts = [event.fields for event, _ in within if event.event == "recovery"]
-            found[kind]["events"] = [(event.event, round(at, 3), event.fields.get("node")) for event, at in within]
-            for mark, name in MARKS.items():
-                moments = [at for event, at in within if event.event == name]
-                found[kind] |= {mark: min(moments)} if moments else {}
-            found[kind] |= {"ledger": accounts[0]} if accounts else {}
+        killed_at, came_at = found["killed_at"], found["came_at"]
+        for mark, name in MARKS.items():
+            moments = [event.at - killed_at for event in events if event.event == name]
+            within = [at for at in moments if 0 < at < came_at - killed_at]
+            found["shrink"] |= {mark: min(within)} if within else {}
 
 
 def phases_of(lost: Found) -> Found:
@@ -212,20 +192,8 @@ def phases_of(lost: Found) -> Found:
 
 def furthest(left: Path, right: Path) -> float:
     """Return the largest difference of a weight."""
-    a, b = (torch.load(folder / "end.pt") for folder in (left, right))
+    a, b = torch.load(left), torch.load(right)
     return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def furthest_loss(left: Path, right: Path) -> float:
-    """Return the largest relative difference of an epoch's loss."""
-    a, b = (losses(folder) for folder in (left, right))
-    return max(abs(a[epoch] - b[epoch]) / b[epoch] for epoch in a)
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """Return the loss by epoch; the last row of an epoch counts."""
-    rows = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
-    return {row["epoch"]: row["loss"] for row in rows}
 
 
 # ---------------------------------------------------------------------- tables
@@ -268,16 +236,6 @@ LOSS_NOTE = (
     "notice: from the kill until another agent considers the node lost. meet: until the agents have re-rendezvoused. "
     "tell the workers: until they receive their new ranks. first step: replay included."
 )
-LEDGER = (
-    HOW,
-    Column("change", fact("change")),
-    Column("recovery", lambda group: ", ".join(sorted({one["ledger"]["rung"] for one in group.items}))),
-    *map(phase, (*PHASES, "total_s")),
-)
-LEDGER_NOTE = (
-    "detect: from the last heartbeat of the lost node until the ranks are notified, or ended, which is after the "
-    "agents have re-rendezvoused; zero at the return of a node, since no rank is lost then."
-)
 GROW = (
     HOW,
     Column("returns", count_of),
@@ -296,7 +254,6 @@ SAMPLES = (
     Column("repeated", fact("twice")),
     Column("skipped", fact("never")),
     Column("largest difference of a weight", fact("weight"), ".1e"),
-    Column("of an epoch's loss, relative", fact("loss"), ".1e"),
 )
 SAMPLES_NOTE = (
     "Counted from what each rank has recorded, without the steps that were rolled back. Repeated: a sample that an "
@@ -304,56 +261,41 @@ SAMPLES_NOTE = (
 )
 
 
-def shrink_notes(setups: Mapping[str, Found], bound: Bound | None) -> list[str]:
-    limit = "the defaults"
-    if bound is not None:
-        limit = f"keep_alive_interval={bound.interval_s} x keep_alive_max_attempt={bound.attempts}"
+def shrink_notes(setups: Mapping[str, Found]) -> list[str]:
+    interval_s, attempts = SILENCE_S
     ours = (
-        f"A node whose agent's connection was closed is lost after at least 1 s without a heartbeat, any other after "
-        f"the limit ({limit}) plus one interval. Detected: the ledger's `node_lost`."
+        "A node whose agent's connection was closed is lost after at least 1 s without a heartbeat, any other after "
+        "the usual limit plus one interval. Detected: the ledger's `node_lost`."
     )
     theirs = (
         "torchrun's agents do not report when they detect the loss: their workers fail immediately, and the rendezvous "
-        f"waits {THEIRS.interval_s * THEIRS.attempts} s before it removes the lost node."
+        f"waits {interval_s * attempts} s before it removes the lost node."
     )
     failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
     return [ours, theirs, *failed]
 
 
-def loss_phases(losses_of: list[Group]) -> list[tuple[str, list[Group]]]:
-    """Return the phases of the losses of each setup that has a ledger."""
-    found = []
-    for group in losses_of:
-        losses = [phases for lost in group.items if (phases := phases_of(lost))]
-        if losses:
-            found.append((group.name, [Group(phase, [one[phase] for one in losses]) for phase in LOSS_PHASES]))
-    return found
+def loss_table(group: Group) -> Table:
+    """Return the table of the phases of a setup's losses."""
+    losses = [phases for lost in group.items if (phases := phases_of(lost))]
+    rows = [Group(phase, [phases[phase] for phases in losses]) for phase in LOSS_PHASES]
+    return Table.of(f"Phases of a loss: {group.name}", rows, *LOSS, notes=[LOSS_NOTE])
 
 
-def tables(args: Namespace, results: Results) -> list[Table]:
+def tables(_: Namespace, results: Results) -> list[Table]:
     setups: dict[str, Found] = results["setups"]
-    losses_of, returns_of = (
+    losses, returns = (
         [Group(setup, [cycle[kind] for cycle in found["cycles"]], found) for setup, found in setups.items()]
         for kind in ("shrink", "grow")
     )
-    ledger = [
-        Group(group.name, with_ledger, {"change": change})
-        for lost, came in zip(losses_of, returns_of, strict=True)
-        for group, change in ((lost, "4 to 3"), (came, "3 to 4"))
-        if (with_ledger := [one for one in group.items if "ledger" in one])
-    ]
-    counted = [group for group in losses_of if "due" in group.context]
+    counted = [group for group in losses if "due" in group.context]
     kill = "A node of four is killed, to the first step finished by all of the other three"
     samples = "Samples used in all epochs, and the result compared with an undisturbed run"
-    returned = [group for group in returns_of if group.items]
+    returned = [group for group in returns if group.items]
     paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
     return [
-        Table.of(kill, losses_of, *SHRINK, notes=shrink_notes(setups, bound_of(args))),
-        *(
-            Table.of(f"Phases of a loss: {name}", rows, *LOSS, notes=[LOSS_NOTE])
-            for name, rows in loss_phases(losses_of)
-        ),
-        Table.of("Phases according to the ledger, medians in s", ledger, *LEDGER, notes=[LEDGER_NOTE]),
+        Table.of(kill, losses, *SHRINK, notes=shrink_notes(setups)),
+        *(loss_table(group) for group in losses if any(map(phases_of, group.items))),
         Table.of("The node rejoins", returned, *GROW, notes=[paused]),
         Table.of(samples, counted, *SAMPLES, notes=[SAMPLES_NOTE]),
     ]
@@ -362,11 +304,6 @@ def tables(args: Namespace, results: Results) -> list[Table]:
 def options(parser: ArgumentParser) -> None:
     add_count(parser, "--repeats", Default(3, 1), "kills of each setup")
     add_count(parser, "--steps", 300, "steps per epoch")
-    about = "seconds between two steps while a node is missing (default: %(default)s)"
-    parser.add_argument("--pace", type=float, default=0.1, help=about)
-    about = "keep_alive_interval of the rendezvous, in s (default: that of ckptless run)"
-    parser.add_argument("--keep-alive-interval", type=int, help=about)
-    add_count(parser, "--keep-alive-max-attempt", 3, "keep_alive_max_attempt, together with --keep-alive-interval")
     add_count(parser, "--seed", 1, "seed of the moments")
     add_choice(parser, "--only", [setup.name for setup in SETUPS], "setups")
 

@@ -17,17 +17,18 @@ from benchmarks.harness import kills
 from benchmarks.harness.kills import Kill, survived
 from benchmarks.harness.processes import ckptless_run, torchrun
 from benchmarks.harness.report import Program, Results, Steps, console
-from benchmarks.harness.scenario import Scenario, with_files
+from benchmarks.harness.scenario import OURS, Scenario, with_files
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, percentile, verdict
 from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
 
 RANKS = 4
 EVERY = 20
-ours = partial(Scenario, ranks=RANKS, every=EVERY)
+JOB = OURS.but(devices=RANKS)
+ours = partial(Scenario, job=JOB, every=EVERY)
 STANDBY, IN_PLACE = "in place, standby", "in place, new process"
 RELAUNCH, FRESH = "relaunch, preloaded", "relaunch, new interpreters"
 SCENARIOS = (
-    ours(STANDBY, ckptless_run(), strategy_options={"standbys": 1}),
+    ours(STANDBY, ckptless_run(), job=JOB.but(strategy_options={"standbys": 1})),
     ours(IN_PLACE, ckptless_run()),
     ours(RELAUNCH, ckptless_run("--no-in-place")),
     ours(FRESH, ckptless_run("--no-in-place", "--no-preload")),

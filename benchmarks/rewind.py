@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks.harness.processes import ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.scenario import Scenario, events_of, job
+from benchmarks.harness.scenario import OURS, Scenario, events_of, running
 from benchmarks.harness.table import Column, Table, verdict
 from lightning_ckptless import environment
 
@@ -30,8 +30,8 @@ def scenario_of(wanted: list[int]) -> Scenario:
     """Return the job with the rewinds as faults. Each is asked for when the history is full again."""
     steps = [FIRST_STEP + index * (FIRST_STEP + 2) for index in range(len(wanted))]
     faults = ",".join(f"rewind:step={step}:to={step - depth}" for step, depth in zip(steps, wanted, strict=True))
-    strategy = {"history": HISTORY, "history_every": HISTORY_EVERY}
-    return Scenario("rewind", ckptless_run(), env=((environment.FAULTS, faults),), strategy_options=strategy)
+    job = OURS.but(strategy_options={"history": HISTORY, "history_every": HISTORY_EVERY})
+    return Scenario("rewind", ckptless_run(), job, {environment.FAULTS: faults})
 
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
@@ -40,7 +40,7 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
     last = FIRST_STEP + len(wanted) * (FIRST_STEP + 2)
     steps.expect(len(wanted))
     steps.begin(f"{args.size}: {len(wanted)} rewinds of {wanted[0]} to {wanted[-1]} steps")
-    with scratch() as place, job(scenario_of(wanted), args.size, place, "job", last) as (watch, folder):
+    with scratch() as place, running(scenario_of(wanted), place, "job", size=args.size, steps=last) as (watch, folder):
         watch.until_end()
         results["rewinds"] = [
             {"depth": fields["from_step"] - int(fields["version"].split()[1]), **fields}

@@ -21,10 +21,9 @@ from benchmarks.harness.kills import Kill, kill_repeatedly
 from benchmarks.harness.kills import survived as survived_of
 from benchmarks.harness.processes import Scratch, ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.scenario import Scenario, job
+from benchmarks.harness.scenario import OURS, Scenario, running
 from benchmarks.harness.table import Column, Table
 from benchmarks.harness.watch import NoRecoveryError, Watch
-from benchmarks.jobs.job import JobOptions
 
 RANKS = (8, 16, 32, 64)
 REPORTS = 2
@@ -45,12 +44,8 @@ Values = Callable[[Row], list[float]]
 
 def scenario_of(ranks: int) -> Scenario:
     """Return the job of a number of ranks, with replicas on other ranks, a standby, and counters in every rank."""
-
-    def command(options: JobOptions) -> list[str]:
-        return ckptless_run()(options.but(census=True))
-
-    options = {"standbys": 1, "failure_domain": "rank"}
-    return Scenario(f"{ranks} ranks", command, ranks=ranks, every=EVERY_STEPS, strategy_options=options)
+    options = OURS.but(devices=ranks, strategy_options={"standbys": 1, "failure_domain": "rank"}, census=True)
+    return Scenario(f"{ranks} ranks", ckptless_run(), options, every=EVERY_STEPS)
 
 
 def use_of(pid: int) -> dict[str, float]:
@@ -85,7 +80,7 @@ def until_reports(watch: Watch, count: int, timeout_s: float) -> list[list[Row]]
 def measure_world(ranks: int, args: Namespace, place: Scratch, chance: random.Random) -> Row:
     """Start a job, count, and kill ranks of it `args.repeats` times."""
     scenario = scenario_of(ranks)
-    with job(scenario, args.size, place, f"scale-{ranks}") as (watch, folder):
+    with running(scenario, place, f"scale-{ranks}", size=args.size) as (watch, folder):
         started = max(life.steps[1] for life in watch.until_begun(args.timeout))
         row: Row = {"ranks": ranks, "start_s": started - watch.command.began_at}
         reports = until_reports(watch, REPORTS, args.timeout)

@@ -13,8 +13,9 @@ from typing import Any
 
 from benchmarks.harness.processes import Scratch, scratch, torchrun
 from benchmarks.harness.report import Default, Results, Steps, add_choice, add_count, console
-from benchmarks.harness.scenario import Scenario, events_of, job
+from benchmarks.harness.scenario import Scenario, events_of, running
 from benchmarks.harness.watch import START_S, Life, NoRecoveryError, Watch
+from benchmarks.jobs.job import JobOptions
 
 Kill = dict[str, Any]
 
@@ -104,7 +105,7 @@ def kill_repeatedly(
             console.print(f"{scenario.name}: {error}", markup=False)
             found.append({"failed": str(error), "victim": error.victim})
     good = survived(found)
-    if scenario.strategy == "ckptless" and len(good) == len(found):
+    if scenario.job.strategy == "ckptless" and len(good) == len(found):
         # A recovery is recorded when its first step is committed, shortly after it is finished.
         awaited = "the ledger's last recovery"
         with suppress(NoRecoveryError):
@@ -121,7 +122,7 @@ def jobs(
     found: list[Kill] = []
     while len(found) < kills and not any("failed" in kill and kill["victim"] is None for kill in found):
         most = min(kills - len(found), scenario.kills_of_a_job or kills)
-        with job(scenario, args.size, place, f"{name}-{len(found)}") as (watch, folder):
+        with running(scenario, place, f"{name}-{len(found)}", size=args.size) as (watch, folder):
             found += kill_repeatedly(watch, folder, scenario, most, chance, args.timeout)
     return found
 
@@ -159,9 +160,9 @@ def add_options(
 
 def reference_of(scenario: Scenario) -> Scenario:
     """Return the job to compare with: Lightning's own `ddp` for all that run a trainer, else the scenario itself."""
-    if scenario.strategy == "torchft":
+    if scenario.job.strategy == "torchft":
         return scenario
-    return Scenario("torchrun, ddp, undisturbed", torchrun, "ddp", ranks=scenario.ranks)
+    return Scenario("torchrun, ddp, undisturbed", torchrun, JobOptions(strategy="ddp", devices=scenario.job.devices))
 
 
 def compare(kills: dict[str, list[Kill]], scenarios: tuple[Scenario, ...], size: str) -> None:
@@ -169,7 +170,7 @@ def compare(kills: dict[str, list[Kill]], scenarios: tuple[Scenario, ...], size:
     groups: dict[str, tuple[Scenario, list[Kill]]] = {}
     for scenario in scenarios:
         reference = reference_of(scenario)
-        groups.setdefault(reference.strategy, (reference, []))[1].extend(survived(kills.get(scenario.name, [])))
+        groups.setdefault(reference.job.strategy, (reference, []))[1].extend(survived(kills.get(scenario.name, [])))
     with scratch() as place:
         for reference, good in groups.values():
             if not good:
@@ -191,5 +192,5 @@ def is_exact(seen: dict[int, list[int]], right: dict[int, int]) -> bool:
 
 def undisturbed(scenario: Scenario, size: str, steps: int, place: Scratch) -> dict[int, int]:
     """Return the fingerprints of an undisturbed job, by step."""
-    with job(scenario, size, place, f"reference-{scenario.strategy}") as (watch, _):
+    with running(scenario, place, f"reference-{scenario.job.strategy}", size=size) as (watch, _):
         return watch.until_step(steps, START_S + LONGEST_STEP_S * steps)[0].fingerprints

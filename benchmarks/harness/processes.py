@@ -37,9 +37,12 @@ def ckptless_run(*flags: str) -> Launcher:
     return lambda job: [program, "run", f"--nproc-per-node={job.devices}", *flags, SCRIPT, *job.to_arguments()]
 
 
-def torchrun(job: JobOptions) -> list[str]:
-    flags = ["--standalone", f"--nproc-per-node={job.devices}", "--max-restarts=100"]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, SCRIPT, *job.to_arguments()]
+def torch_run(*flags: str) -> Launcher:
+    program = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=100"]
+    return lambda job: [*program, f"--nproc-per-node={job.devices}", *flags, SCRIPT, *job.to_arguments()]
+
+
+torchrun = torch_run("--standalone")
 
 
 def python(job: JobOptions) -> list[str]:

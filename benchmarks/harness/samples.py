@@ -1,13 +1,10 @@
-"""The samples that the ranks of a counted job trained on: read while the job runs, then counted per epoch."""
+"""The samples that the ranks of a counted job trained on, by step and by epoch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from benchmarks.harness.tail import Tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +28,6 @@ class Row:
     world: int
     at: float
     samples: tuple[int, ...]
-
-
-class Rows:
-    """The rows in a folder, into which each rank writes a file while the job runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._rows: list[Row] = []
-        self._tails: dict[Path, Tail] = {}
-
-    def look(self) -> list[Row]:
-        """Read new rows, and return all of them."""
-        for path in self._folder.glob("seen-*.jsonl"):
-            for values in self._tails.setdefault(path, Tail(path)).read():
-                self._rows.append(Row(**values | {"samples": tuple(values["samples"])}))
-        return self._rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 
 CHECKPOINT_EVERY = 50
 """Steps between two checkpoint files of other tools; kills are spread over that interval."""
+OURS = JobOptions(strategy="ckptless")
 
 
 @dataclass(frozen=True)
@@ -26,48 +27,44 @@ class Scenario:
     Args:
         name: name in the tables.
         command: builds the command line.
-        strategy: strategy of the script.
-        checkpoint_every: steps between two checkpoint files; 0 for none.
+        job: what the script trains, and how; size, steps and folder are chosen when it is started.
         env: additional environment variables.
-        ranks: number of ranks.
         every: minimum steps between two kills.
-        strategy_options: options of the script's strategy.
         kills_of_a_job: kills after which a job is started again; 0 for no limit.
     """
 
     name: str
     command: Launcher
-    strategy: str = "ckptless"
-    checkpoint_every: int = 0
-    env: tuple[tuple[str, str], ...] = ()
-    ranks: int = 2
+    job: JobOptions = OURS
+    env: Mapping[str, str] = field(default_factory=dict)
     every: int = CHECKPOINT_EVERY
-    strategy_options: dict[str, Any] = field(default_factory=dict)
     kills_of_a_job: int = 0
-
-    def options(self, size: str, root: Path, steps: int = -1) -> JobOptions:
-        """Return the options of its job."""
-        return JobOptions(
-            size, 2, self.strategy, self.strategy_options, self.ranks, steps, self.checkpoint_every, str(root)
-        )
 
 
 def with_files(ranks: int) -> Scenario:
     """Return torchrun with checkpoint files, and with the setting that makes its relaunches work."""
-    name = f"torchrun, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
-    return Scenario(name, torchrun, "ddp", CHECKPOINT_EVERY, tuple(OWN_STORE.items()), ranks)
+    files = JobOptions(strategy="ddp", checkpoint_every=CHECKPOINT_EVERY, devices=ranks)
+    return Scenario(f"torchrun, ddp + ModelCheckpoint({CHECKPOINT_EVERY})", torchrun, files, OWN_STORE)
 
 
 @contextmanager
-def job(scenario: Scenario, size: str, place: Scratch, name: str, steps: int = -1) -> Iterator[tuple[Watch, Path]]:
-    """Start a job; yields its watch and its folder."""
+def running(scenario: Scenario, place: Scratch, name: str, **chosen: Any) -> Iterator[tuple[Watch, Path]]:
+    """Start the job of a scenario; yields its watch and its folder.
+
+    Args:
+        scenario: what is started.
+        place: folders of the benchmark.
+        name: name of the job's folder.
+        chosen: options of the job that differ from the scenario's.
+    """
     folder = place.files / name
     folder.mkdir()
     ours = {environment.RUN_ROOT: str(folder / "runs"), environment.ARENA_DIR: str(place.arenas)}
     with Inbox(place.files / f"{name}.socket") as inbox:
-        env = {**job_environment(inbox.path), **ours, **dict(scenario.env)}
-        with Command(scenario.command(scenario.options(size, folder, steps)), folder, env) as command:
-            yield Watch(inbox, command, scenario.ranks), folder
+        env = {**job_environment(inbox.path), **ours, **scenario.env}
+        job = scenario.job.but(root=str(folder), **chosen)
+        with Command(scenario.command(job), folder, env) as command:
+            yield Watch(inbox, command, job.devices), folder
 
 
 def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -22,16 +22,20 @@ from benchmarks.jobs.gpt import GPT, fingerprint, random_tokens
 from benchmarks.jobs.job import JobOptions
 from benchmarks.jobs.stopwatch import Stopwatch
 
-SAMPLES = 4096
-
 
 class Trained(pl.LightningModule):
-    """The model with its loss and optimizer."""
+    """The model with its loss and optimizer.
 
-    def __init__(self, size: str, *, sharded: bool = False) -> None:
+    Args:
+        size: size of the model.
+        sharded: whether FSDP2 shards it.
+        pace_s: pause in each step, in seconds.
+    """
+
+    def __init__(self, size: str, *, sharded: bool = False, pace_s: float = 0.0) -> None:
         super().__init__()
         self.model = GPT(size)
-        self.sharded = sharded
+        self.sharded, self.pace_s = sharded, pace_s
 
     def configure_model(self) -> None:
         if self.sharded and self.device_mesh is not None:
@@ -41,6 +45,8 @@ class Trained(pl.LightningModule):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        if self.pace_s:
+            time.sleep(self.pace_s)
         loss: Tensor = self.model(batch[0])
         return loss
 
@@ -123,7 +129,8 @@ class Turns(pl.Callback):
 
 def make_strategy(options: JobOptions) -> Any:
     """Return the strategy to pass to the trainer; a run with Lightning's own strategy imports nothing of ours."""
-    sizes: dict[str, Any] = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
+    ranks = options.devices * options.nodes
+    sizes: dict[str, Any] = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
     if options.strategy != "ckptless":
         return ModelParallelStrategy(**sizes) if options.sharded else options.strategy
     from lightning_ckptless import CkptlessModelParallelStrategy, CkptlessStrategy  # noqa: PLC0415
@@ -138,18 +145,25 @@ def prepare(options: JobOptions) -> Callable[[Wire], None]:
     return partial(train, options, make_strategy(options))
 
 
-def _reporter(options: JobOptions, wire: Wire) -> pl.Callback:
+def make_model(options: JobOptions, wire: Wire) -> tuple[Trained, pl.Callback]:
+    """Return the model, and the callback that reports its training."""
+    if options.counted:
+        from benchmarks.jobs.counted import Counted, SampleReporter  # noqa: PLC0415 - one variant only
+
+        return Counted(options.size, sharded=options.sharded), SampleReporter(wire, Path(options.root))
+    model = Trained(options.size, sharded=options.sharded, pace_s=options.pace_s)
     if options.census:
         from benchmarks.jobs.census import Census  # noqa: PLC0415 - one variant only
 
-        return Census(wire)
-    return Turns(wire) if options.turns else StepReporter(wire)
+        return model, Census(wire)
+    return model, Turns(wire) if options.turns else StepReporter(wire)
 
 
 def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     """Train with the given options and the result of `make_strategy`."""
     pl.seed_everything(11, verbose=False)
-    callbacks: list[pl.Callback] = [_reporter(options, wire)]
+    model, reporter = make_model(options, wire)
+    callbacks = [reporter]
     if options.checkpoint_every:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
@@ -159,14 +173,16 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
         saves = Path(FOLDER)
         saves.mkdir(exist_ok=True)
         callbacks.append(AsyncSave(options.async_save_every, saves))
+    # Lightning's ddp needs the current number of nodes; our strategy needs the target number.
+    nodes = int(os.environ["GROUP_WORLD_SIZE"]) if options.nodes > 1 and strategy == "ddp" else options.nodes
     trainer = pl.Trainer(
-        accelerator=options.accelerator, devices=options.devices, strategy=strategy, max_steps=options.steps,
-        max_epochs=-1 if options.steps < 0 else None, callbacks=callbacks, logger=False,
+        accelerator=options.accelerator, devices=options.devices, num_nodes=nodes, strategy=strategy,
+        max_steps=options.steps, max_epochs=options.epochs, callbacks=callbacks, logger=False,
         enable_checkpointing=bool(options.checkpoint_every), enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.root,
     )  # fmt: skip
-    data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
+    samples = TensorDataset(random_tokens(options.samples), torch.arange(options.samples))
+    data = DataLoader(samples, batch_size=options.batch, shuffle=True)
     wire.send("fit")
-    model = Trained(options.size, sharded=options.sharded)
     trainer.fit(model, data, ckpt_path="last" if options.checkpoint_every else None)
     wire.send("done")

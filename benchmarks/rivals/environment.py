@@ -34,10 +34,12 @@ def rivals(python: Path, ranks: int, every: int) -> tuple[Scenario, ...]:
     """Return the jobs of both rivals in their best configuration."""
     command = partial(with_supervisor, python=python)
     # Do not load this package there, and suppress the messages that the rivals' polling triggers in torch.
-    env = (("TORCH_DEVICE_BACKEND_AUTOLOAD", "0"), ("TORCH_CPP_LOG_LEVEL", "ERROR"))
+    env = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    nvrx = JobOptions(strategy="nvrx", checkpoint_every=CHECKPOINT_EVERY, devices=ranks)
+    torchft = JobOptions(strategy="torchft", devices=ranks)
     return (
-        Scenario(NVRX, command, "nvrx", CHECKPOINT_EVERY, env, ranks, kills_of_a_job=1),
-        Scenario(TORCHFT, command, "torchft", env=env, ranks=ranks, every=every),
+        Scenario(NVRX, command, nvrx, env, kills_of_a_job=1),
+        Scenario(TORCHFT, command, torchft, env, every),
     )
 
 

@@ -52,7 +52,7 @@ def test_phases_come_from_the_ledger() -> None:
 
 
 def test_every_scenario_has_its_own_command_line() -> None:
-    lines = [scenario.command(scenario.options("1M", Path("root"))) for scenario in recovery.SCENARIOS]
+    lines = [scenario.command(scenario.job) for scenario in recovery.SCENARIOS]
     assert len({tuple(line) for line in lines}) == len(recovery.SCENARIOS)
 
 

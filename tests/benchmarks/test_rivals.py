@@ -67,7 +67,7 @@ def test_exact_means_every_rank_in_every_step() -> None:
 def test_a_trainer_is_compared_with_ddp_and_a_loop_with_itself() -> None:
     references = [reference_of(opponent) for opponent in (*recovery.SCENARIOS, NVRX_JOB)]
 
-    assert {(reference.strategy, reference.checkpoint_every) for reference in references} == {("ddp", 0)}
+    assert {(reference.job.strategy, reference.job.checkpoint_every) for reference in references} == {("ddp", 0)}
     assert reference_of(TORCHFT_JOB) is TORCHFT_JOB
 
 
@@ -113,7 +113,7 @@ def run_jobs(
         started.append(kills)
         return [{} for _ in range(survives)] + [{"failed": "", "victim": victim}] * (survives < kills)
 
-    monkeypatch.setattr("benchmarks.harness.kills.job", lambda *_: nullcontext((None, None)))
+    monkeypatch.setattr("benchmarks.harness.kills.running", lambda *_, **__: nullcontext((None, None)))
     monkeypatch.setattr("benchmarks.harness.kills.kill_repeatedly", kill_repeatedly)
     scenario = Scenario("one", lambda _: [], kills_of_a_job=of_a_job)
     args: Any = SimpleNamespace(size="1M", timeout=1.0)
@@ -140,7 +140,7 @@ def test_with_their_environment_the_rivals_are_included(monkeypatch: pytest.Monk
 
 
 def test_the_command_line_of_a_rival_names_its_python_and_its_job() -> None:
-    line = NVRX_JOB.command(NVRX_JOB.options("1M", Path("root")))
+    line = NVRX_JOB.command(NVRX_JOB.job)
 
     assert line[:3] == [str(PYTHON), "-m", "benchmarks.rivals.supervisor"]
     assert JobOptions.from_arguments(line[3:]).strategy == "nvrx"
