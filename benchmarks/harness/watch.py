@@ -55,6 +55,11 @@ class Life:
         times = sorted(self.steps.values())[-_LAST_STEPS:]
         return median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has exited."""
+        return "disconnected" in self.moments
+
     def take(self, note: Note) -> None:
         self.moments.setdefault(note.moment, note.at)
         if note.moment == "step":
@@ -122,10 +127,11 @@ class Watch:
         return self.until(lambda lives: min(life.last_step for life in lives) >= step, timeout_s, f"step {step}")
 
     def follow(self, seconds: float) -> None:
-        """Follow the job for a number of seconds."""
+        """Follow the job for a number of seconds, or until it ends."""
         deadline = time.monotonic() + seconds
-        while (note := self.inbox.next(max(0.0, deadline - time.monotonic()))) is not None:
-            self.take(note)
+        while (left_s := deadline - time.monotonic()) > 0 and self.command.running:
+            if (note := self.inbox.next(min(left_s, _LOOK_S))) is not None:
+                self.take(note)
 
     def until_begun(self, timeout_s: float = START_S) -> list[Life]:
         """Follow the job until all ranks have finished a step."""

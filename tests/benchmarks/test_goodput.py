@@ -21,7 +21,6 @@ from benchmarks.goodput import (
     forecast_of,
     job_of,
     measured_goodput,
-    pids_of,
     tables,
     trials,
 )
@@ -77,15 +76,6 @@ def test_goodput_is_measured_from_the_first_batch_to_the_last() -> None:
     goodput, span_s = measured_goodput([event("time_spent", **report)])
     assert goodput == pytest.approx(0.8)
     assert span_s == pytest.approx(10.0)
-
-
-def test_the_newest_process_of_a_rank_is_killed() -> None:
-    spawned, replaced = (
-        event("workers_spawned", pids={"0": 1, "1": 2}),
-        event("in_place", new={"1": [3, "new process"]}),
-    )
-    assert pids_of([spawned, replaced]) == {0: 1, 1: 3}
-    assert pids_of([spawned, replaced, spawned]) == {0: 1, 1: 2}
 
 
 def test_the_tables_name_what_missed_its_target(tmp_path: Path) -> None:
