@@ -216,7 +216,9 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
             steps.done()
     results["recommended"] = job_of(costs, "auto", GRID_MTBF_S).choices.mirror_every_n_steps
     if args.plot:
-        draw(results["trials"], args.plot)
+        from benchmarks.plots import draw_goodput  # noqa: PLC0415 - matplotlib is optional
+
+        draw_goodput(results["trials"], MODELS, args.plot)
 
 
 def _calibrated(args: Namespace, steps: Steps, place: Scratch) -> Found:
@@ -293,24 +295,6 @@ def _by_interval(rows: Sequence[Found]) -> list[Found]:
 
 def _outside(rows: Sequence[Found]) -> int:
     return sum(abs(row["goodput"] - row["expected"]) > 2 * row["spread"] for row in rows)
-
-
-def draw(rows: Sequence[Found], path: Path) -> None:
-    """Draw measured goodput over the forecast for the same failures."""
-    from matplotlib import rc_context  # noqa: PLC0415 - imported where it is needed
-    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
-
-    with rc_context({"font.size": 9, "svg.hashsalt": "0"}):
-        figure = Figure(figsize=(5.5, 5), layout="constrained")
-        ax: Any = figure.subplots()
-        ax.plot([0, 100], [0, 100], color="#999999", linewidth=0.8)
-        for model, marker, color in zip(MODELS, "os^", ("#004488", "#cc3311", "#ddaa33"), strict=True):
-            of_model = [row for row in rows if row["model"] == model]
-            forecasts, measured = ([100 * row[name] for row in of_model] for name in ("forecast", "goodput"))
-            ax.plot(forecasts, measured, marker, color=color, label=model, markersize=5)
-        ax.set(xlabel="forecast goodput, %", ylabel="measured goodput, %", xlim=(0, 100), ylim=(0, 100), aspect="equal")
-        ax.legend(frameon=False)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def add_options(parser: ArgumentParser) -> None:

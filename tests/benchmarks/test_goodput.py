@@ -17,13 +17,13 @@ from benchmarks.goodput import (
     RANKS,
     WITHIN_S,
     Trial,
-    draw,
     forecast_of,
     job_of,
     measured_goodput,
     tables,
     trials,
 )
+from benchmarks.plots import draw_goodput
 from lightning_ckptless.ledger import Event
 
 COSTS = {"step_s": 0.1, "version_s": 0.0, "in_place_s": 0.4, "relaunch_s": 3.0}
@@ -89,5 +89,5 @@ def test_the_tables_name_what_missed_its_target(tmp_path: Path) -> None:
     assert jobs.notes[0].endswith("median 1.00% (target 2%): met")
     assert jobs.notes[1] == "Worst: 3.00% (Weibull, k = 0.6, 5 s)"
     assert intervals.notes == ["Recommended: 2, 1.00% below the best, 1 (target 0.5%): missed"]
-    draw(rows, tmp_path / "plot.svg")
+    draw_goodput(rows, MODELS, tmp_path / "plot.svg")
     assert "measured goodput" in (tmp_path / "plot.svg").read_text()
