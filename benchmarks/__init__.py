@@ -3,7 +3,7 @@
 | Program | What it measures |
 |---|---|
 | `python -m benchmarks.steady_state` | the cost of mirroring every step while nothing fails |
-| `python -m benchmarks.staging` | copying a shard into shared memory, against memcpy; frozen parameters |
+| `python -m benchmarks.staging` | copying a shard into shared memory, against memcpy |
 | `python -m benchmarks.sharded` | mirroring of large models, DDP and FSDP2: bytes, steps |
 | `python -m benchmarks.durable` | the cost of durable states, and when they are on disk |
 | `python -m benchmarks.recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |

@@ -1,7 +1,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.staging import in_turns, measure_frozen, measure_staging, tables
+from benchmarks.staging import in_turns, measure_staging, tables
 
 
 def test_a_staged_shard_is_measured_as_often_as_memcpy(tmp_path: Path) -> None:
@@ -21,19 +21,8 @@ def test_the_two_functions_alternate() -> None:
     assert [len(seconds) for seconds in times] == [2, 2]
 
 
-def test_of_a_frozen_model_little_is_written_and_sent(tmp_path: Path) -> None:
-    found = measure_frozen("1M", tmp_path, ranks=2, repeats=1)
-    assert found["static_bytes"] > 0.7 * found["shard_bytes"]
-    assert found["sent_bytes"] == found["shard_bytes"] - found["static_bytes"]
-    assert found["written_bytes"] < 0.5 * found["shard_bytes"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_tables() -> None:
-    whole = {"size": "1M", "ranks": 2, "shard_bytes": 10_000_000, "pieces": 3, "memcpy_s": [0.001], "stage_s": [0.0012]}
-    frozen = {"static_bytes": 1.8e8, "written_bytes": 2.1e7, "sent_bytes": 2e7, "static_s": [0.01], "plain_s": [0.04]}
-    results = {"staging": [whole], "frozen": [{"size": "33M", "shard_bytes": 2e8, **frozen}]}
-    staging, of_frozen = tables(Namespace(), results)
+def test_the_table() -> None:
+    row = {"size": "1M", "ranks": 2, "shard_bytes": 10_000_000, "pieces": 3, "memcpy_s": [0.001], "stage_s": [0.0012]}
+    (staging,) = tables(Namespace(), {"staging": [row]})
     assert staging.rows == [("1M", "2", "10.00", "3", "1.00", "10.0", "1.20", "8.3", "1.20")]
     assert staging.notes == ["1M, 2 ranks: 1.20 x memcpy (target 1.25 x memcpy): met"]
-    assert of_frozen.rows == [("33M", "200.0", "180.0", "21.0", "20.0", "10.0", "40.0", "25%")]
