@@ -19,6 +19,7 @@ from benchmarks.harness.report import Default, Program, Results, Steps, add_coun
 from benchmarks.harness.scenario import OURS, Scenario, events_of, running
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, verdict
 from benchmarks.harness.watch import START_S, Watch
+from benchmarks.recovery import phase
 from lightning_ckptless.ledger import LEDGER_NAME
 from lightning_ckptless.membership.requests import DrainRequest, submit
 
@@ -73,14 +74,7 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
             results["drains"].append(drain_one(watch, run, rank))
             steps.done()
         for drain, recovery in zip(results["drains"], events_of(folder, "recovery"), strict=False):
-            drain["replayed"], drain["phases"] = recovery["steps_replayed"], recovery["phases"]
-
-
-def phase(name: str) -> Column:
-    """Return the column of a phase, according to the ledger."""
-    return Column(
-        name, lambda group: [item["phases"][f"{name}_s"] for item in group.items if "phases" in item], ".3f", median
-    )
+            drain |= {"replayed": recovery["steps_replayed"], "ledger": recovery}
 
 
 def tables(args: Namespace, results: Results) -> list[Table]:
@@ -98,9 +92,7 @@ def tables(args: Namespace, results: Results) -> list[Table]:
         Column("step s", each("step_s"), ".3f", median),
         Column("pause p50 s", each("pause_s"), ".3f", median),
         Column("pause p95 s", each("pause_s"), ".3f", p95),
-        phase("detect"),
-        phase("regroup"),
-        phase("restore"),
+        *map(phase, ("detect_s", "regroup_s", "restore_s")),
     )
     pause_s = median(drain["pause_s"] for drain in drains)
     notes = [f"Pause in addition to one step, median of all: {verdict(pause_s, TARGET_S, 's')}"]

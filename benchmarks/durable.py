@@ -17,8 +17,9 @@ from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
 from benchmarks.harness.scenario import events_of
 from benchmarks.harness.table import Column, Table
-from benchmarks.harness.turns import JobLostError, Plan, Segment, TurnsJob, segment_of, train_in_turns
+from benchmarks.harness.turns import Plan, Segment, segment_of, train_in_turns
 from benchmarks.harness.variants import Variant
+from benchmarks.harness.watch import NoRecoveryError, Watch
 from benchmarks.jobs.async_save import saves_of
 from benchmarks.jobs.gpt import WIDTHS, state_bytes
 from benchmarks.jobs.job import JobOptions
@@ -52,16 +53,15 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
             jobs, plan = variants(size, results["every"]), Plan(args.rounds, (count, count))
             try:
                 segments = train_in_turns(jobs, place, plan, steps.done, written_segment)
-            except JobLostError as error:
+            except NoRecoveryError as error:
                 console.print(f"{size}: {error}", markup=False)
             else:
                 results["sizes"].append({"size": size, "segments": segments})
 
 
-def written_segment(job: TurnsJob, steps: int) -> Segment:
+def written_segment(watch: Watch, folder: Path, steps: int) -> Segment:
     """Let a job train, wait until nothing is being written, and add the records of all states so far."""
-    segment, folder = segment_of(job, steps), job.folder
-    idle_since = time.monotonic()
+    segment, idle_since = segment_of(watch, folder, steps), time.monotonic()
     while time.monotonic() - idle_since < IDLE_S:
         if any(folder.rglob(".step-*.part")) or is_saving(folder):
             idle_since = time.monotonic()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import psutil
@@ -18,8 +19,9 @@ import psutil
 from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Program, Results, Steps, add_count, console
 from benchmarks.harness.table import Column, Table
-from benchmarks.harness.turns import JobLostError, Plan, Segment, TurnsJob, segment_of, train_in_turns
+from benchmarks.harness.turns import Plan, Segment, segment_of, train_in_turns
 from benchmarks.harness.variants import slowest_ms
+from benchmarks.harness.watch import NoRecoveryError, Watch
 from benchmarks.jobs.async_save import saves_of
 from benchmarks.jobs.gpt import LAYERS, WIDTHS, state_bytes
 from benchmarks.jobs.job import JobOptions
@@ -89,7 +91,7 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
             continue
         try:
             results["cells"].append(train(cell, kept, 1 if args.quick else args.cycles, steps))
-        except JobLostError as error:
+        except NoRecoveryError as error:
             console.print(f"{cell}: {error}", markup=False)
             results["left_out"].append(f"{cell}: the job was lost")
 
@@ -103,8 +105,8 @@ def train(cell: Cell, kept: int, cycles: int, steps: Steps) -> Results:
         "saved": common.but(async_save_every=EVERY),
     }
 
-    def saving_segment(job: TurnsJob, count: int) -> Segment:
-        return {**segment_of(job, count, warm_up=0), "saves": saves_of(job.folder)}
+    def saving_segment(watch: Watch, folder: Path, count: int) -> Segment:
+        return {**segment_of(watch, folder, count, warm_up=0), "saves": saves_of(folder)}
 
     found = {**asdict(cell), "kept": kept}
     for name, job in jobs.items():

@@ -18,8 +18,9 @@ import torch
 from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
 from benchmarks.harness.table import Column, Table, verdict
-from benchmarks.harness.turns import JobLostError, Plan, train_in_turns
+from benchmarks.harness.turns import Plan, train_in_turns
 from benchmarks.harness.variants import Quantity, Variant, cpu_ms, mean_ms, part, step_ms
+from benchmarks.harness.watch import NoRecoveryError
 from benchmarks.jobs.gpt import WIDTHS
 from benchmarks.jobs.job import JobOptions
 
@@ -67,7 +68,7 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
             try:
                 jobs = variants_of(size, batch, args.accelerator, options)
                 segments = train_in_turns(jobs, place, plan, steps.done)
-            except JobLostError as error:
+            except NoRecoveryError as error:
                 # One failed job does not discard an hour of measurements; its row is left out of the table.
                 console.print(f"{size}, batch {batch}: {error}", markup=False)
             else:

@@ -38,6 +38,7 @@ class Life:
         committed: newest step that it has seen committed on all ranks.
         fingerprints: fingerprint of model and optimizer after the last execution of each step.
         reports: reports on rounds of the mirror.
+        turn: the note with which it waits for its turn.
     """
 
     rank: int = -1
@@ -48,6 +49,7 @@ class Life:
     committed: int = 0
     fingerprints: dict[int, int] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
+    turn: Note | None = None
 
     @property
     def step_s(self) -> float:
@@ -71,6 +73,8 @@ class Life:
             self.committed = max(self.committed, note.fields["step"])
         elif note.moment == "rounds":
             self.reports.append(note.fields)
+        elif note.moment == "ready":
+            self.turn = note
 
 
 @dataclass

@@ -118,9 +118,6 @@ class Turns(pl.Callback):
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
         steps = int(self.wire.receive()["steps"])
-        if not steps:
-            trainer.should_stop = True
-            return
         if hasattr(trainer.strategy, "engine"):
             self.stopwatch = self.stopwatch or Stopwatch(trainer.strategy.engine)
             self.stopwatch.attach()
