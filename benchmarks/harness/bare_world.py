@@ -21,13 +21,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from benchmarks.harness.world import answers_of
 from lightning_ckptless.replica.transport import GlooTransport, receive_buffer
 
+HOST = "127.0.0.1"
 LARGE_BYTES = 1 << 20
 SMALL_BYTES = 64
 CALLS = 40
 REQUESTS = 50
 GROUPS = 5
-_KEPT: list[TCPStore] = []
-"""The store of a process: that of rank 0 serves the others until all have answered."""
 _BYTES_SENT = 200
 """Offset of `tcpi_bytes_sent` in the kernel's `struct tcp_info`."""
 
@@ -41,10 +40,8 @@ def measure_bare_world(ranks: int) -> Figures:
     Returns:
         The median over the ranks of the wall time, and means of CPU time and sent bytes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = answers_of(ranks, _work, ranks, port, method="fork")
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    found = answers_of(ranks, _work, ranks, store.port, method="fork")
     kinds: dict[str, Callable[[list[float]], float]] = {"wall_s": median, "cpu_s": mean, "bytes": mean}
     return {name: {kind: of([each[name][kind] for each in found]) for kind, of in kinds.items()} for name in found[0]}
 
@@ -52,14 +49,13 @@ def measure_bare_world(ranks: int) -> Figures:
 def _work(rank: int, ranks: int, port: int) -> Figures:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, ranks, rank == 0)
+    store = TCPStore(HOST, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     GlooTransport(None).vote(1)
     figures, group = _creation()
     transport = GlooTransport(group)
     store.set("key", "value")
     requests = {"requests": _timed(transport, lambda: [store.get("key") for _ in range(REQUESTS)])}
-    _KEPT.append(store)
     return {"group": figures, **requests, **_calls(transport)}
 
 

@@ -3,7 +3,8 @@
 | Module | What it has |
 |---|---|
 | `job` | the script of every job, and its options |
-| `training` | the training itself, and the callbacks that report it |
+| `fit` | the training |
+| `training` | the module, and callbacks that report its steps |
 | `gpt` | the model, its data, and a fingerprint of its state |
 | `stopwatch` | times of the training thread and of the mirror thread |
 | `census` | what the protocol of a rank sends |

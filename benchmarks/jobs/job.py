@@ -85,7 +85,7 @@ def main() -> None:
     options = JobOptions.from_arguments()
     # These imports are measured.
     ours = options.strategy in {"ckptless", "ddp"}
-    tool = import_module("benchmarks.jobs.training" if ours else f"benchmarks.rivals.{options.strategy}")
+    tool = import_module("benchmarks.jobs.fit" if ours else f"benchmarks.rivals.{options.strategy}")
     train = tool.prepare(options)
     wire.send("imported")
     train(wire)
