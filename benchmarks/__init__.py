@@ -20,7 +20,7 @@
 | `cold_start` | command to the first optimizer step |
 
 `python -m benchmarks.NAME` runs one, `python -m benchmarks` all of them. A program names its scenarios, its quantities
-and the columns of its tables. `harness` has what they share, `jobs` what runs in the processes of a job, and `rivals`
-the jobs of other tools. `results` has the measured tables by date, and `plots` draws those of the page. `soak` is no
+and the columns of its tables. `harness` has what they share, `jobs` what runs in the processes of a job, `model` what
+`projection` computes with, and `rivals` the jobs of other tools. `results` has the measured tables by date, and `plots` draws those of the page. `soak` is no
 measurement: it looks for bugs, by random faults.
 """

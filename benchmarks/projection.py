@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.harness.bare_world import LARGE_BYTES, REQUESTS, SMALL_BYTES, Figures, measure_bare_world
-from benchmarks.harness.modelled_rank import PAGE_BYTES, Phase, regroup, restore, vote, world_of
-from benchmarks.harness.network import Cost, Network
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.table import Column, Table
+from benchmarks.model.bare_world import LARGE_BYTES, REQUESTS, SMALL_BYTES, Figures, measure_bare_world
+from benchmarks.model.modelled_rank import PAGE_BYTES, Phase, regroup, restore, vote, world_of
+from benchmarks.model.network import Cost, Network
 
 CALIBRATED = (8, 32)
 """Numbers of ranks that the model is fitted to; the others are predicted."""

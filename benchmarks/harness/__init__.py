@@ -15,7 +15,4 @@
 | `nodes` | agents that are killed and rejoin |
 | `samples` | what the ranks of these nodes trained on |
 | `world` | processes that only call a function |
-| `bare_world` | the transport between such processes |
-| `network` | a model of messages between many ranks |
-| `modelled_rank` | one rank of a large world, with the messages of that model |
 """

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from benchmarks import projection, scale
-from benchmarks.harness import bare_world, modelled_rank
-from benchmarks.harness.modelled_rank import regroup, restore, vote, world_of
-from benchmarks.harness.network import Network
+from benchmarks.model import bare_world, modelled_rank
+from benchmarks.model.modelled_rank import regroup, restore, vote, world_of
+from benchmarks.model.network import Network
 
 NETWORK = Network(
     hop_s=1e-4, crowded_hop_s=2e-4, byte_s=1e-9, message_cpu_s=1e-5, turn_cpu_s=1e-4, shared_s=1e-6,
