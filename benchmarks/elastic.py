@@ -1,52 +1,39 @@
-"""One of four nodes is killed, the others continue without it, and it rejoins: times, and the samples that were used.
+"""One of four nodes is killed, the others continue without it, and it rejoins: how long training pauses.
 
 Four agents of one CPU rank each run on loopback with `--nnodes 3:4`. Repeatedly, the agent of a node and its worker are
-killed and its shared memory is removed; another agent is started in its place once the others continue. For comparison,
-torchrun runs Lightning's ddp with a checkpoint file from which every start resumes. At the end, all samples that the
-ranks used are counted, and the weights are compared with those of an undisturbed run. The first node, with rank 0, is
-never killed. Takes a quarter of an hour.
+killed and its shared memory is removed; another agent is started in its place once the others continue. The first node,
+with rank 0, is never killed. Takes ten minutes.
 """
 
 from __future__ import annotations
 
 import random
-import subprocess
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from benchmarks.harness.nodes import MAX_NODES, SILENCE_S, Nodes, NodesLostError, Setup
-from benchmarks.harness.processes import Scratch, ckptless_run, scratch
+from benchmarks.harness.nodes import MAX_NODES, Nodes, NodesLostError, Step, first_of
+from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
-from benchmarks.harness.samples import Step, finished, first_of, tally
-from benchmarks.harness.scenario import OURS, Scenario, running
+from benchmarks.harness.scenario import OURS
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95
-from benchmarks.harness.watch import START_S, NoRecoveryError
-from benchmarks.jobs.counted import WEIGHTS
+from benchmarks.harness.watch import START_S
 from benchmarks.jobs.job import JobOptions
 from lightning_ckptless.ledger import LEDGER_NAME, Event, read_ledger
 
-EVERY = 50
-"""Steps between two checkpoint files in torchrun's row."""
-BATCH = 3
 TIMEOUT_S = 120.0
 SPARE_STEPS = 10
 """Steps that the job makes after a change before the next event."""
 RANDOM_STEPS = 50
 
-FILES = JobOptions(strategy="ddp", checkpoint_every=EVERY)
-SETUPS = (
-    Setup("DDP, in place", OURS),
-    Setup("DDP, --no-in-place", OURS, ("--no-in-place",)),
-    Setup("FSDP2, in place", OURS.but(sharded=True)),
-    Setup('DDP, in place, elastic_batch="scale"', OURS.but(strategy_options={"elastic_batch": "scale"})),
-    Setup(f"torchrun, ddp + ModelCheckpoint({EVERY})", FILES),
-)
+SETUPS: dict[str, tuple[JobOptions, tuple[str, ...]]] = {
+    "DDP, in place": (OURS, ()),
+    "DDP, --no-in-place": (OURS, ("--no-in-place",)),
+    "FSDP2, in place": (OURS.but(sharded=True), ()),
+}
+"""What is trained, and flags of `ckptless run`."""
 MARKS = {"noticed_s": "node_lost", "met_s": "move", "told_s": "fault", "restored_s": "restored"}
 """Moments of a loss, and the events that the ledger recorded first at each."""
 LOSS_PHASES = ("notice", "meet", "tell the workers", "regroup and restore", "first step")
@@ -58,97 +45,55 @@ Found = dict[str, Any]
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Measure every setup, and store the results as they arrive."""
-    setups = [setup for setup in SETUPS if not args.only or setup.name in args.only]
     chance = random.Random(args.seed)
-    size = {"batch": BATCH, "samples": args.steps * MAX_NODES * BATCH, "epochs": args.repeats + 2, "counted": True}
+    names = [name for name in SETUPS if not args.only or name in args.only]
     results["setups"] = {}
-    steps.expect(2 * len(setups))
+    steps.expect(args.repeats * len(names))
     with scratch() as place:
-        weights: dict[bool, Path | None] = {}
-        for number, setup in enumerate(setups):
-            if setup.job.sharded not in weights:
-                steps.begin(f"undisturbed, {'FSDP2' if setup.job.sharded else 'DDP'}")
-                weights[setup.job.sharded] = undisturbed(setup.job.sharded, size, place)
-            steps.done()
-            steps.begin(setup.name)
-            sized = Setup(setup.name, setup.job.but(**size), setup.flags)
-            with Nodes(sized, place, f"job-{number}") as nodes:
-                results["setups"][setup.name] = train(nodes, args.repeats, chance, weights[setup.job.sharded])
-            steps.done()
+        for number, name in enumerate(names):
+            steps.begin(name)
+            with Nodes(*SETUPS[name], place, f"job-{number}") as nodes:
+                found = results["setups"][name] = {"cycles": [], "failed": ""}
+                try:
+                    for node in range(MAX_NODES):
+                        nodes.start(node)
+                    for repeat in range(args.repeats):
+                        found["cycles"].append(cycle(nodes, 1 + repeat % (MAX_NODES - 1), chance))
+                        steps.done()
+                except NodesLostError as error:
+                    console.print(f"{name}: {error}", markup=False)
+                    found["failed"] = str(error)
+                [ledger] = nodes.folder.glob(f"runs/*/{LEDGER_NAME}")
+                add_marks(found["cycles"], read_ledger(ledger).events)
 
 
-def undisturbed(sharded: bool, size: dict[str, Any], place: Scratch) -> Path | None:
-    """Train undisturbed with four ranks on one node; returns the file of weights, None if that failed."""
-    scenario = Scenario("undisturbed", ckptless_run(), OURS.but(devices=MAX_NODES, sharded=sharded))
-    with running(scenario, place, f"undisturbed-{sharded}", **size) as (watch, folder):
-        try:
-            watch.until_end()
-        except NoRecoveryError as error:
-            console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
-            return None
-    return folder / WEIGHTS
-
-
-def train(nodes: Nodes, repeats: int, chance: random.Random, weights: Path | None) -> Found:
-    """Run one job with losses and returns, then count samples and compare weights."""
-    found: Found = {"cycles": [], "failed": ""}
-    setup = nodes.setup
-    try:
-        for number in range(MAX_NODES):
-            nodes.start(number)
-        after = 0.0
-        for number in range(repeats):
-            found["cycles"].append(cycle(nodes, 1 + number % (MAX_NODES - 1), chance, after))
-            after = found["cycles"][-1]["full_at"]
-        nodes.wait()
-        counted = tally(nodes.rows, samples=setup.job.samples, epochs=setup.job.epochs)
-        found |= {"due": counted.due, "twice": counted.twice, "never": counted.never}
-        if weights is not None:
-            found["weight"] = furthest(nodes.folder / WEIGHTS, weights)
-    except (NodesLostError, subprocess.TimeoutExpired) as error:
-        console.print(f"{setup.name}: {error}", markup=False)
-        found["failed"] = str(error)
-    if setup.is_ours:
-        [ledger] = nodes.folder.glob(f"runs/*/{LEDGER_NAME}")
-        add_marks(found["cycles"], read_ledger(ledger).events)
-    return found
-
-
-def cycle(nodes: Nodes, victim: int, chance: random.Random, after: float) -> Found:
+def cycle(nodes: Nodes, victim: int, chance: random.Random) -> Found:
     """Kill a node, wait until the others continue, start it again, and wait until all continue.
-
-    Args:
-        nodes: nodes of a job that trains.
-        victim: node to kill.
-        chance: random generator for the moment.
-        after: wall clock from which steps of all nodes count.
 
     Raises:
         NodesLostError: If the others, or later all nodes, do not continue.
     """
     few, all_nodes = MAX_NODES - 1, MAX_NODES
 
-    def until_made(world: int, steps: int, since: float, timeout_s: float = START_S) -> None:
-        def made(_: object) -> bool | None:
-            return sum(step.world == world and step.at > since for step in finished(nodes.rows)) >= steps or None
+    def until_made(world: int, count: int, timeout_s: float = START_S) -> None:
+        """Wait until the last `count` steps were made by a world of this size."""
 
-        nodes.until(made, timeout_s, f"{steps} steps of {world} ranks")
+        def made(steps: list[Step]) -> bool | None:
+            return (len(steps) >= count and all(step.world == world for step in steps[-count:])) or None
+
+        nodes.until(made, timeout_s, f"{count} steps of {world} ranks")
 
     def first_step(world: int, since: float) -> Step:
-        awaited = f"a step of {world} ranks"
-        return nodes.until(lambda rows: first_of(finished(rows), world, after=since), TIMEOUT_S, awaited)
+        return nodes.until(lambda steps: first_of(steps, world, after=since), TIMEOUT_S, f"a step of {world} ranks")
 
-    until_made(all_nodes, SPARE_STEPS + chance.randrange(RANDOM_STEPS), after)
-    until_made(all_nodes, SPARE_STEPS, nodes.slow_down())
+    until_made(all_nodes, SPARE_STEPS + chance.randrange(RANDOM_STEPS))
     killed_at = nodes.kill(victim)
     small = first_step(few, killed_at)
-    until_made(few, SPARE_STEPS, killed_at, TIMEOUT_S)
+    until_made(few, SPARE_STEPS, TIMEOUT_S)
     came_at = nodes.start(victim)
     full = first_step(all_nodes, came_at)
-    nodes.speed_up()
-    steps = finished(nodes.rows)
     moments = {"victim": victim, "killed_at": killed_at, "came_at": came_at, "full_at": full.at}
-    return {**moments, "shrink": shrunk(steps, killed_at, small), "grow": grown(steps, came_at, full)}
+    return {**moments, "shrink": shrunk(nodes.steps, killed_at, small), "grow": grown(nodes.steps, came_at, full)}
 
 
 def shrunk(steps: list[Step], killed_at: float, small: Step) -> Found:
@@ -176,9 +121,9 @@ def add_marks(cycles: list[Found], events: Sequence[Event]) -> None:
     """Add to every loss the first of each event in `MARKS` that the ledger recorded before the node rejoined."""
     for found in cycles:
         killed_at, came_at = found["killed_at"], found["came_at"]
+        meanwhile = [event for event in events if killed_at < event.at < came_at]
         for mark, name in MARKS.items():
-            moments = [event.at - killed_at for event in events if event.event == name]
-            within = [at for at in moments if 0 < at < came_at - killed_at]
+            within = [event.at - killed_at for event in meanwhile if event.event == name]
             found["shrink"] |= {mark: min(within)} if within else {}
 
 
@@ -190,22 +135,12 @@ def phases_of(lost: Found) -> Found:
     return dict(zip(LOSS_PHASES, (end - begin for begin, end in pairwise(moments)), strict=True))
 
 
-def furthest(left: Path, right: Path) -> float:
-    """Return the largest difference of a weight."""
-    a, b = torch.load(left), torch.load(right)
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
 # ---------------------------------------------------------------------- tables
 
 
 def beyond_s(group: Group) -> list[float]:
     """Return the seconds from the detection of each loss to the first step of the others."""
     return [one["seconds"] - one["noticed_s"] for one in group.items if "noticed_s" in one]
-
-
-def fact(key: str) -> Callable[[Group], object]:
-    return lambda group: group.context.get(key)
 
 
 HOW = Column("how", name_of)
@@ -224,6 +159,10 @@ SHRINK = (
     Column("max s", beyond_s, ".2f", max),
     Column("one step s", each("step_s"), ".2f", median),
     *REPLAYED,
+)
+SHRINK_NOTE = (
+    "A node whose agent's connection was closed is lost after at least 1 s without a heartbeat, any other after the "
+    "limit (the defaults) plus one interval. Detected: the ledger's `node_lost`."
 )
 LOSS = (
     Column("phase", name_of),
@@ -247,32 +186,6 @@ GROW = (
     Column("max", each("steps_meanwhile"), "g", max),
     *REPLAYED,
 )
-SAMPLES = (
-    HOW,
-    Column("kills", count_of),
-    Column("samples due", fact("due")),
-    Column("repeated", fact("twice")),
-    Column("skipped", fact("never")),
-    Column("largest difference of a weight", fact("weight"), ".1e"),
-)
-SAMPLES_NOTE = (
-    "Counted from what each rank has recorded, without the steps that were rolled back. Repeated: a sample that an "
-    "epoch uses a second time. Skipped: a sample that an epoch does not use."
-)
-
-
-def shrink_notes(setups: Mapping[str, Found]) -> list[str]:
-    interval_s, attempts = SILENCE_S
-    ours = (
-        "A node whose agent's connection was closed is lost after at least 1 s without a heartbeat, any other after "
-        "the usual limit plus one interval. Detected: the ledger's `node_lost`."
-    )
-    theirs = (
-        "torchrun's agents do not report when they detect the loss: their workers fail immediately, and the rendezvous "
-        f"waits {interval_s * attempts} s before it removes the lost node."
-    )
-    failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
-    return [ours, theirs, *failed]
 
 
 def loss_table(group: Group) -> Table:
@@ -285,27 +198,23 @@ def loss_table(group: Group) -> Table:
 def tables(_: Namespace, results: Results) -> list[Table]:
     setups: dict[str, Found] = results["setups"]
     losses, returns = (
-        [Group(setup, [cycle[kind] for cycle in found["cycles"]], found) for setup, found in setups.items()]
+        [Group(setup, [cycle[kind] for cycle in found["cycles"]]) for setup, found in setups.items()]
         for kind in ("shrink", "grow")
     )
-    counted = [group for group in losses if "due" in group.context]
+    failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
     kill = "A node of four is killed, to the first step finished by all of the other three"
-    samples = "Samples used in all epochs, and the result compared with an undisturbed run"
-    returned = [group for group in returns if group.items]
     paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
     return [
-        Table.of(kill, losses, *SHRINK, notes=shrink_notes(setups)),
+        Table.of(kill, losses, *SHRINK, notes=[SHRINK_NOTE, *failed]),
         *(loss_table(group) for group in losses if any(map(phases_of, group.items))),
-        Table.of("The node rejoins", returned, *GROW, notes=[paused]),
-        Table.of(samples, counted, *SAMPLES, notes=[SAMPLES_NOTE]),
+        Table.of("The node rejoins", [group for group in returns if group.items], *GROW, notes=[paused]),
     ]
 
 
 def options(parser: ArgumentParser) -> None:
     add_count(parser, "--repeats", Default(3, 1), "kills of each setup")
-    add_count(parser, "--steps", 300, "steps per epoch")
     add_count(parser, "--seed", 1, "seed of the moments")
-    add_choice(parser, "--only", [setup.name for setup in SETUPS], "setups")
+    add_choice(parser, "--only", list(SETUPS), "setups")
 
 
 PROGRAM = Program(__doc__, measure, tables, options, shows_parts=True)

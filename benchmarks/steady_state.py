@@ -1,8 +1,8 @@
 """The cost of mirroring every step while nothing fails, compared with Lightning's `ddp`.
 
 Two ranks of the same job train under each strategy. The jobs run at the same time and alternate in short segments.
-Medians of neighbouring segments are compared, so that a slowdown of the machine affects both. With `--accelerator gpu`
-there is one rank; a device computes asynchronously, so its step is the mean of a segment until all work is done.
+Medians of neighbouring segments are compared, so that a slowdown of the machine affects both. With `--fsdp2` the model
+is sharded. A device computes asynchronously, so its step is the mean of a segment until all work is done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from benchmarks.harness.watch import NoRecoveryError
 from benchmarks.jobs.gpt import WIDTHS
 from benchmarks.jobs.job import JobOptions
 
-RANKS = {"cpu": 2, "gpu": 1}
 SIZES = ("tiny", "1M", "10M", "33M")
 BATCHES = (2, 8)
 DDP, CKPTLESS = "ddp", "ckptless"
@@ -44,9 +43,9 @@ FIXED_TARGET_MS = 1.5
 # ---------------------------------------------------------------------- measurement
 
 
-def variants_of(size: str, batch: int, accelerator: str, options: dict[str, dict[str, Any]]) -> dict[str, JobOptions]:
-    """Return the jobs that are compared: `ddp`, our strategy, and our strategy with each of the options."""
-    ddp = JobOptions(size, batch, DDP, devices=RANKS[accelerator], accelerator=accelerator)
+def variants_of(args: Namespace, size: str, batch: int, options: dict[str, dict[str, Any]]) -> dict[str, JobOptions]:
+    """Return the jobs that are compared: Lightning's strategy, ours, and ours with each of the options."""
+    ddp = JobOptions(size, batch, DDP, devices=args.ranks, accelerator=args.accelerator, sharded=args.fsdp2)
     ours = {name: ddp.but(strategy=CKPTLESS, strategy_options=chosen) for name, chosen in options.items()}
     return {DDP: ddp, CKPTLESS: ddp.but(strategy=CKPTLESS), **ours}
 
@@ -66,8 +65,7 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
         for size, batch, options in pairs:
             steps.begin(f"{size}, batch {batch}, {2 + len(options)} strategies alternating")
             try:
-                jobs = variants_of(size, batch, args.accelerator, options)
-                segments = train_in_turns(jobs, place, plan, steps.done)
+                segments = train_in_turns(variants_of(args, size, batch, options), place, plan, steps.done)
             except NoRecoveryError as error:
                 # One failed job does not discard an hour of measurements; its row is left out of the table.
                 console.print(f"{size}, batch {batch}: {error}", markup=False)
@@ -113,6 +111,7 @@ STEP_NOTE = (
 PARTS = (
     *NAMES,
     Column("MB staged", lambda v: v.shard_mb, ".1f"),
+    Column("MB of arenas", lambda v: v.segments[-1]["ranks"][0].get("arena_bytes", 0) / 1e6, ".1f"),
     part("commit", "commit_s"),
     part("commit CPU", "commit_cpu_s"),
     part("commit wait", "stall_s"),
@@ -126,7 +125,7 @@ PARTS_NOTE = (
     "Training thread: commit (capture of the host state, hand-over, wait for the previous round), stamp of the new "
     "step, wait for the copy before the optimizer step. "
     "Mirror thread: its CPU time per round, and the time from hand-over until the shard is staged and until the round "
-    "is committed on all ranks."
+    "is committed on all ranks. Arenas: shared memory of all ranks."
 )
 SPLIT: dict[str, Callable[[Variant], float]] = {
     "step time over ddp": lambda v: median(v.over_ms()),
@@ -142,7 +141,8 @@ def tables(args: Namespace, results: Results) -> list[Table]:
     step = mean_ms if args.accelerator == "gpu" else step_ms
     variants = [variant for pair in results["pairs"] for variant in measured(pair, step)]
     mirrored = [variant for variant in variants if not variant.is_base]
-    title = f"Step time on {RANKS[args.accelerator]} {args.accelerator.upper()} ranks, one thread each, alternating"
+    kind = ", FSDP2" if args.fsdp2 else ""
+    title = f"Step time on {args.ranks} {args.accelerator.upper()} ranks{kind}, one thread each, alternating"
     return [
         Table.of(title, variants, *STEP, notes=[STEP_NOTE]),
         Table.of("Parts of a mirrored step, medians in ms", mirrored, *PARTS, notes=[PARTS_NOTE]),
@@ -183,7 +183,9 @@ def options(parser: ArgumentParser) -> None:
     about = "size at which options are compared; empty for none (default: %(default)s)"
     parser.add_argument("--variants-at", default="10M", choices=["", *SIZES], help=about)
     add_count(parser, "--rounds", Default(8, 3), "segments per strategy")
-    parser.add_argument("--accelerator", default="cpu", choices=list(RANKS), help="where to train (default: cpu)")
+    add_count(parser, "--ranks", 2, "number of ranks")
+    parser.add_argument("--fsdp2", action="store_true", help="shard the model over the ranks")
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"], help="where to train (default: cpu)")
 
 
 PROGRAM = Program(__doc__, measure, tables, options)

@@ -13,6 +13,5 @@
 | `turns` | jobs that train in turns |
 | `variants` | step times of jobs that train in turns |
 | `nodes` | agents that are killed and rejoin |
-| `samples` | what the ranks of these nodes trained on |
 | `world` | processes that only call a function |
 """

@@ -8,6 +8,5 @@
 | `gpt` | the model, its data, and a fingerprint of its state |
 | `stopwatch` | times of the training thread and of the mirror thread |
 | `census` | what the protocol of a rank sends |
-| `counted` | the samples of each step |
 | `async_save` | torch's `async_save`, for comparison |
 """

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +17,8 @@ from benchmarks.harness.wire import Wire
 from benchmarks.jobs.gpt import random_tokens
 from benchmarks.jobs.job import JobOptions
 from benchmarks.jobs.training import StepReporter, Trained, Turns
+
+SAMPLES = 4096
 
 
 def make_strategy(options: JobOptions) -> Any:
@@ -38,25 +39,19 @@ def prepare(options: JobOptions) -> Callable[[Wire], None]:
     return partial(train, options, make_strategy(options))
 
 
-def make_model(options: JobOptions, wire: Wire) -> tuple[Trained, pl.Callback]:
-    """Return the model, and the callback that reports its training."""
-    if options.counted:
-        from benchmarks.jobs.counted import Counted, SampleReporter  # noqa: PLC0415 - one variant only
-
-        return Counted(options.size, sharded=options.sharded), SampleReporter(wire, Path(options.root))
-    model = Trained(options.size, sharded=options.sharded, pace_s=options.pace_s)
+def make_reporter(options: JobOptions, wire: Wire) -> pl.Callback:
+    """Return the callback that reports the training."""
     if options.census:
         from benchmarks.jobs.census import Census  # noqa: PLC0415 - one variant only
 
-        return model, Census(wire)
-    return model, Turns(wire) if options.turns else StepReporter(wire)
+        return Census(wire)
+    return Turns(wire) if options.turns else StepReporter(wire)
 
 
 def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     """Train with the given options and the result of `make_strategy`."""
     pl.seed_everything(11, verbose=False)
-    model, reporter = make_model(options, wire)
-    callbacks = [reporter]
+    callbacks = [make_reporter(options, wire)]
     if options.checkpoint_every:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
@@ -66,16 +61,14 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
         saves = Path(FOLDER)
         saves.mkdir(exist_ok=True)
         callbacks.append(AsyncSave(options.async_save_every, saves))
-    # Lightning's ddp needs the current number of nodes; our strategy needs the target number.
-    nodes = int(os.environ["GROUP_WORLD_SIZE"]) if options.nodes > 1 and strategy == "ddp" else options.nodes
     trainer = pl.Trainer(
-        accelerator=options.accelerator, devices=options.devices, num_nodes=nodes, strategy=strategy,
-        max_steps=options.steps, max_epochs=options.epochs, callbacks=callbacks, logger=False,
+        accelerator=options.accelerator, devices=options.devices, num_nodes=options.nodes, strategy=strategy,
+        max_steps=options.steps, max_epochs=-1, callbacks=callbacks, logger=False,
         enable_checkpointing=bool(options.checkpoint_every), enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.root,
     )  # fmt: skip
-    samples = TensorDataset(random_tokens(options.samples), torch.arange(options.samples))
-    data = DataLoader(samples, batch_size=options.batch, shuffle=True)
+    data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
     wire.send("fit")
+    model = Trained(options.size, sharded=options.sharded, pace_s=options.pace_s)
     trainer.fit(model, data, ckpt_path="last" if options.checkpoint_every else None)
     wire.send("done")

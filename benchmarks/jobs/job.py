@@ -27,9 +27,7 @@ class JobOptions:
         strategy_options: options of the strategy.
         devices: number of ranks.
         nodes: number of nodes with that many ranks.
-        steps: optimizer steps; -1 for no limit.
-        epochs: passes over the samples; -1 for no limit.
-        samples: number of samples.
+        steps: optimizer steps; -1 to train until stopped.
         checkpoint_every: steps between two checkpoint files; 0 for none.
         root: folder for the files of a run.
         turns: train only when it is this job's turn.
@@ -37,7 +35,6 @@ class JobOptions:
         accelerator: `cpu` or `gpu`.
         sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
         census: count what the protocol of each rank sends, and time its rounds.
-        counted: report the samples of each step.
         pace_s: pause in each step in seconds: several ranks can share a core, and a step does not vary.
     """
 
@@ -55,9 +52,6 @@ class JobOptions:
     sharded: bool = False
     census: bool = False
     nodes: int = 1
-    epochs: int = -1
-    samples: int = 4096
-    counted: bool = False
     pace_s: float = 0.0
 
     def but(self, **changed: Any) -> JobOptions:

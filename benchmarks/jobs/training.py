@@ -67,8 +67,12 @@ class StepReporter(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, Trained)
-        found = fingerprint(pl_module.model, trainer.optimizers[0])
-        self.wire.send("step", step=trainer.global_step, fingerprint=found)
+        engine: Any = getattr(trainer.strategy, "engine", None)
+        self.wire.send(
+            "step", step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size,
+            attempt=0 if engine is None else engine.generation,
+            fingerprint=0 if pl_module.sharded else fingerprint(pl_module.model, trainer.optimizers[0]),
+        )  # fmt: skip
 
 
 class Segment:

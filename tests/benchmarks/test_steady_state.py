@@ -30,7 +30,7 @@ RESULTS: dict[str, Any] = {"pairs": [pair("tiny", 0.1), pair("1M", 10.0), pair("
 
 
 DEVICE = {DDP: 0.010, CKPTLESS: 0.012}
-STEPS, PARTS, SPLIT = tables(Namespace(accelerator="cpu"), RESULTS)
+STEPS, PARTS, SPLIT = tables(Namespace(accelerator="cpu", ranks=2, fsdp2=False), RESULTS)
 
 
 def test_overhead_is_the_median_of_neighbours_on_the_slower_rank() -> None:
@@ -67,7 +67,8 @@ def test_waits_do_not_count_as_work_of_the_training_thread() -> None:
 
 def test_a_step_on_a_device_is_the_mean_of_its_segment() -> None:
     segments = {name: [{"ranks": [{"mean_s": mean_s}], "cpu_per_step_s": 0.0}] for name, mean_s in DEVICE.items()}
-    steps, *_ = tables(Namespace(accelerator="gpu"), {"pairs": [{"size": "33M", "batch": 64, "segments": segments}]})
+    pair = {"size": "33M", "batch": 64, "segments": segments}
+    steps, *_ = tables(Namespace(accelerator="gpu", ranks=1, fsdp2=False), {"pairs": [pair]})
     assert [row[3:5] for row in steps.rows] == [("10.00", ""), ("12.00", "2.00")]
 
 
