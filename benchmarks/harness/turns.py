@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.harness.processes import Scratch, ckptless_run
 from benchmarks.harness.scenario import Scenario, running
-from benchmarks.harness.watch import START_S, Life, Watch
+from benchmarks.harness.watch import START_S, Watch
+from benchmarks.harness.wire import Note
 from benchmarks.jobs.job import JobOptions
 
 WARM_UP_STEPS = 4
@@ -50,16 +51,19 @@ def train(watch: Watch, steps: int) -> list[Segment]:
     Raises:
         NoRecoveryError: If the job has ended, or takes longer than so many steps may take.
     """
-    for life in _ready(watch, 0):
-        life.turn.wire.send({"steps": steps})  # type: ignore[union-attr] - they wait
+    waiting = _ready(watch, 0)
+    for life in watch.now():
         life.turn = None
-    return [life.turn.fields for life in _ready(watch, steps)]  # type: ignore[union-attr]
+    for note in waiting:
+        note.wire.send({"steps": steps})
+    return [note.fields for note in _ready(watch, steps)]
 
 
-def _ready(watch: Watch, steps: int) -> list[Life]:
-    """Wait until all ranks wait for their turn."""
+def _ready(watch: Watch, steps: int) -> list[Note]:
+    """Wait until all ranks wait for their turn, and return the notes with which they do."""
     timeout_s = START_S + steps * PATIENCE_PER_STEP_S
-    return watch.until(lambda lives: all(life.turn for life in lives), timeout_s, f"the end of {steps} steps")
+    lives = watch.until(lambda lives: all(life.turn for life in lives), timeout_s, f"the end of {steps} steps")
+    return [life.turn for life in lives if life.turn is not None]
 
 
 def segment_of(watch: Watch, _: Path, steps: int, warm_up: int = WARM_UP_STEPS) -> Segment:
