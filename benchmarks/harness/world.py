@@ -27,7 +27,7 @@ def answers_of(
     Raises:
         TimeoutError: If a process does not answer in time.
     """
-    context = get_context(method)
+    context: Any = get_context(method)
     pipes = [context.Pipe() for _ in range(ranks)]
     workers = [context.Process(target=_serve, args=(pipe, work, rank, *args)) for rank, (_, pipe) in enumerate(pipes)]
     for worker in workers:
