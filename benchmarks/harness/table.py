@@ -66,10 +66,6 @@ def p95(values: Sequence[float]) -> float:
     return percentile(values, 95)
 
 
-def p99(values: Sequence[float]) -> float:
-    return percentile(values, 99)
-
-
 @dataclass(frozen=True)
 class Table:
     """A table of text; all columns but the first are right-aligned, and notes are sentences below it."""
