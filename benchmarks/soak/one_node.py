@@ -128,6 +128,6 @@ def _evidence(scenario: Scenario, place: Place, right: Variant, run: Variant | N
         struck=(*(str(scenario.injected[index]) for index in sorted(happened)), *struck),
         lost=lost_steps(commits_of(place.commits), variant.events),
         difference=str(comparison),
-        why=f"; end of its output: {variant.tail(8)}" if variant.exit_code else "",
+        why=f"end of its output: {variant.tail(8)}" if variant.exit_code else "",
         left_out=("disk_full: no disk can be mounted",) if fills and not place.has_own_disk else (),
     )

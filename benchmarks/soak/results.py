@@ -70,7 +70,7 @@ def judge(scenario: Scenario, evidence: Evidence) -> Result:
         asked=scenario.faults,
         struck=evidence.struck,
         outcome=outcome,
-        why=evidence.difference if outcome == "different" else f"{why} {evidence.why}".strip(),
+        why=evidence.difference if outcome == "different" else "; ".join(filter(None, (why, evidence.why))),
         lost_steps=evidence.lost,
         recoveries=tuple(recoveries),
         leaks=evidence.leaks,

@@ -206,7 +206,9 @@ def test_a_run_that_differs_is_judged_by_its_difference() -> None:
     assert judge(drawn, Evidence(0, identical=True)).good
     found = judge(drawn, Evidence(0, identical=False, difference="rank 1, step 3", why="slow", struck=("kill",)))
     assert (found.outcome, found.why, found.struck) == ("different", "rank 1, step 3", ("kill",))
-    assert judge(drawn, Evidence(None, identical=False, why="at step 7")).why == "the run missed its deadline at step 7"
+    assert (
+        judge(drawn, Evidence(None, identical=False, why="at step 7")).why == "the run missed its deadline; at step 7"
+    )
 
 
 def test_a_recovery_is_late_beyond_the_bound_of_its_rung() -> None:
