@@ -81,5 +81,6 @@ class Watch:
         written_bytes = self._commits.stat().st_size if self._commits.exists() else 0
         if written_bytes != self._read_bytes:
             self._read_bytes = written_bytes
-            self.view.committed = max(commit.version.optimizer_step for commit in commits_of(self._commits))
+            steps = [commit.version.optimizer_step for commit in commits_of(self._commits)]
+            self.view.committed = max(steps, default=-1)
         return self.view
