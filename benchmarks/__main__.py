@@ -15,6 +15,7 @@ PROGRAMS = (
     "scale",
     "projection",
     "cold_start",
+    "staging",
     "durable",
     "elastic",
     "rewind",

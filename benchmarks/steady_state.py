@@ -111,6 +111,7 @@ STEP_NOTE = (
 PARTS = (
     *NAMES,
     Column("MB staged", lambda v: v.shard_mb, ".1f"),
+    Column("MB sent", lambda v: max(rank.get("sent_bytes", 0) for rank in v.segments[-1]["ranks"]) / 1e6, ".2f"),
     Column("MB of arenas", lambda v: v.segments[-1]["ranks"][0].get("arena_bytes", 0) / 1e6, ".1f"),
     part("commit", "commit_s"),
     part("commit CPU", "commit_cpu_s"),
