@@ -2,20 +2,24 @@
 
 | Program | What it measures |
 |---|---|
-| `python -m benchmarks.steady_state` | the cost of mirroring every step while nothing fails |
-| `python -m benchmarks.interference` | the cost of the mirror thread to training, by its scheduling |
-| `python -m benchmarks.sharded` | mirroring of large models, DDP and FSDP2: bytes, staging, steps |
-| `python -m benchmarks.durable` | the cost of durable states, and when they are on disk |
-| `python -m benchmarks.device` | the cost of mirroring on a CUDA device |
-| `python -m benchmarks.recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
-| `python -m benchmarks.relaunch` | the same on two ranks, with a relaunch of all ranks |
-| `python -m benchmarks.growth` | the same by number of ranks |
-| `python -m benchmarks.scale` | 8 to 64 ranks: times, and what each rank needs of the machine |
-| `python -m benchmarks.projection` | 64 to 8,192 ranks: the real decisions and a model of the network |
-| `python -m benchmarks.detection` | SIGKILL to its detection, by the memory of the worker |
-| `python -m benchmarks.elastic` | a node is lost and rejoins: times, samples |
-| `python -m benchmarks.cold_start` | command to the first optimizer step |
+| `steady_state` | the cost of mirroring every step while nothing fails, with DDP or FSDP2, on CPUs or a device |
+| `staging` | copying a shard into shared memory, against memcpy |
+| `vote` | a vote in shared memory, between nodes, and over gloo |
+| `durable` | the cost of durable states, and when they are on disk, with `async_save` for comparison |
+| `recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
+| `growth` | the same with two to eight ranks |
+| `scale` | 8 to 64 ranks: times, and what each rank needs of the machine |
+| `projection` | 64 to 8,192 ranks: the real decisions and a model of the network |
+| `elastic` | the pauses when a node is lost and rejoins |
+| `false_losses` | whether a node is considered lost although it lives |
+| `drain` | the pause when a rank is drained |
+| `rewind` | the time of a rewind |
+| `audit` | flipped bits that are found and healed |
+| `goodput` | the forecast, compared with jobs whose ranks are killed |
+| `cold_start` | command to the first optimizer step |
 
-A program names its scenarios, its quantities and the columns of its tables. `harness` has what they share, and `jobs`
-what runs in the processes of a job. `results` has the measured tables by date, and `plots` draws those of the page.
+`python -m benchmarks.NAME` runs one, `python -m benchmarks` all of them. A program names its scenarios, its quantities
+and the columns of its tables. `harness` has what they share, `jobs` what runs in the processes of a job, `model` what
+`projection` computes with, and `rivals` the jobs of other tools. `results` has the measured tables by date, and `plots`
+draws those of the page. `soak` is no measurement: it looks for bugs, by random faults.
 """

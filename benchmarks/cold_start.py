@@ -6,25 +6,26 @@ when torch and Lightning are imported, when it calls `fit`, and when the step is
 
 from __future__ import annotations
 
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.kills import Scenario, job
 from benchmarks.harness.processes import Scratch, ckptless_run, python, scratch, torchrun
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
+from benchmarks.harness.scenario import Scenario, running
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, verdict
 from benchmarks.harness.watch import START_S
+from benchmarks.jobs.job import JobOptions
 
 BASE = "python, ddp"
+DDP = JobOptions(strategy="ddp")
 SCENARIOS = (
-    Scenario(BASE, python, "ddp"),
+    Scenario(BASE, python, DDP),
     Scenario("ckptless run", ckptless_run()),
     Scenario("ckptless run --no-preload", ckptless_run("--no-preload")),
     Scenario("python, ckptless", python),
-    Scenario("torchrun, ddp", torchrun, "ddp"),
+    Scenario("torchrun, ddp", torchrun, DDP),
     Scenario("torchrun, ckptless", torchrun),
 )
 TARGETS = {"ckptless run": 1.0, "python, ckptless": 1.3}
@@ -37,16 +38,14 @@ def start_once(scenario: Scenario, size: str, place: Scratch, name: str) -> Star
     """Start the script, wait for its first step and its end.
 
     Returns:
-        Seconds to the first step and to the end, and the milestones of each rank in seconds since the command.
+        Seconds to the first step, and the milestones of each rank in seconds since the command.
     """
-    with job(scenario, size, place, name, steps=1) as (watch, _):
+    with running(scenario, place, name, size=size, steps=1) as (watch, _):
         lives = watch.until(lambda found: all(life.first_step for life in found), START_S, "the first step")
-        exit_code = watch.command.wait(START_S)
-        ended_at, since = time.time(), watch.command.began_at
-        assert exit_code == 0, f"{scenario.name}: exit code {exit_code}\n{watch.command.output_tail()}"
+        watch.until_end()
+        since = watch.command.began_at
     return {
         "seconds": max(life.moments["step"] for life in lives) - since,
-        "ended_s": ended_at - since,
         "first_script": min(life.moments["script"] for life in watch.lives.values() if life.moments) - since,
         "ranks": [{moment: at - since for moment, at in life.moments.items()} for life in lives],
     }
@@ -82,7 +81,6 @@ STARTS = (
     Column("min s", each("seconds"), ".2f", min),
     Column("max s", each("seconds"), ".2f", max),
     Column(f"relative to {BASE}", quotients, ".2f", median),
-    Column("to the end of the command s", each("ended_s"), ".2f", median),
 )
 MOMENTS = (
     NAME,

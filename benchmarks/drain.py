@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.kills import Scenario, job, recoveries_of
 from benchmarks.harness.processes import ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
+from benchmarks.harness.scenario import OURS, Scenario, events_of, running
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, verdict
 from benchmarks.harness.watch import START_S, Watch
-from lightning_ckptless.ledger import read_ledger
+from benchmarks.recovery import phase
+from lightning_ckptless.ledger import LEDGER_NAME
 from lightning_ckptless.membership.requests import DrainRequest, submit
 
 EVERY_STEPS = 20
@@ -38,15 +39,14 @@ def drain_one(watch: Watch, run: Path, rank: int) -> Drain:
         run: folder of the run.
         rank: the rank.
     """
-    watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
-    watch.until_step(max(life.first_step for life in watch.now()) + EVERY_STEPS, START_S)
+    watch.until_step(max(life.first_step for life in watch.until_begun()) + EVERY_STEPS, START_S)
     step_s = watch.now()[0].step_s
     with ThreadPoolExecutor(1) as terminal:
         asked = terminal.submit(submit, run, DrainRequest(rank=rank), timeout_s=TIMEOUT_S)
         watch.until(lambda _: asked.done(), TIMEOUT_S, f"the hand-over of rank {rank}")
     answer = asked.result()
     assert answer.accepted, answer.reason
-    drained = read_ledger(run / "ledger.jsonl", only="drained").events[-1].fields
+    drained = events_of(run, "drained")[-1]
     step = int(drained["step"])
     lives = watch.until_step(step + 2, START_S)
     others = [life for life in lives if step in life.steps]
@@ -62,26 +62,19 @@ def drain_one(watch: Watch, run: Path, rank: int) -> Drain:
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Drain ranks `args.repeats` times, in one job."""
-    chance, scenario = random.Random(args.seed), Scenario("drain", ckptless_run(), ranks=args.ranks)
+    chance, scenario = random.Random(args.seed), Scenario("drain", ckptless_run(), OURS.but(devices=args.ranks))
     results["drains"] = []
     steps.expect(args.repeats)
-    with scratch() as place, job(scenario, args.size, place, "job") as (watch, folder):
+    with scratch() as place, running(scenario, place, "job", size=args.size) as (watch, folder):
         for number in range(args.repeats):
             rank = 0 if number % 2 == 0 else 1 + chance.randrange(args.ranks - 1)
             steps.begin(f"rank {rank}")
-            watch.until(lambda _: any(folder.glob("runs/*/ledger.jsonl")), START_S, "the ledger")
-            (run,) = (ledger.parent for ledger in folder.glob("runs/*/ledger.jsonl"))
+            watch.until_begun()
+            [run] = (ledger.parent for ledger in folder.glob(f"runs/*/{LEDGER_NAME}"))
             results["drains"].append(drain_one(watch, run, rank))
             steps.done()
-        for drain, recovery in zip(results["drains"], recoveries_of(folder), strict=False):
-            drain["replayed"], drain["phases"] = recovery["steps_replayed"], recovery["phases"]
-
-
-def phase(name: str) -> Column:
-    """Return the column of a phase, according to the ledger."""
-    return Column(
-        name, lambda group: [item["phases"][f"{name}_s"] for item in group.items if "phases" in item], ".3f", median
-    )
+        for drain, recovery in zip(results["drains"], events_of(folder, "recovery"), strict=False):
+            drain |= {"replayed": recovery["steps_replayed"], "ledger": recovery}
 
 
 def tables(args: Namespace, results: Results) -> list[Table]:
@@ -99,9 +92,7 @@ def tables(args: Namespace, results: Results) -> list[Table]:
         Column("step s", each("step_s"), ".3f", median),
         Column("pause p50 s", each("pause_s"), ".3f", median),
         Column("pause p95 s", each("pause_s"), ".3f", p95),
-        phase("detect"),
-        phase("regroup"),
-        phase("restore"),
+        *map(phase, ("detect_s", "regroup_s", "restore_s")),
     )
     pause_s = median(drain["pause_s"] for drain in drains)
     notes = [f"Pause in addition to one step, median of all: {verdict(pause_s, TARGET_S, 's')}"]

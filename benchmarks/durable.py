@@ -9,41 +9,34 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
-
-import torch
 
 from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
+from benchmarks.harness.scenario import events_of
 from benchmarks.harness.table import Column, Table
-from benchmarks.harness.turns import JobLostError, TurnsJob, alternate, running
+from benchmarks.harness.turns import Plan, Segment, segment_of, train_in_turns
+from benchmarks.harness.variants import Variant
+from benchmarks.harness.watch import NoRecoveryError, Watch
 from benchmarks.jobs.async_save import saves_of
 from benchmarks.jobs.gpt import WIDTHS, state_bytes
 from benchmarks.jobs.job import JobOptions
-from lightning_ckptless.ledger import read_ledger
 
 SIZES = ("tiny", "1M", "10M", "33M", "124M", "345M")
-RANKS = 2
-BATCH = 4
-WARM_UP_STEPS = 2
+RANKS, BATCH = 2, 4
 IDLE_S = 0.3
 """A writer that has been idle for this long (seconds) does not disturb the next segment."""
 
 
-# ---------------------------------------------------------------------- measurement
-
-
-def variants(common: JobOptions, every: int) -> dict[str, JobOptions]:
+def variants(size: str, every: int) -> dict[str, JobOptions]:
     """Return the compared jobs; two of them write a state every `every` steps."""
-    ours = common.but(strategy="ckptless")
+    ddp = JobOptions(size, BATCH, devices=RANKS)
+    ours = ddp.but(strategy="ckptless")
     return {
-        "ddp": common,
-        "ddp, async_save": common.but(async_save_every=every),
+        "ddp": ddp,
+        "ddp, async_save": ddp.but(async_save_every=every),
         "ckptless": ours,
         "ckptless, durable": ours.but(strategy_options={"durable_every_n_steps": every}),
     }
@@ -51,107 +44,69 @@ def variants(common: JobOptions, every: int) -> dict[str, JobOptions]:
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Train every size under each variant, alternating."""
-    torch.set_num_threads(1)
     results |= {"every": 5 if args.quick else 10, "sizes": []}
-    segment_steps = 15 if args.quick else 40
+    count = 15 if args.quick else 40
     steps.expect(args.rounds * 4 * len(args.sizes))
-
-    def segment(job: TurnsJob) -> list[float]:
-        notes = job.train(WARM_UP_STEPS + segment_steps)
-        ranks = [note.fields["steps_s"][WARM_UP_STEPS:] for note in notes]
-        _wait_until_idle(job.folder)
-        return [max(step) for step in zip(*ranks, strict=True)]
-
     for size in args.sizes:
         steps.begin(f"{size}, 4 variants alternating")
         with scratch() as place:
-            common = JobOptions(size, BATCH, devices=RANKS, turns=True, root=str(place.files))
+            jobs, plan = variants(size, results["every"]), Plan(args.rounds, (count, count))
             try:
-                with running(variants(common, results["every"]), place) as jobs:
-                    for job in jobs.values():
-                        job.train(WARM_UP_STEPS + results["every"])
-                    steps_s = alternate(jobs, args.rounds, segment, steps.done)
-                    found = {n: {"steps_s": steps_s[n], "writes": _writes(job.folder)} for n, job in jobs.items()}
-            except JobLostError as error:
+                segments = train_in_turns(jobs, place, plan, steps.done, written_segment)
+            except NoRecoveryError as error:
                 console.print(f"{size}: {error}", markup=False)
             else:
-                results["sizes"].append({"size": size, "state_bytes": state_bytes(size), "variants": found})
+                results["sizes"].append({"size": size, "segments": segments})
 
 
-def _wait_until_idle(folder: Path) -> None:
-    """Wait until nothing is being written to disk."""
-
-    def is_saving() -> bool:
-        return any(path.is_dir() and not (path / ".metadata").exists() for path in (folder / "saves").glob("step-*"))
-
-    idle_since = time.monotonic()
+def written_segment(watch: Watch, folder: Path, steps: int) -> Segment:
+    """Let a job train, wait until nothing is being written, and add the records of all states so far."""
+    segment, idle_since = segment_of(watch, folder, steps), time.monotonic()
     while time.monotonic() - idle_since < IDLE_S:
-        if any(folder.rglob(".step-*.part")) or is_saving():
+        if any(folder.rglob(".step-*.part")) or is_saving(folder):
             idle_since = time.monotonic()
         time.sleep(0.02)
+    return {**segment, "writes": [*events_of(folder, "durable_written"), *saves_of(folder)]}
 
 
-def _writes(folder: Path) -> list[dict[str, float]]:
-    """Return what the durable writer or the `async_save` callback has recorded of each state."""
-    ledgers = folder.glob("*/ledger.jsonl")
-    written = [event.fields for path in ledgers for event in read_ledger(path) if event.event == "durable_written"]
-    names = ("copied_s", "blocked_s", "total_s", "bytes", "tries")
-    return [{name: float(facts[name]) for name in names if name in facts} for facts in (*written, *saves_of(folder))]
+def is_saving(folder: Path) -> bool:
+    """Return whether `async_save` is writing."""
+    return any(path.is_dir() and not (path / ".metadata").exists() for path in (folder / "saves").glob("step-*"))
 
 
-# ---------------------------------------------------------------------- tables
-
-
-@dataclass(frozen=True)
-class Row:
-    """The measurements of a variant, and the steps of the same strategy without saving."""
-
-    size: str
-    state_bytes: int
-    name: str
-    steps_s: list[list[float]]
-    without_s: list[list[float]]
-    writes: list[dict[str, float]]
-
-    @property
-    def all_steps_ms(self) -> list[float]:
-        return [1e3 * step for step in chain(*self.steps_s)]
-
-    @property
-    def over(self) -> list[float]:
-        """Relative cost of saving, per round: the quotient of the mean steps, minus one; empty without saving."""
-        pairs = zip(self.steps_s, self.without_s, strict=True)
-        return [fmean(ours) / fmean(plain) - 1 for ours, plain in pairs] if "," in self.name else []
-
-
-def rows_of(results: Mapping[str, Any]) -> list[Row]:
+def measured(results: Results) -> list[Variant]:
+    """Return all variants, each compared with the same strategy without saving."""
     return [
-        Row(found["size"], found["state_bytes"], name, variant["steps_s"],
-            found["variants"][name.partition(",")[0]]["steps_s"], variant["writes"])
+        Variant(found["size"], BATCH, name, segments, found["segments"][name.partition(",")[0]])
         for found in results["sizes"]
-        for name, variant in found["variants"].items()
-    ]  # fmt: skip
+        for name, segments in found["segments"].items()
+    ]
 
 
-def write_ms(name: str) -> Callable[[Row], list[float]]:
-    return lambda row: [1e3 * write[name] for write in row.writes if name in write]
+def writes_of(variant: Variant) -> Results:
+    return variant.segments[-1]["writes"]  # type: ignore[no-any-return]
 
 
+def write_ms(name: str) -> Callable[[Variant], list[float]]:
+    return lambda variant: [1e3 * write[name] for write in writes_of(variant) if name in write]
+
+
+MODEL, VARIANT = Column("model", lambda v: v.size), Column("variant", lambda v: v.name)
 STEP = (
-    Column("model", lambda row: row.size),
-    Column("variant", lambda row: row.name),
-    Column("step p50 ms", lambda row: row.all_steps_ms, ".1f", median),
-    Column("mean ms", lambda row: row.all_steps_ms, ".1f", fmean),
-    Column("slowest ms", lambda row: row.all_steps_ms, ".1f", max),
-    Column("mean over the same without saving", lambda row: row.over, "+.1%", median),
+    MODEL,
+    VARIANT,
+    Column("step p50 ms", lambda v: v.steps_ms(), ".1f", median),
+    Column("mean ms", lambda v: v.steps_ms(), ".1f", fmean),
+    Column("slowest ms", lambda v: v.steps_ms(), ".1f", max),
+    Column("mean over the same without saving", lambda v: v.over_mean(), "+.1%", median),
 )
 WRITE = (
-    Column("model", lambda row: row.size),
-    Column("state MB", lambda row: row.state_bytes / 1e6, ".1f"),
-    Column("variant", lambda row: row.name),
-    Column("states", lambda row: len(row.writes)),
-    Column("MB on disk", lambda row: [write["bytes"] / 1e6 for write in row.writes], ".1f", median),
-    Column("training waits ms", lambda row: write_ms("blocked_s")(row) or [0.0], ".1f", median),
+    MODEL,
+    Column("state MB", lambda v: state_bytes(v.size) / 1e6, ".1f"),
+    VARIANT,
+    Column("states", lambda v: len(writes_of(v))),
+    Column("MB on disk", lambda v: [write["bytes"] / 1e6 for write in writes_of(v)], ".1f", median),
+    Column("training waits ms", lambda v: write_ms("blocked_s")(v) or [0.0], ".1f", median),
     Column("copied ms", write_ms("copied_s"), ".1f", median),
     Column("on disk after ms", write_ms("total_s"), ".1f", median),
 )
@@ -163,11 +118,11 @@ WRITE_NOTE = (
 
 
 def tables(_: Namespace, results: Results) -> list[Table]:
-    rows, state = rows_of(results), "One state, from the moment it is due until it is on disk"
+    found, state = measured(results), "One state, from the moment it is due until it is on disk"
     step = f"Step time with a state on disk every {results['every']} steps, {RANKS} CPU ranks, alternating"
     return [
-        Table.of(step, rows, *STEP, notes=[STEP_NOTE]),
-        Table.of(state, [row for row in rows if row.writes], *WRITE, notes=[WRITE_NOTE]),
+        Table.of(step, found, *STEP, notes=[STEP_NOTE]),
+        Table.of(state, [variant for variant in found if writes_of(variant)], *WRITE, notes=[WRITE_NOTE]),
     ]
 
 

@@ -6,20 +6,19 @@ live on, as by a firewall. That is the time at which the least silence is requir
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.context import SpawnProcess
-from multiprocessing.queues import Queue
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from benchmarks.harness.processes import busy_loops
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of
+from benchmarks.harness.world import answers_of
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.worker.connections import abort_connections_to
 from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, watched_by
@@ -29,29 +28,29 @@ HOST = "127.0.0.1"
 ROUND_S = 10.0
 CLOSE_AFTER_S = 6.0
 """Time for a node to know its longest pause between heartbeats."""
-LOOK_S = 0.02
+LOOK_S, START_S = 0.02, 120.0
 BOUND = Bound(2.0, 3)
 """The defaults of `ckptless run`."""
-_SPAWN = multiprocessing.get_context("spawn")
+Round = dict[str, Any]
 
 
-def agent(node: int, port: int, rounds: int, found: Queue[dict[str, Any]]) -> None:
-    """Exchange heartbeats as one of the agents, and report what was found in each round."""
-    store = TCPStore(HOST, port, is_master=False)
+def agent(node: int, port: int, rounds: int) -> list[Round]:
+    """Exchange heartbeats as one of the agents, and return what was found in each round."""
+    store, found = TCPStore(HOST, port, is_master=False), []
     heartbeat = Heartbeat(BOUND, HOST)
     for number in range(rounds):
         of_round = PrefixStore(f"round-{number}", store)
         heartbeat.begin_round(of_round, node=node, nodes=NODES, place=(HOST, port), worker_store=(HOST, 1))
-        row = watch(heartbeat, of_round, node)
-        found.put(row)
+        found.append(watch(heartbeat, of_round, node))
         # No agent ends its round before all have seen the end of theirs.
         of_round.set(f"done/{node}", "1")
         of_round.wait([f"done/{other}" for other in range(NODES)])
     heartbeat.leave()
     heartbeat.close()
+    return found
 
 
-def watch(heartbeat: Heartbeat, store: Any, node: int) -> dict[str, Any]:
+def watch(heartbeat: Heartbeat, store: Any, node: int) -> Round:
     """Close this agent's connections to others in the middle of a round; returns what it has found by the end."""
     began, closed, last, longest_s = time.monotonic(), 0, time.monotonic(), 0.0
     reasons: list[str] = []
@@ -66,24 +65,6 @@ def watch(heartbeat: Heartbeat, store: Any, node: int) -> dict[str, Any]:
     return {"node": node, "closed": closed, "reasons": reasons, "late_s": longest_s - LOOK_S}
 
 
-def burn() -> None:
-    """Keep a core busy."""
-    while True:
-        sum(range(100_000))
-
-
-@contextmanager
-def running(processes: list[SpawnProcess]) -> Iterator[None]:
-    for process in processes:
-        process.start()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Make `args.repeats` runs beside busy loops."""
     rounds = max(1, round(args.seconds / ROUND_S))
@@ -92,11 +73,9 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
     for _ in range(args.repeats):
         steps.begin(f"{rounds} rounds beside {results['loops']} busy loops")
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        found: Queue[dict[str, Any]] = _SPAWN.Queue()
-        agents = [_SPAWN.Process(target=agent, args=(node, store.port, rounds, found)) for node in range(NODES)]
-        loops = [_SPAWN.Process(target=burn) for _ in range(results["loops"])]
-        with running(loops), running(agents):
-            results["rounds"] += [found.get() for _ in range(rounds * NODES)]
+        with busy_loops(results["loops"]):
+            found = answers_of(NODES, agent, store.port, rounds, timeout_s=START_S + 2 * rounds * ROUND_S)
+        results["rounds"] += chain.from_iterable(found)
         steps.done()
 
 

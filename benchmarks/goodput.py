@@ -28,13 +28,13 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-import psutil
 
 from benchmarks.harness.machine import ROOT
-from benchmarks.harness.processes import ENVIRONMENT, Command, Scratch, scratch
+from benchmarks.harness.processes import Scratch, ckptless_run, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
+from benchmarks.harness.scenario import OURS, Scenario, running
 from benchmarks.harness.table import Column, Table
-from lightning_ckptless import environment
+from benchmarks.harness.watch import START_S, NoRecoveryError, Watch
 from lightning_ckptless.cli.forecast_measured import measured_in
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.cli.time_spent import run_time
@@ -47,8 +47,8 @@ from lightning_ckptless.protocol.time_account import Bucket
 
 RANKS = 3
 PACE_S = 0.1
-RUN_ID = "job"
-START_S, END_S, POLL_S = 120.0, 600.0, 0.005
+END_S = 600.0
+NO_LIMITS = {"max_recoveries_without_progress": 10**6, "max_recoveries_per_hour": 10**6}
 DRAWS = 300
 """Number of simulated jobs from which the expected goodput of a model is computed."""
 WITHIN_S = 1.0
@@ -122,63 +122,28 @@ GRID = tuple(
 
 def train(trial: Trial, steps: int, place: Scratch) -> tuple[Run, Kills]:
     """Run a job, kill its ranks, and return its ledger and the failures that hit it."""
-    folder = place.files / trial.name
-    folder.mkdir()
-    program = str(Path(sys.executable).with_name("ckptless"))
-    words = [program, "run", f"--nproc-per-node={RANKS}", f"--rdzv-id={RUN_ID}", "--max-restarts=1000000"]
-    words += [] if trial.in_place else ["--no-in-place"]
-    words += [str(ROOT / "benchmarks" / "jobs" / "paced.py"), f"--ranks={RANKS}", f"--steps={steps}"]
-    words += [f"--pace={PACE_S}", f"--every={trial.every}"]
-    env = {environment.RUN_ROOT: str(folder / "runs"), environment.ARENA_DIR: str(place.arenas), **ENVIRONMENT}
-    ledger = folder / "runs" / RUN_ID / LEDGER_NAME
-    with Command(words, folder, env) as command:
-        began_at = _training_began_at(command, ledger)
-        hits = _kill(command, ledger, trial.kills(END_S), began_at)
-        if code := command.wait(END_S):
-            raise RuntimeError(f"{trial.name}: the job ended with exit code {code}:\n{command.output_tail()}")
-    return Run(RUN_ID, ledger.parent, read_ledger(ledger).events), hits
+    command = ckptless_run("--max-restarts=1000000", *([] if trial.in_place else ["--no-in-place"]))
+    job = OURS.but(devices=RANKS, pace_s=PACE_S, strategy_options={"mirror_every_n_steps": trial.every, **NO_LIMITS})
+    with running(Scenario(trial.name, command, job), place, trial.name, steps=steps) as (watch, folder):
+        hits = kill(watch, trial.kills(END_S))
+        watch.until_end(END_S)
+    [ledger] = folder.glob(f"runs/*/{LEDGER_NAME}")
+    return Run(ledger.parent.name, ledger.parent, read_ledger(ledger).events), hits
 
 
-def _training_began_at(command: Command, ledger: Path) -> float:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and command.running:
-        for report in read_ledger(ledger, only="time_spent"):
-            return float(report.fields["began_at"] + report.fields["seconds"][Bucket.START])
-        time.sleep(POLL_S)
-    raise RuntimeError(f"the job has not begun to train:\n{command.output_tail()}")
-
-
-def _kill(command: Command, ledger: Path, kills: Kills, began_at: float) -> Kills:
-    """Kill ranks at their instants until the job is over, and return those that hit a process."""
-    hits: Kills = []
+def kill(watch: Watch, kills: Kills) -> Kills:
+    """Kill the newest process of each rank at its instant until the job is over, and return the kills that hit one."""
+    lives = watch.until(lambda lives: all("train" in life.moments for life in lives), START_S, "the first batch")
+    began_at, hits = max(life.moments["train"] for life in lives), Kills()
     for after_s, rank in kills:
-        while (left_s := began_at + after_s - time.time()) > 0 and command.running:
-            time.sleep(min(left_s, 0.1))
-        events = read_ledger(ledger).events
-        if not command.running or any(event.event == "run_ended" for event in events):
+        watch.follow(began_at + after_s - time.time())
+        if not watch.command.running or any("done" in life.moments for life in watch.now()):
             break
-        if _kill_process(pids_of(events).get(rank)):
-            hits.append((time.time() - began_at, rank))
+        if not watch.lives[watch.pids[rank]].is_over:
+            with suppress(ProcessLookupError):
+                os.kill(watch.pids[rank], signal.SIGKILL)
+                hits.append((time.time() - began_at, rank))
     return hits
-
-
-def pids_of(events: Sequence[Event]) -> dict[int, int]:
-    """Return the process id of each rank's newest worker."""
-    pids: dict[int, int] = {}
-    for event in events:
-        if event.event == "workers_spawned":
-            pids |= {int(rank): pid for rank, pid in event.fields["pids"].items()}
-        elif event.event == "in_place":
-            pids |= {int(rank): pid for rank, (pid, _) in event.fields["new"].items()}
-    return pids
-
-
-def _kill_process(pid: int | None) -> bool:
-    with suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if pid is not None and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            os.kill(pid, signal.SIGKILL)
-            return True
-    return False
 
 
 # ---------------------------------------------------------------------- forecasts
@@ -251,7 +216,9 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
             steps.done()
     results["recommended"] = job_of(costs, "auto", GRID_MTBF_S).choices.mirror_every_n_steps
     if args.plot:
-        draw(results["trials"], args.plot)
+        from benchmarks.plots import draw_goodput  # noqa: PLC0415 - matplotlib is optional
+
+        draw_goodput(results["trials"], MODELS, args.plot)
 
 
 def _calibrated(args: Namespace, steps: Steps, place: Scratch) -> Found:
@@ -330,24 +297,6 @@ def _outside(rows: Sequence[Found]) -> int:
     return sum(abs(row["goodput"] - row["expected"]) > 2 * row["spread"] for row in rows)
 
 
-def draw(rows: Sequence[Found], path: Path) -> None:
-    """Draw measured goodput over the forecast for the same failures."""
-    from matplotlib import rc_context  # noqa: PLC0415 - imported where it is needed
-    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
-
-    with rc_context({"font.size": 9, "svg.hashsalt": "0"}):
-        figure = Figure(figsize=(5.5, 5), layout="constrained")
-        ax: Any = figure.subplots()
-        ax.plot([0, 100], [0, 100], color="#999999", linewidth=0.8)
-        for model, marker, color in zip(MODELS, "os^", ("#004488", "#cc3311", "#ddaa33"), strict=True):
-            of_model = [row for row in rows if row["model"] == model]
-            forecasts, measured = ([100 * row[name] for row in of_model] for name in ("forecast", "goodput"))
-            ax.plot(forecasts, measured, marker, color=color, label=model, markersize=5)
-        ax.set(xlabel="forecast goodput, %", ylabel="measured goodput, %", xlim=(0, 100), ylim=(0, 100), aspect="equal")
-        ax.legend(frameon=False)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of this benchmark."""
     add_count(parser, "--jobs", Default(24, 2), "jobs that are compared")
@@ -361,6 +310,6 @@ PROGRAM = Program(__doc__, measure, tables, add_options, shows_parts=False)
 if __name__ == "__main__":
     try:
         PROGRAM.main()
-    except RuntimeError as error:
+    except NoRecoveryError as error:
         console.print(str(error), markup=False)
         sys.exit(1)

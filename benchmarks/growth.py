@@ -11,14 +11,15 @@ from functools import partial
 from statistics import median
 
 from benchmarks.harness import kills
-from benchmarks.harness.kills import Kill, Scenario, survived
+from benchmarks.harness.kills import Kill, survived
 from benchmarks.harness.processes import ckptless_run
-from benchmarks.harness.report import Default, Program, Results
+from benchmarks.harness.report import Program, Results
+from benchmarks.harness.scenario import OURS, Scenario
 from benchmarks.harness.table import Column, Table, each, name_of, verdict
 from benchmarks.recovery import groups_of, phases_table
 
 SCENARIOS = tuple(
-    Scenario(f"{ranks} ranks", ckptless_run(), ranks=ranks, every=10, strategy_options={"standbys": 1})
+    Scenario(f"{ranks} ranks", ckptless_run(), OURS.but(devices=ranks, strategy_options={"standbys": 1}), every=10)
     for ranks in (2, 4, 8)
 )
 TARGET = 1.3
@@ -51,7 +52,7 @@ PROGRAM = Program(
     __doc__,
     partial(kills.measure, every_scenario=SCENARIOS),
     tables,
-    partial(kills.add_options, scenarios=SCENARIOS, repeats=12, block=4, size="tiny", tries=Default(0, 0)),
+    partial(kills.add_options, scenarios=SCENARIOS, repeats=12, block=4, size="tiny"),
 )
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.harness.bare_world import LARGE_BYTES, REQUESTS, SMALL_BYTES, Figures, measure_bare_world
-from benchmarks.harness.modelled_rank import PAGE_BYTES, Phase, regroup, restore, vote, world_of
-from benchmarks.harness.network import Cost, Network
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.table import Column, Table
+from benchmarks.model.bare_world import LARGE_BYTES, REQUESTS, SMALL_BYTES, Figures, measure_bare_world
+from benchmarks.model.modelled_rank import PAGE_BYTES, Phase, regroup, restore, vote, world_of
+from benchmarks.model.network import Cost, Network
 
 CALIBRATED = (8, 32)
 """Numbers of ranks that the model is fitted to; the others are predicted."""
@@ -102,7 +102,7 @@ def real_phases(path: Path) -> dict[str, dict[int, float]]:
     worlds = json.loads(path.read_text())["results"]["worlds"]
     found: dict[str, dict[int, float]] = {name: {} for name in PHASES}
     for row in worlds:
-        accounts = [kill["phases"] for kill in row["kills"] if "phases" in kill]
+        accounts = [kill["ledger"]["phases"] for kill in row["kills"] if "ledger" in kill]
         for name in PHASES if accounts else ():
             found[name][row["ranks"]] = median(phases[f"{name}_s"] for phases in accounts)
     return found

@@ -14,19 +14,21 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.harness import kills
-from benchmarks.harness.kills import Kill, Scenario, survived, with_files
+from benchmarks.harness.kills import Kill, survived
 from benchmarks.harness.processes import ckptless_run, torchrun
 from benchmarks.harness.report import Program, Results, Steps, console
+from benchmarks.harness.scenario import OURS, Scenario, with_files
 from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, percentile, verdict
 from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
 
 RANKS = 4
 EVERY = 20
-ours = partial(Scenario, ranks=RANKS, every=EVERY)
+JOB = OURS.but(devices=RANKS)
+ours = partial(Scenario, job=JOB, every=EVERY)
 STANDBY, IN_PLACE = "in place, standby", "in place, new process"
 RELAUNCH, FRESH = "relaunch, preloaded", "relaunch, new interpreters"
 SCENARIOS = (
-    ours(STANDBY, ckptless_run(), strategy_options={"standbys": 1}),
+    ours(STANDBY, ckptless_run(), job=JOB.but(strategy_options={"standbys": 1})),
     ours(IN_PLACE, ckptless_run()),
     ours(RELAUNCH, ckptless_run("--no-in-place")),
     ours(FRESH, ckptless_run("--no-in-place", "--no-preload")),
@@ -152,13 +154,6 @@ MOMENTS_NOTE = (
     "fit to training: process group, restore, Lightning's setup. The sum of medians differs a little from the median "
     "of sums."
 )
-STOCK = (
-    Column("try", lambda row: row[0]),
-    Column("recovered", lambda row: "no" if "failed" in row[1] else "yes"),
-    Column("starts", lambda row: row[1].get("starts"), "g"),
-    Column("s", lambda row: row[1].get("seconds"), ".1f"),
-)
-STOCK_NOTE = "Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which is set for the table above."
 
 
 def verdicts(groups: list[Group]) -> Iterator[str]:
@@ -193,17 +188,8 @@ def moments_table(results: Results) -> Table:
     return Table.of(title, groups, *MOMENTS, notes=[MOMENTS_NOTE])
 
 
-def stock_table(results: Results) -> Table:
-    """Return the table of torchrun's relaunches with its default settings."""
-    tries, notes = results["stock"], [STOCK_NOTE]
-    if tries:
-        bad = sum("failed" in kill or kill["starts"] > 1 for kill in tries)
-        notes.append(f"{bad} of {len(tries)} tries did not recover with one restart within 60 s.")
-    return Table.of("torchrun without changes", enumerate(tries, 1), *STOCK, notes=notes)
-
-
-def all_tables(results: Results, ranks: int) -> list[Table]:
-    return [kills_table(results, ranks), phases_table(results), moments_table(results), stock_table(results)]
+def tables(_: Namespace, results: Results) -> list[Table]:
+    return [kills_table(results, RANKS), phases_table(results), moments_table(results)]
 
 
 # ---------------------------------------------------------------------- the program
@@ -232,7 +218,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--rivals-python", type=Path, default=DEFAULT_PYTHON, metavar="PATH", help=about)
 
 
-PROGRAM = Program(__doc__, measure, lambda _, results: all_tables(results, RANKS), options)
+PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
     PROGRAM.main()

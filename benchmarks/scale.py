@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import random
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 
-from benchmarks.harness.kills import LEDGER_S, STEP_S, Kill, Scenario, job, recoveries_of
+from benchmarks.harness.kills import Kill, kill_repeatedly
+from benchmarks.harness.kills import survived as survived_of
 from benchmarks.harness.processes import Scratch, ckptless_run, scratch
-from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
+from benchmarks.harness.report import Default, Program, Results, Steps, add_count
+from benchmarks.harness.scenario import OURS, Scenario, running
 from benchmarks.harness.table import Column, Table
-from benchmarks.harness.watch import NoRecoveryError, Watch, kill_one
-from benchmarks.harness.wire import Note
-from benchmarks.jobs.job import JobOptions
+from benchmarks.harness.watch import NoRecoveryError, Watch
 
 RANKS = (8, 16, 32, 64)
 REPORTS = 2
@@ -38,40 +36,16 @@ STARTED_ONCE_MIB = 1000
 
 _MIB = 2**20
 Row = dict[str, Any]
+Values = Callable[[Row], list[float]]
 
 
 # ---------------------------------------------------------------------- measuring
 
 
-@dataclass
-class CensusWatch(Watch):
-    """A watch that keeps what the ranks report of their rounds, by process id."""
-
-    reports: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def take(self, note: Note) -> None:
-        super().take(note)
-        if note.moment == "rounds":
-            self.reports.setdefault(note.pid, []).append(note.fields)
-
-    def of_ranks(self) -> list[list[dict[str, Any]]]:
-        """Return the reports of the newest process of each rank."""
-        return [self.reports.get(pid, []) for pid in self.pids.values()]
-
-    def until_reports(self, count: int, timeout_s: float) -> list[list[dict[str, Any]]]:
-        """Follow the job until every rank has reported `count` times."""
-        self.until(lambda _: min(map(len, self.of_ranks())) >= count, timeout_s, f"{count} reports of all ranks")
-        return self.of_ranks()
-
-
 def scenario_of(ranks: int) -> Scenario:
     """Return the job of a number of ranks, with replicas on other ranks, a standby, and counters in every rank."""
-
-    def command(options: JobOptions) -> list[str]:
-        return ckptless_run()(options.but(census=True))
-
-    options = {"standbys": 1, "failure_domain": "rank"}
-    return Scenario(f"{ranks} ranks", command, ranks=ranks, every=EVERY_STEPS, strategy_options=options)
+    options = OURS.but(devices=ranks, strategy_options={"standbys": 1, "failure_domain": "rank"}, census=True)
+    return Scenario(f"{ranks} ranks", ckptless_run(), options, every=EVERY_STEPS)
 
 
 def use_of(pid: int) -> dict[str, float]:
@@ -89,75 +63,56 @@ def use_of(pid: int) -> dict[str, float]:
     }
 
 
-def traffic_of(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+def traffic_of(reports: Sequence[Row]) -> dict[str, float]:
     """Return what a rank sends per version, from two consecutive reports without a fault between them."""
     before, after = reports[-2], reports[-1]
     versions = len(after["rounds_s"]["round"])
     return {kind: (count - before["counts"].get(kind, 0)) / versions for kind, count in after["counts"].items()}
 
 
+def until_reports(watch: Watch, count: int, timeout_s: float) -> list[list[Row]]:
+    """Follow the job until every rank has reported `count` times, and return the reports of each rank."""
+    awaited = f"{count} reports of all ranks"
+    lives = watch.until(lambda lives: min(len(life.reports) for life in lives) >= count, timeout_s, awaited)
+    return [life.reports for life in lives]
+
+
 def measure_world(ranks: int, args: Namespace, place: Scratch, chance: random.Random) -> Row:
     """Start a job, count, and kill ranks of it `args.repeats` times."""
     scenario = scenario_of(ranks)
-    with job(scenario, args.size, place, f"scale-{ranks}") as (plain, folder):
-        watch = CensusWatch(plain.inbox, plain.command, ranks)
-        lives = watch.until(lambda lives: min(life.first_step for life in lives) > 0, args.timeout, "a first step")
-        row: Row = {"ranks": ranks, "start_s": max(life.steps[1] for life in lives) - plain.command.began_at}
-        reports = watch.until_reports(REPORTS, args.timeout)
+    with running(scenario, place, f"scale-{ranks}", size=args.size) as (watch, folder):
+        started = max(life.steps[1] for life in watch.until_begun(args.timeout))
+        row: Row = {"ranks": ranks, "start_s": started - watch.command.began_at}
+        reports = until_reports(watch, REPORTS, args.timeout)
         # A rank's own round lasts until it has learned of the commit; all ranks of a round are included.
         rounds = [of_rank[-1]["rounds_s"] for of_rank in reports]
         row |= {f"{part}_s": [s for of_rank in rounds for s in of_rank[part]] for part in rounds[0]}
         row |= {"traffic": [*map(traffic_of, reports)], "step_s": max(life.step_s for life in watch.now())}
-        row |= {"use": [*map(use_of, watch.pids.values())], "free_mib": psutil.virtual_memory().available / _MIB}
-        gathers = _gathers(watch)
-        row["kills"] = kills_of(watch, scenario, args, chance, folder)
+        row["use"] = [*map(use_of, watch.pids.values())]
+        gathers = gathers_of(watch)
+        row["kills"] = kill_repeatedly(watch, folder, scenario, args.repeats, chance, args.timeout)
         with suppress(NoRecoveryError):
-            for of_rank in watch.reports.values():
-                of_rank.clear()
-            watch.until_reports(1, args.timeout)
-            row["gathers"] = [count / len(row["kills"]) for count in _difference(_gathers(watch), gathers)]
+            for life in watch.lives.values():
+                life.reports.clear()
+            until_reports(watch, 1, args.timeout)
+            # Of the processes that were there before, too.
+            grown = [count - gathers[pid] for pid, count in gathers_of(watch).items() if pid in gathers]
+            row["gathers"] = [count / len(row["kills"]) for count in grown]
     return row
 
 
-def kills_of(watch: Watch, scenario: Scenario, args: Namespace, chance: random.Random, folder: Path) -> list[Kill]:
-    """Kill ranks of a job, and return what each recovery took, with its phases according to the ledger."""
-    found: list[Kill] = []
-    for _ in range(args.repeats):
-        try:
-            kill = kill_one(watch, chance, every_n_steps=scenario.every, within_s=STEP_S, timeout_s=args.timeout)
-        except NoRecoveryError as error:
-            console.print(f"{scenario.name}: {error}", markup=False)
-            return [*found, {"failed": str(error)}]
-        found.append({name: kill[name] for name in ("seconds", "step_s", "repeated_steps", "victim")})
-    with suppress(NoRecoveryError):
-        watch.until(lambda _: len(recoveries_of(folder)) >= len(found), LEDGER_S, "the ledger's last recovery")
-    for kill, account in zip(found, recoveries_of(folder), strict=False):
-        kill["phases"] = account["phases"]
-    return found
-
-
-def _gathers(watch: CensusWatch) -> dict[int, int]:
-    return {pid: found[-1]["counts"].get("gathers", 0) for pid, found in watch.reports.items() if found}
-
-
-def _difference(after: dict[int, int], before: dict[int, int]) -> list[int]:
-    """Return how much the counts of the processes that are in both have grown."""
-    return [count - before[pid] for pid, count in after.items() if pid in before]
+def gathers_of(watch: Watch) -> dict[int, int]:
+    """Return the number of gathers of each process according to its last report."""
+    return {pid: life.reports[-1]["counts"].get("gathers", 0) for pid, life in watch.lives.items() if life.reports}
 
 
 def room_for(ranks: int, row: Row) -> str | None:
     """Return why a world does not fit into memory, judged by a smaller one; None if it does."""
-    each_mib = median(use["uss_mib"] for use in row["use"])
-    free_mib = psutil.virtual_memory().available / _MIB
-    needed_mib = STARTED_ONCE_MIB + ranks * each_mib
-    spare_mib = FREE_FRACTION * psutil.virtual_memory().total / _MIB
-    if needed_mib + spare_mib <= free_mib:
+    each_mib, memory = median(use["uss_mib"] for use in row["use"]), psutil.virtual_memory()
+    spare_mib = memory.available / _MIB - FREE_FRACTION * memory.total / _MIB - STARTED_ONCE_MIB
+    if ranks * each_mib <= spare_mib:
         return None
-    fits = int((free_mib - spare_mib - STARTED_ONCE_MIB) / each_mib)
-    return (
-        f"{ranks} ranks of {each_mib:.0f} MiB each do not fit into the {free_mib:.0f} MiB that are available: "
-        f"{fits} ranks would"
-    )
+    return f"{ranks} ranks of {each_mib:.0f} MiB each do not fit into memory: {int(spare_mib / each_mib)} ranks would"
 
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
@@ -180,26 +135,22 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
 
 
 def survived(row: Row) -> list[Kill]:
-    return [kill for kill in row["kills"] if "failed" not in kill]
+    return survived_of(row["kills"])
 
 
-def of_kills(quantity: str) -> Any:
-    return lambda row: [kill[quantity] for kill in survived(row)]
+def of_phase(name: str) -> Values:
+    return lambda row: [kill["ledger"]["phases"][f"{name}_s"] for kill in survived(row) if "ledger" in kill]
 
 
-def of_phases(*names: str) -> Any:
-    return lambda row: [sum(kill["phases"][name] for name in names) for kill in survived(row) if "phases" in kill]
-
-
-def of_use(quantity: str) -> Any:
+def of_use(quantity: str) -> Values:
     return lambda row: [use[quantity] for use in row["use"]]
 
 
-def of_traffic(kind: str) -> Any:
+def of_traffic(kind: str) -> Values:
     return lambda row: [traffic.get(kind, 0.0) for traffic in row["traffic"]]
 
 
-def in_ms(part: str) -> Any:
+def in_ms(part: str) -> Values:
     return lambda row: [1000 * seconds for seconds in row[f"{part}_s"]]
 
 
@@ -212,10 +163,8 @@ TIMES = (
     Column("of it exchange ms", in_ms("exchange"), ".1f", median),
     Column("of it vote ms", in_ms("vote"), ".1f", median),
     Column("kills survived", lambda row: f"{len(survived(row))} of {len(row['kills'])}"),
-    Column("recovery s", of_kills("seconds"), ".2f", median),
-    Column("regroup s", of_phases("regroup_s"), ".3f", median),
-    Column("restore s", of_phases("restore_s"), ".3f", median),
-    Column("replay s", of_phases("replay_s"), ".3f", median),
+    Column("recovery s", lambda row: [kill["seconds"] for kill in survived(row)], ".2f", median),
+    *(Column(f"{name} s", of_phase(name), ".3f", median) for name in ("regroup", "restore", "replay")),
 )
 USE = (
     RANK_COUNT,
@@ -234,54 +183,13 @@ USE_NOTE = (
     "USS is the memory that a process shares with no other, PSS its part of all; the rest is shared with the fork "
     "server and the arena. Two of the gathers are only needed if the restored version lacks copies."
 )
-GROWTH: tuple[tuple[str, Any], ...] = (
-    ("file descriptors", of_use("fds")),
-    ("threads", of_use("threads")),
-    ("USS MiB", of_use("uss_mib")),
-    ("messages per version", of_traffic("messages")),
-    ("bytes per version", of_traffic("message bytes")),
-)
-NEARLY_CONSTANT = 1.15
-"""Growth over all worlds below which a quantity counts as constant."""
-LAWS = ((1.4, "log N"), (2.8, "linear"), (5.6, "quadratic"))
-"""The growth of the last doubling, as a multiple of that of the doubling before, up to which each law is named."""
-
-
-def law_of(worlds: Sequence[Row], values: Any) -> str:
-    """Name the growth of a quantity per rank, from the last three worlds, each of twice as many ranks."""
-    last = [(row["ranks"], median(found)) for row in worlds[-3:] if (found := values(row))]
-    if len(last) < 3:
-        return "not measured"
-    (few, low), (_, middle), (many, high) = last
-    if high < low / NEARLY_CONSTANT:
-        return "falls"
-    if high <= low * NEARLY_CONSTANT:
-        return "constant"
-    doubling = (high - middle) / max(middle - low, 1e-9)
-    name = next((law for most, law in LAWS if doubling <= most), "faster than quadratic")
-    return f"linear, {(high - low) / (many - few):.3g} per rank" if name == "linear" else name
-
-
-def growth_rows(worlds: Sequence[Row]) -> Iterable[tuple[str, str, str, str]]:
-    """Yield each quantity with its value in the smallest and the largest world, and its law."""
-    for name, values in GROWTH:
-        low, high = (f"{median(found):.4g}" if (found := values(row)) else "" for row in (worlds[0], worlds[-1]))
-        yield name, low, high, law_of(worlds, values)
 
 
 def tables(_: Namespace, results: Results) -> list[Table]:
     worlds = results["worlds"]
-    first, last = worlds[0]["ranks"], worlds[-1]["ranks"]
-    heads = ("quantity", f"{first} ranks", f"{last} ranks", "law")
-    growth = Table.of(
-        "Growth per rank",
-        growth_rows(worlds),
-        *(Column(head, itemgetter(at)) for at, head in enumerate(heads)),
-    )
     return [
         Table.of("Times by number of ranks", worlds, *TIMES, notes=results["left_out"]),
         Table.of("Use and traffic of one rank, medians over the ranks", worlds, *USE, notes=[USE_NOTE]),
-        growth,
     ]
 
 

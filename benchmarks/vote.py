@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.table import Column, Group, Table, each, name_of
+from benchmarks.harness.world import answers_of
 from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_group
 from lightning_ckptless.replica.ballot_box import BallotBox
 from lightning_ckptless.replica.node_transport import share_votes
@@ -30,18 +30,17 @@ _WARM_UP_VOTES = 50
 _TIMEOUT_S = 60.0
 
 
-def rank_main(rank: int, ranks: int, folder: Path, votes: int, rounds: int, results: Any) -> None:
-    """Vote in turns over each transport, and report the seconds and CPU seconds per vote of each block."""
+def vote(rank: int, ranks: int, folder: Path, votes: int, rounds: int) -> list[dict[str, Any]]:
+    """Vote in turns over each transport, and return the seconds and CPU seconds per vote of each block."""
     torch.set_num_threads(1)
     use_loopback_on_one_node(ranks, ranks)
     dist.init_process_group("gloo", f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     gloo, boxes = GlooTransport(world_group()), list[BallotBox]()
-    transports: dict[str, Transport] = {"gloo": gloo}
-    for way, nodes in (
-        ("two nodes", [f"n{other * 2 // ranks}" for other in range(ranks)]),
-        ("one node", ["n"] * ranks),
-    ):
-        transports[way] = share_votes(gloo, nodes, folder, timeout_s=_TIMEOUT_S, when_open=boxes.append)
+    nodes = {"two nodes": [f"n{other * 2 // ranks}" for other in range(ranks)], "one node": ["n"] * ranks}
+    transports: dict[str, Transport] = {"gloo": gloo} | {
+        way: share_votes(gloo, names, folder, timeout_s=_TIMEOUT_S, when_open=boxes.append)
+        for way, names in nodes.items()
+    }
     blocks = []
     for number in range(rounds + 1):
         for way, transport in transports.items():
@@ -51,27 +50,16 @@ def rank_main(rank: int, ranks: int, folder: Path, votes: int, rounds: int, resu
                 transport.vote(1)
             took_s, used_s = time.perf_counter() - began_at, time.process_time() - used_s
             blocks.append({"way": way, "us": took_s / count * 1e6, "cpu_us": used_s / count * 1e6})
-    results.put((rank, blocks[len(WAYS) :]))
-    gloo.gather(b"")
-    dist.destroy_process_group()
+    return blocks[len(WAYS) :]
 
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:
     """Let each number of ranks vote."""
-    spawn = get_context("spawn")
     steps.expect(len(RANKS))
     for ranks in RANKS:
         steps.begin(f"{ranks} ranks")
-        answers: Any = spawn.SimpleQueue()
         with TemporaryDirectory(dir="/dev/shm", prefix="ckptless-bench-") as folder:
-            common = ranks, Path(folder), args.votes, args.rounds, answers
-            processes = [spawn.Process(target=rank_main, args=(rank, *common)) for rank in range(ranks)]
-            for process in processes:
-                process.start()
-            found = dict(answers.get() for _ in processes)
-            for process in processes:
-                process.join()
-        results[str(ranks)] = [found[rank] for rank in range(ranks)]
+            results[str(ranks)] = answers_of(ranks, vote, ranks, Path(folder), args.votes, args.rounds)
         steps.done()
 
 

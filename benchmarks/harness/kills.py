@@ -2,114 +2,115 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.processes import OWN_STORE, Command, Launcher, Scratch, job_environment, scratch, torchrun
+from benchmarks.harness.processes import Scratch, scratch, torchrun
 from benchmarks.harness.report import Default, Results, Steps, add_choice, add_count, console
-from benchmarks.harness.watch import START_S, NoRecoveryError, Watch, kill_one
-from benchmarks.harness.wire import Inbox
+from benchmarks.harness.scenario import Scenario, events_of, running
+from benchmarks.harness.watch import START_S, Life, NoRecoveryError, Watch
 from benchmarks.jobs.job import JobOptions
-from lightning_ckptless import environment
-from lightning_ckptless.ledger import read_ledger
 
 Kill = dict[str, Any]
 
 STEP_S = 0.05
+"""Approximate length of a step: kills are spread over it."""
 LONGEST_STEP_S = 2.0
-CHECKPOINT_EVERY = 50
-"""Steps between two checkpoint files of other tools; kills are spread over that interval."""
 TIMEOUT_S = 120.0
-STOCK_TIMEOUT_S = 60.0
 LEDGER_S = 10.0
-STOCK_TRIES = Default(6, 1)
+_WITNESSES = 6
+"""Steps after a recovery whose fingerprints are compared."""
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """One way to start a job and to survive a kill.
+def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout_s: float) -> Kill:
+    """Kill a random rank after a random number of steps, at a random moment of the step.
 
     Args:
-        name: name in the tables.
-        command: builds the command line.
-        strategy: strategy of the script.
-        checkpoint_every: steps between two checkpoint files; 0 for none.
-        env: additional environment variables.
-        ranks: number of ranks.
-        every: minimum steps between two kills.
-        strategy_options: options of the script's strategy.
-        kills_of_a_job: kills after which a job is started again; 0 for no limit.
+        watch: a job that trains until it is ended.
+        chance: random generator.
+        every_n_steps: the kill comes after at least this many steps and fewer than twice as many, all equally likely.
+            If a checkpoint file is written equally often, the kill is equally likely at any distance from the last one.
+        timeout_s: longest wait for the recovery, in seconds.
+
+    Returns:
+        Seconds from the kill to the first step finished by all, replayed steps, lost committed steps, the fingerprints
+        of the steps after the recovery, and the moments of the new processes in seconds since the kill.
+
+    Raises:
+        NoRecoveryError: If the job does not recover in time, or fails soon afterwards.
     """
+    # Count from the last recovery: the newest process began with its first step.
+    begun = max(life.first_step for life in watch.until_begun())
+    watch.until_step(begun - 1 + every_n_steps + chance.randrange(every_n_steps), START_S)
+    watch.follow(chance.random() * STEP_S)
+    victim, old, dying = chance.randrange(watch.ranks), dict(watch.pids), watch.now()
+    last, committed = max(life.last_step for life in dying), max(life.committed for life in dying)
+    killed_at = time.time()
+    os.kill(old[victim], signal.SIGKILL)
 
-    name: str
-    command: Launcher
-    strategy: str = "ckptless"
-    checkpoint_every: int = 0
-    env: tuple[tuple[str, str], ...] = ()
-    ranks: int = 2
-    every: int = CHECKPOINT_EVERY
-    strategy_options: dict[str, Any] = field(default_factory=dict)
-    kills_of_a_job: int = 0
+    def recovered(lives: list[Life]) -> bool:
+        # The replacement's first step has been finished by all ranks since the kill.
+        first = lives[victim].first_step
+        again = watch.pids[victim] != old[victim] and first > 0
+        return again and all(life.steps.get(first, 0.0) > killed_at for life in lives)
 
-    def options(self, size: str, root: Path, steps: int = -1) -> JobOptions:
-        """Return the options of its job."""
-        return JobOptions(
-            size, 2, self.strategy, self.strategy_options, self.ranks, steps, self.checkpoint_every, str(root)
-        )
-
-
-def with_files(ranks: int) -> Scenario:
-    """Return torchrun with checkpoint files, and with the setting that makes its relaunches work."""
-    name = f"torchrun, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
-    return Scenario(name, torchrun, "ddp", CHECKPOINT_EVERY, tuple(OWN_STORE.items()), ranks)
-
-
-def unchanged(ranks: int) -> Scenario:
-    """Return torchrun with checkpoint files and its default settings."""
-    name = f"torchrun without changes, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
-    return Scenario(name, torchrun, "ddp", CHECKPOINT_EVERY, ranks=ranks)
-
-
-@contextmanager
-def job(scenario: Scenario, size: str, place: Scratch, name: str, steps: int = -1) -> Iterator[tuple[Watch, Path]]:
-    """Start a job; yields its watch and its folder."""
-    folder = place.files / name
-    folder.mkdir()
-    ours = {environment.RUN_ROOT: str(folder / "runs"), environment.ARENA_DIR: str(place.arenas)}
-    with Inbox(place.files / f"{name}.socket") as inbox:
-        env = {**job_environment(inbox.path), **ours, **dict(scenario.env)}
-        with Command(scenario.command(scenario.options(size, folder, steps)), folder, env) as command:
-            yield Watch(inbox, command, scenario.ranks), folder
+    try:
+        lives = watch.until(recovered, timeout_s, f"a step by all ranks after the loss of rank {victim}")
+        first = lives[victim].first_step
+        ended_at = max(life.steps[first] for life in lives)
+        witnesses = range(first, first + _WITNESSES)
+        fingerprints = {
+            step: sorted({life.fingerprints[step] for life in watch.until_step(witnesses[-1], timeout_s)})
+            for step in witnesses
+        }
+    except NoRecoveryError as error:
+        raise NoRecoveryError(str(error), victim) from error
+    new = [life for rank, life in enumerate(lives) if watch.pids[rank] != old[rank]]
+    return {
+        "victim": victim,
+        "killed_at": killed_at,
+        "seconds": ended_at - killed_at,
+        "repeated_steps": last - (first - 1),
+        "lost_committed_steps": max(0, committed - (first - 1)),
+        "step_s": dying[victim].step_s,
+        "fingerprints": fingerprints,
+        "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in new],
+    }
 
 
-def block(
-    scenario: Scenario, size: str, kills: int, place: Scratch, name: str, chance: random.Random, timeout_s: float
+def survived(kills: list[Kill]) -> list[Kill]:
+    """Return the kills that the job survived."""
+    return [kill for kill in kills if "failed" not in kill]
+
+
+def kill_repeatedly(
+    watch: Watch, folder: Path, scenario: Scenario, kills: int, chance: random.Random, timeout_s: float
 ) -> list[Kill]:
-    """Start a job, kill ranks of it `kills` times or until it is lost, and end it.
+    """Kill ranks of a job `kills` times or until it is lost.
 
     Returns:
         The result of each kill, with the ledger's `recovery` event under `ledger`.
     """
     found: list[Kill] = []
-    with job(scenario, size, place, name) as (watch, folder):
-        while len(found) < kills and len(survived(found)) == len(found):
-            try:
-                kill = kill_one(watch, chance, every_n_steps=scenario.every, within_s=STEP_S, timeout_s=timeout_s)
-            except NoRecoveryError as error:
-                console.print(f"{scenario.name}: {error}", markup=False)
-                kill = {"failed": str(error), "victim": error.victim}
-            found.append(kill)
-        good = survived(found)
-        if scenario.strategy == "ckptless" and len(good) == len(found):
-            # A recovery is recorded when its first step is committed, shortly after it is finished.
-            with suppress(NoRecoveryError):
-                watch.until(lambda _: len(recoveries_of(folder)) >= kills, LEDGER_S, "the ledger's last recovery")
-    for kill, account in zip(good, recoveries_of(folder), strict=False):
+    while len(found) < kills and len(survived(found)) == len(found):
+        try:
+            found.append(kill_one(watch, chance, every_n_steps=scenario.every, timeout_s=timeout_s))
+        except NoRecoveryError as error:
+            console.print(f"{scenario.name}: {error}", markup=False)
+            found.append({"failed": str(error), "victim": error.victim})
+    good = survived(found)
+    if scenario.job.strategy == "ckptless" and len(good) == len(found):
+        # A recovery is recorded when its first step is committed, shortly after it is finished.
+        awaited = "the ledger's last recovery"
+        with suppress(NoRecoveryError):
+            watch.until(lambda _: len(events_of(folder, "recovery")) >= kills, LEDGER_S, awaited)
+    for kill, account in zip(good, events_of(folder, "recovery"), strict=False):
         kill["ledger"] = account
     return found
 
@@ -121,61 +122,37 @@ def jobs(
     found: list[Kill] = []
     while len(found) < kills and not any("failed" in kill and kill["victim"] is None for kill in found):
         most = min(kills - len(found), scenario.kills_of_a_job or kills)
-        found += block(scenario, args.size, most, place, f"{name}-{len(found)}", chance, args.timeout)
+        with running(scenario, place, f"{name}-{len(found)}", size=args.size) as (watch, folder):
+            found += kill_repeatedly(watch, folder, scenario, most, chance, args.timeout)
     return found
 
 
-def survived(kills: list[Kill]) -> list[Kill]:
-    """Return the kills that the job survived."""
-    return [kill for kill in kills if "failed" not in kill]
-
-
-def recoveries_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the fields of the `recovery` events in the ledgers of a folder."""
-    paths = sorted(folder.rglob("ledger.jsonl"))
-    return [event.fields for path in paths for event in read_ledger(path).events if event.event == "recovery"]
-
-
 def measure(args: Namespace, results: Results, steps: Steps, every_scenario: tuple[Scenario, ...]) -> None:
-    """Kill a rank `args.repeats` times in each scenario, in alternating blocks; then try torchrun without changes."""
+    """Kill a rank `args.repeats` times in each scenario, in alternating blocks."""
     chance = random.Random(args.seed)
     scenarios = [scenario for scenario in every_scenario if not args.only or scenario.name in args.only]
-    results |= {"kills": {scenario.name: [] for scenario in scenarios}, "stock": []}
-    stock = unchanged(every_scenario[0].ranks)
-    steps.expect(len(scenarios) * args.repeats + args.stock_tries)
+    results["kills"] = {scenario.name: [] for scenario in scenarios}
+    steps.expect(len(scenarios) * args.repeats)
     with scratch() as place:
         for number, begin in enumerate(range(0, args.repeats, args.block)):
             kills = min(args.block, args.repeats - begin)
             for index, scenario in enumerate(scenarios):
                 steps.begin(scenario.name)
-                killed = jobs(scenario, args, kills, place, f"{index}-{number}", chance)
-                results["kills"][scenario.name] += killed
+                results["kills"][scenario.name] += jobs(scenario, args, kills, place, f"{index}-{number}", chance)
                 steps.done(kills)
-        for number in range(args.stock_tries):
-            steps.begin(stock.name)
-            results["stock"] += block(stock, args.size, 1, place, f"stock-{number}", chance, STOCK_TIMEOUT_S)
-            steps.done()
 
 
 def add_options(
-    parser: ArgumentParser,
-    scenarios: tuple[Scenario, ...],
-    *,
-    repeats: int,
-    block: int,
-    size: str = "1M",
-    tries: Default = STOCK_TRIES,
+    parser: ArgumentParser, scenarios: tuple[Scenario, ...], *, repeats: int, block: int, size: str = "1M"
 ) -> None:
-    """Add the options of a program that kills ranks: with defaults for kills, their blocks, size and stock tries."""
+    """Add the options of a program that kills ranks, with defaults for kills, their blocks and the size."""
     add_count(parser, "--repeats", Default(repeats, 2), "kills in each scenario")
     add_count(parser, "--block", block, "consecutive kills in a scenario")
-    add_count(parser, "--stock-tries", tries, "kills of torchrun without changes")
     about = "seconds after a kill until a job counts as lost (default: %(default)g)"
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help=about)
     parser.add_argument("--size", default=size, help="model size (default: %(default)s)")
     add_count(parser, "--seed", 1, "seed of the moments and victims")
-    names = [scenario.name for scenario in scenarios]
-    add_choice(parser, "--only", names, "scenarios")
+    add_choice(parser, "--only", [scenario.name for scenario in scenarios], "scenarios")
 
 
 # ---------------------------------------------------------------------- exactness
@@ -183,9 +160,9 @@ def add_options(
 
 def reference_of(scenario: Scenario) -> Scenario:
     """Return the job to compare with: Lightning's own `ddp` for all that run a trainer, else the scenario itself."""
-    if scenario.strategy == "torchft":
+    if scenario.job.strategy == "torchft":
         return scenario
-    return Scenario("torchrun, ddp, undisturbed", torchrun, "ddp", ranks=scenario.ranks)
+    return Scenario("torchrun, ddp, undisturbed", torchrun, JobOptions(strategy="ddp", devices=scenario.job.devices))
 
 
 def compare(kills: dict[str, list[Kill]], scenarios: tuple[Scenario, ...], size: str) -> None:
@@ -193,7 +170,7 @@ def compare(kills: dict[str, list[Kill]], scenarios: tuple[Scenario, ...], size:
     groups: dict[str, tuple[Scenario, list[Kill]]] = {}
     for scenario in scenarios:
         reference = reference_of(scenario)
-        groups.setdefault(reference.strategy, (reference, []))[1].extend(survived(kills.get(scenario.name, [])))
+        groups.setdefault(reference.job.strategy, (reference, []))[1].extend(survived(kills.get(scenario.name, [])))
     with scratch() as place:
         for reference, good in groups.values():
             if not good:
@@ -215,6 +192,5 @@ def is_exact(seen: dict[int, list[int]], right: dict[int, int]) -> bool:
 
 def undisturbed(scenario: Scenario, size: str, steps: int, place: Scratch) -> dict[int, int]:
     """Return the fingerprints of an undisturbed job, by step."""
-    with job(scenario, size, place, f"reference-{scenario.strategy}") as (watch, _):
-        lives = watch.until_step(steps, START_S + LONGEST_STEP_S * steps)
-        return {step: lives[0].fingerprints[step] for step in range(1, steps + 1)}
+    with running(scenario, place, f"reference-{scenario.job.strategy}", size=size) as (watch, _):
+        return watch.until_step(steps, START_S + LONGEST_STEP_S * steps)[0].fingerprints

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,24 +57,6 @@ def wait_until_quiet(most: float, patience_s: float) -> bool:
             return False
         time.sleep(5.0)
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """CPU time used by all processes since the machine started."""
-
-    cpu_s: float
-    at: float
-
-    @classmethod
-    def now(cls) -> Busy:
-        times = psutil.cpu_times()
-        stolen = getattr(times, "steal", 0.0)
-        return cls(times.user + times.system + getattr(times, "softirq", 0.0) + stolen, time.monotonic())
-
-    def cores_used_by_others(self, since: Busy, own_cpu_s: float) -> float:
-        """Return the average number of cores that processes other than the measured ones used since then."""
-        return max(0.0, self.cpu_s - since.cpu_s - own_cpu_s) / max(1e-9, self.at - since.at)
 
 
 def _cpu_model() -> str:

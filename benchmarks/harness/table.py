@@ -16,18 +16,18 @@ class Column(NamedTuple):
 
     Args:
         head: heading.
-        value: key of the row, or function of the row; None leaves the cell empty.
+        value: key or index of the row, or function of the row; None leaves the cell empty.
         form: format of the value.
         of: statistic of the values, if there are several per row; the cell is empty if there are none.
     """
 
     head: str
-    value: str | Callable[[Any], Any]
+    value: str | int | Callable[[Any], Any]
     form: str = ""
     of: Callable[[Any], object] | None = None
 
     def cell(self, row: Any) -> str:
-        value = row[self.value] if isinstance(self.value, str) else self.value(row)
+        value = self.value(row) if callable(self.value) else row[self.value]
         if self.of is not None:
             value = self.of(value) if value else None
         return "" if value is None else format(value, self.form)
@@ -64,10 +64,6 @@ def each(quantity: str | Callable[[Any], float]) -> Callable[[Group], list[float
 
 def p95(values: Sequence[float]) -> float:
     return percentile(values, 95)
-
-
-def p99(values: Sequence[float]) -> float:
-    return percentile(values, 99)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
-"""Follow a job by the notes of its processes, kill one of its ranks, and measure the recovery from outside."""
+"""Follow a job by the notes of its processes."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +15,6 @@ from benchmarks.harness.wire import Inbox, Note
 START_S = 180.0
 _LOOK_S = 1.0
 _LAST_STEPS = 10
-_WITNESSES = 6
-"""Steps after a recovery whose fingerprints are compared."""
 
 
 class NoRecoveryError(RuntimeError):
@@ -42,6 +37,8 @@ class Life:
         last_step: last step that it finished.
         committed: newest step that it has seen committed on all ranks.
         fingerprints: fingerprint of model and optimizer after the last execution of each step.
+        reports: reports on rounds of the mirror.
+        turn: the note with which it waits for its turn.
     """
 
     rank: int = -1
@@ -51,12 +48,19 @@ class Life:
     last_step: int = 0
     committed: int = 0
     fingerprints: dict[int, int] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    turn: Note | None = None
 
     @property
     def step_s(self) -> float:
         """Usual step time in seconds, from the last steps."""
         times = sorted(self.steps.values())[-_LAST_STEPS:]
         return median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has exited."""
+        return "disconnected" in self.moments
 
     def take(self, note: Note) -> None:
         self.moments.setdefault(note.moment, note.at)
@@ -67,6 +71,10 @@ class Life:
             self.first_step = self.first_step or self.last_step
         elif note.moment == "committed":
             self.committed = max(self.committed, note.fields["step"])
+        elif note.moment == "rounds":
+            self.reports.append(note.fields)
+        elif note.moment == "ready":
+            self.turn = note
 
 
 @dataclass
@@ -123,76 +131,26 @@ class Watch:
         return self.until(lambda lives: min(life.last_step for life in lives) >= step, timeout_s, f"step {step}")
 
     def follow(self, seconds: float) -> None:
-        """Follow the job for a number of seconds."""
+        """Follow the job for a number of seconds, or until it ends."""
         deadline = time.monotonic() + seconds
-        while (note := self.inbox.next(max(0.0, deadline - time.monotonic()))) is not None:
-            self.take(note)
+        while (left_s := deadline - time.monotonic()) > 0 and self.command.running:
+            if (note := self.inbox.next(min(left_s, _LOOK_S))) is not None:
+                self.take(note)
 
+    def until_begun(self, timeout_s: float = START_S) -> list[Life]:
+        """Follow the job until all ranks have finished a step."""
+        return self.until(lambda lives: min(life.first_step for life in lives) > 0, timeout_s, "a first step")
 
-def kill_one(
-    watch: Watch, chance: random.Random, *, every_n_steps: int, within_s: float, timeout_s: float
-) -> dict[str, Any]:
-    """Kill a random rank after a random number of steps, at a random moment of the step.
+    def until_end(self, timeout_s: float = START_S) -> None:
+        """Follow the job until it has ended.
 
-    Args:
-        watch: a job that trains until it is ended.
-        chance: random generator.
-        every_n_steps: the kill comes after at least this many steps and fewer than twice as many, all equally likely.
-            If a checkpoint file is written equally often, the kill is equally likely at any distance from the last one.
-        within_s: approximate length of a step, in seconds.
-        timeout_s: longest wait for the recovery, in seconds.
-
-    Returns:
-        Seconds from the kill to the first step finished by all, replayed steps, lost committed steps, how often the
-        workers were started, the fingerprints of the steps after the recovery, and the moments of the new processes in
-        seconds since the kill.
-
-    Raises:
-        NoRecoveryError: If the job does not recover in time, or fails soon afterwards.
-    """
-    watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
-    # Count from the last recovery: the newest process began with its first step.
-    steps = max(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
-    watch.until_step(steps, START_S)
-    watch.follow(chance.random() * within_s)
-    victim, old, dying, known = chance.randrange(watch.ranks), dict(watch.pids), watch.now(), set(watch.lives)
-    last, committed = max(life.last_step for life in dying), max(life.committed for life in dying)
-    step_s = dying[victim].step_s
-    killed_at = time.time()
-    os.kill(watch.pids[victim], signal.SIGKILL)
-
-    def recovered(lives: list[Life]) -> bool:
-        # The replacement's first step has been finished by all ranks since the kill.
-        first = lives[victim].first_step
-        again = watch.pids[victim] != old[victim] and first > 0
-        return again and all(life.steps.get(first, 0.0) > killed_at for life in lives)
-
-    try:
-        lives = watch.until(recovered, timeout_s, f"a step by all ranks after the loss of rank {victim}")
-        first = lives[victim].first_step
-        ended_at = max(life.steps[first] for life in lives)
-        fingerprints = _fingerprints(watch, range(first, first + _WITNESSES), timeout_s)
-    except NoRecoveryError as error:
-        raise NoRecoveryError(str(error), victim) from error
-    restored, new = first - 1, [watch.lives[pid] for rank, pid in watch.pids.items() if pid != old.get(rank)]
-    starts = sum(pid not in known and life.rank >= 0 for pid, life in watch.lives.items())
-    return {
-        "victim": victim,
-        "killed_at": killed_at,
-        "seconds": ended_at - killed_at,
-        "step_before": last,
-        "committed_before": committed,
-        "restored_step": restored,
-        "repeated_steps": last - restored,
-        "lost_committed_steps": max(0, committed - restored),
-        "starts": max(starts, len(new)) / watch.ranks,
-        "step_s": step_s,
-        "fingerprints": fingerprints,
-        "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives if life in new],
-    }
-
-
-def _fingerprints(watch: Watch, steps: range, timeout_s: float) -> dict[int, list[int]]:
-    """Follow the job through these steps, and return the fingerprints of its ranks after each."""
-    lives = watch.until_step(steps[-1], timeout_s)
-    return {step: sorted({life.fingerprints[step] for life in lives}) for step in steps}
+        Raises:
+            NoRecoveryError: If it fails, or does not report for so long.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.command.running and time.monotonic() < deadline:
+            if (note := self.inbox.next(_LOOK_S)) is not None:
+                self.take(note)
+                deadline = time.monotonic() + timeout_s
+        if exit_code := self.command.wait(_LOOK_S):
+            raise NoRecoveryError(f"the job ended with exit code {exit_code}:\n{self.command.output_tail()}")

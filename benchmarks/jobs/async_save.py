@@ -39,7 +39,6 @@ class AsyncSave(pl.Callback):
         began = time.perf_counter()
         if self.pending is not None:
             self.pending.result()
-        waited_s = time.perf_counter() - began
         model, optimizers = get_state_dict(pl_module, trainer.optimizers)
         target = self.folder / f"step-{trainer.global_step}"
         self.pending = async_save(
@@ -47,13 +46,13 @@ class AsyncSave(pl.Callback):
         )
         blocked_s = time.perf_counter() - began
         if trainer.global_rank == 0:
-            self.pending.add_done_callback(lambda _: self.note(target, began, blocked_s, waited_s))
+            self.pending.add_done_callback(lambda _: self.note(target, began, blocked_s))
             shutil.rmtree(self.folder / f"step-{trainer.global_step - 2 * self.every_n_steps}", ignore_errors=True)
 
-    def note(self, target: Path, began: float, blocked_s: float, waited_s: float) -> None:
+    def note(self, target: Path, began: float, blocked_s: float) -> None:
         size_bytes = sum(path.stat().st_size for path in target.glob("*"))
         total_s = time.perf_counter() - began
-        facts = {"blocked_s": blocked_s, "waited_s": waited_s, "total_s": total_s, "bytes": size_bytes}
+        facts = {"blocked_s": blocked_s, "total_s": total_s, "bytes": size_bytes}
         with (self.folder / NOTES).open("a") as file:
             file.write(json.dumps(facts) + "\n")
 

@@ -26,15 +26,16 @@ class JobOptions:
         strategy: `ckptless` or `ddp`, or the module of another tool in `benchmarks.rivals`.
         strategy_options: options of the strategy.
         devices: number of ranks.
+        nodes: number of nodes with that many ranks.
         steps: optimizer steps; -1 to train until stopped.
         checkpoint_every: steps between two checkpoint files; 0 for none.
         root: folder for the files of a run.
         turns: train only when it is this job's turn.
         async_save_every: steps between two calls of torch's `async_save`; 0 for none.
         accelerator: `cpu` or `gpu`.
-        mirror_scheduling: key of `training.MIRROR_SCHEDULING`; empty for the default.
         sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
         census: count what the protocol of each rank sends, and time its rounds.
+        pace_s: pause in each step in seconds: several ranks can share a core, and a step does not vary.
     """
 
     size: str = "tiny"
@@ -49,8 +50,9 @@ class JobOptions:
     async_save_every: int = 0
     accelerator: str = "cpu"
     sharded: bool = False
-    mirror_scheduling: str = ""
     census: bool = False
+    nodes: int = 1
+    pace_s: float = 0.0
 
     def but(self, **changed: Any) -> JobOptions:
         """Return the options with some of them changed."""
@@ -77,7 +79,7 @@ def main() -> None:
     options = JobOptions.from_arguments()
     # These imports are measured.
     ours = options.strategy in {"ckptless", "ddp"}
-    tool = import_module("benchmarks.jobs.training" if ours else f"benchmarks.rivals.{options.strategy}")
+    tool = import_module("benchmarks.jobs.fit" if ours else f"benchmarks.rivals.{options.strategy}")
     train = tool.prepare(options)
     wire.send("imported")
     train(wire)

@@ -21,7 +21,6 @@ class Stopwatch:
         self.engine = engine
         self.times: dict[str, list[float]] = {}
         self.mirror_cpu_s: float | None = None
-        self.peak_arena_bytes = 0
         engine.session.probes.append(self._probe)
 
     def attach(self) -> None:
@@ -46,7 +45,6 @@ class Stopwatch:
             "staged_bytes": stats.staged_bytes // rounds,
             "sent_bytes": stats.sent_bytes // rounds,
             "arena_bytes": self._arena_bytes(),
-            "peak_arena_bytes": self.peak_arena_bytes,
         }
 
     def _wrap(self, owner: Any, method: str, name: str, *, returned: str | None = None) -> None:
@@ -71,8 +69,6 @@ class Stopwatch:
 
     def _probe(self, moment: str, _version: Version) -> None:
         """Record the times of a round; runs in the mirror thread."""
-        if moment == "agree" and self.engine.running.mirroring.mirror.stats.committed < 3:
-            self.peak_arena_bytes = max(self.peak_arena_bytes, self._arena_bytes())
         if moment == "committed":
             stats, cpu_s = self.engine.running.mirroring.mirror.stats, time.thread_time()
             if self.mirror_cpu_s is not None:

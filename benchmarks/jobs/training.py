@@ -1,38 +1,34 @@
-"""The training of a job: one Lightning run on random tokens, with a callback that reports each step."""
+"""The module of a job, and callbacks that report its steps, one by one or in segments."""
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.harness.wire import Wire
-from benchmarks.jobs.gpt import GPT, fingerprint, random_tokens
-from benchmarks.jobs.job import JobOptions
+from benchmarks.jobs.gpt import GPT, fingerprint
 from benchmarks.jobs.stopwatch import Stopwatch
-
-SAMPLES = 4096
 
 
 class Trained(pl.LightningModule):
-    """The model with its loss and optimizer."""
+    """The model with its loss and optimizer.
 
-    def __init__(self, size: str, *, sharded: bool = False) -> None:
+    Args:
+        size: size of the model.
+        sharded: whether FSDP2 shards it.
+        pace_s: pause in each step, in seconds.
+    """
+
+    def __init__(self, size: str, *, sharded: bool = False, pace_s: float = 0.0) -> None:
         super().__init__()
         self.model = GPT(size)
-        self.sharded = sharded
+        self.sharded, self.pace_s = sharded, pace_s
 
     def configure_model(self) -> None:
         if self.sharded and self.device_mesh is not None:
@@ -42,6 +38,8 @@ class Trained(pl.LightningModule):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        if self.pace_s:
+            time.sleep(self.pace_s)
         loss: Tensor = self.model(batch[0])
         return loss
 
@@ -69,29 +67,12 @@ class StepReporter(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, Trained)
-        found = fingerprint(pl_module.model, trainer.optimizers[0])
-        self.wire.send("step", step=trainer.global_step, fingerprint=found)
-
-
-MIRROR_SCHEDULING: dict[str, Callable[[], None]] = {
-    "nice": lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10),
-    "batch": lambda: os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0)),
-    "one": lambda: torch.set_num_threads(1),
-}
-"""What is applied to the mirror thread at its first probe: each variant tries to reduce its cost to training."""
-
-
-class SchedulingProbe:
-    """A probe that sets the scheduling of each mirror thread, once."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.known: set[int] = set()
-
-    def __call__(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
-        if threading.get_ident() not in self.known:
-            self.known.add(threading.get_ident())
-            MIRROR_SCHEDULING[self.name]()
+        engine: Any = getattr(trainer.strategy, "engine", None)
+        self.wire.send(
+            "step", step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size,
+            attempt=0 if engine is None else engine.generation,
+            fingerprint=0 if pl_module.sharded else fingerprint(pl_module.model, trainer.optimizers[0]),
+        )  # fmt: skip
 
 
 class Segment:
@@ -134,64 +115,7 @@ class Turns(pl.Callback):
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
         steps = int(self.wire.receive()["steps"])
-        if not steps:
-            trainer.should_stop = True
-            return
         if hasattr(trainer.strategy, "engine"):
             self.stopwatch = self.stopwatch or Stopwatch(trainer.strategy.engine)
             self.stopwatch.attach()
         self.segment = Segment(steps)
-
-
-def make_strategy(options: JobOptions) -> Any:
-    """Return the strategy to pass to the trainer; a run with Lightning's own strategy imports nothing of ours."""
-    sizes: dict[str, Any] = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
-    if options.strategy != "ckptless":
-        return ModelParallelStrategy(**sizes) if options.sharded else options.strategy
-    from lightning_ckptless import CkptlessModelParallelStrategy, CkptlessStrategy  # noqa: PLC0415
-
-    if options.sharded:
-        return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
-    strategy = CkptlessStrategy(**options.strategy_options)
-    if options.mirror_scheduling:
-        strategy.probes.append(SchedulingProbe(options.mirror_scheduling))
-    return strategy
-
-
-def prepare(options: JobOptions) -> Callable[[Wire], None]:
-    """Return the function that trains with the given options."""
-    return partial(train, options, make_strategy(options))
-
-
-def _reporter(options: JobOptions, wire: Wire) -> pl.Callback:
-    if options.census:
-        from benchmarks.jobs.census import Census  # noqa: PLC0415 - one variant only
-
-        return Census(wire)
-    return Turns(wire) if options.turns else StepReporter(wire)
-
-
-def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
-    """Train with the given options and the result of `make_strategy`."""
-    pl.seed_everything(11, verbose=False)
-    callbacks: list[pl.Callback] = [_reporter(options, wire)]
-    if options.checkpoint_every:
-        folder = os.path.join(options.root, "checkpoints")
-        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
-    if options.async_save_every:
-        from benchmarks.jobs.async_save import FOLDER, AsyncSave  # noqa: PLC0415 - one variant only
-
-        saves = Path(FOLDER)
-        saves.mkdir(exist_ok=True)
-        callbacks.append(AsyncSave(options.async_save_every, saves))
-    trainer = pl.Trainer(
-        accelerator=options.accelerator, devices=options.devices, strategy=strategy, max_steps=options.steps,
-        max_epochs=-1 if options.steps < 0 else None, callbacks=callbacks, logger=False,
-        enable_checkpointing=bool(options.checkpoint_every), enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=options.root,
-    )  # fmt: skip
-    data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
-    wire.send("fit")
-    model = Trained(options.size, sharded=options.sharded)
-    trainer.fit(model, data, ckpt_path="last" if options.checkpoint_every else None)
-    wire.send("done")

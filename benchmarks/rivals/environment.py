@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness.kills import CHECKPOINT_EVERY, Scenario
 from benchmarks.harness.machine import ROOT
+from benchmarks.harness.scenario import CHECKPOINT_EVERY, Scenario
 from benchmarks.jobs.job import JobOptions
 
 DEFAULT_PYTHON = ROOT / ".venv-rivals" / "bin" / "python"
 NVRX = f"nvidia-resiliency-ext in process, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
-TORCHFT, TORCHFT_UNMODIFIED = "torchft, with its gradient hook patched", "torchft, unmodified"
+TORCHFT = "torchft, with its gradient hook patched"
 PACKAGES = ("nvidia-resiliency-ext", "torchft", "lightning", "torch")
 _ASK = """
 import importlib.metadata, json, sys
@@ -32,15 +31,15 @@ def with_supervisor(options: JobOptions, *, python: Path) -> list[str]:
 
 
 def rivals(python: Path, ranks: int, every: int) -> tuple[Scenario, ...]:
-    """Return the jobs of both rivals in their best configuration, and of torchft without our patch."""
+    """Return the jobs of both rivals in their best configuration."""
     command = partial(with_supervisor, python=python)
     # Do not load this package there, and suppress the messages that the rivals' polling triggers in torch.
-    env = (("TORCH_DEVICE_BACKEND_AUTOLOAD", "0"), ("TORCH_CPP_LOG_LEVEL", "ERROR"))
-    patched = Scenario(TORCHFT, command, "torchft", env=env, ranks=ranks, every=every)
+    env = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    nvrx = JobOptions(strategy="nvrx", checkpoint_every=CHECKPOINT_EVERY, devices=ranks)
+    torchft = JobOptions(strategy="torchft", devices=ranks)
     return (
-        Scenario(NVRX, command, "nvrx", CHECKPOINT_EVERY, env, ranks, kills_of_a_job=1),
-        patched,
-        replace(patched, name=TORCHFT_UNMODIFIED, strategy_options={"patched": False}),
+        Scenario(NVRX, command, nvrx, env, kills_of_a_job=1),
+        Scenario(TORCHFT, command, torchft, env, every),
     )
 
 

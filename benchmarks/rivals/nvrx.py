@@ -20,9 +20,10 @@ from torch.distributed import TCPStore, group, init_process_group  # type: ignor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from benchmarks.harness.wire import Wire
-from benchmarks.jobs import training
+from benchmarks.jobs import fit
 from benchmarks.jobs.gpt import random_tokens
 from benchmarks.jobs.job import JobOptions
+from benchmarks.jobs.training import Trained
 from benchmarks.rivals.supervisor import GROUP_PORT
 
 POLL_INTERVAL = timedelta(milliseconds=50)
@@ -52,7 +53,7 @@ def train(options: JobOptions, wire: Wire) -> None:
         # If DDP had the last reference, it would destroy the group while holding the interpreter lock, for which the
         # threads of the group wait too: the rank would block forever.
         groups.append(group.WORLD)
-        training.train(options, DDPStrategy(cluster_environment=TorchElasticEnvironment()), wire)
+        fit.train(options, DDPStrategy(cluster_environment=TorchElasticEnvironment()), wire)
 
     wrapper = Wrapper(
         rank_assignment=Compose(MaxActiveWorldSize(options.devices), FillGaps()),
@@ -66,7 +67,7 @@ def train(options: JobOptions, wire: Wire) -> None:
 
 def warm_up(options: JobOptions) -> None:
     """Take one step alone, so that the reserve rank is as warm as the others when it is needed."""
-    model = training.Trained(options.size)
+    model = Trained(options.size)
     optimizer = model.configure_optimizers()
     model.training_step([random_tokens(options.batch)], 0).backward()  # type: ignore[no-untyped-call]
     optimizer.step()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import GradBucket, TCPStore  # type: ignore[attr-defined]
 from torch.futures import Future
-from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft import Manager, Optimizer, ProcessGroupGloo
 from torchft.process_group import ProcessGroupDummy
 
 from benchmarks.harness.wire import Wire
@@ -54,8 +54,7 @@ def train(options: JobOptions, wire: Wire) -> None:
         min_replica_size=options.devices, use_async_quorum=False, init_sync=False, rank=0, world_size=1,
         store_addr=LOOPBACK, store_port=store.port, hostname=LOOPBACK, replica_id=f"replica-{replica}",
     )  # fmt: skip
-    patched = options.strategy_options.get("patched", True)
-    wrapped = patched_ddp(manager, model) if patched else DistributedDataParallel(manager, model)
+    wrapped = patched_ddp(manager, model)
     optimizer = Optimizer(manager, adam)
     batches = Batches(SAMPLES, options.batch, replica, options.devices)
     wire.send("train")

@@ -15,14 +15,13 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.harness.report import console, progress_bar
-from benchmarks.soak import nodes, one_node
 from benchmarks.soak.draw import scenario
 from benchmarks.soak.processes import mark
 from benchmarks.soak.results import Result, append, read
+from benchmarks.soak.run import run
 from benchmarks.soak.scenario import Scenario
 from benchmarks.soak.stage import Undisturbed
 from benchmarks.soak.summary import tables
-from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.testing.starters import program_of
@@ -80,7 +79,8 @@ def soak(args: argparse.Namespace) -> int:
         task = progress.add_task("", total=None if args.seed else args.faults, completed=0)
         for drawn in scenarios(args, progress, task):
             progress.update(task, description=str(drawn))
-            result = run_one(drawn, args.folder, parent)
+            undisturbed = Undisturbed((args.folder / "undisturbed").absolute(), parent)
+            result = run(drawn, (args.folder / f"seed-{drawn.seed}").absolute(), parent, undisturbed)
             append(args.results, result)
             progress.advance(task, len(result.struck))
             if not result.good:
@@ -107,13 +107,6 @@ def scenarios(args: argparse.Namespace, progress: Progress, task: object) -> Ite
         if struck >= args.faults:
             return
         yield scenario(seed)
-
-
-def run_one(drawn: Scenario, folder: Path, parent: ForkServer) -> Result:
-    """Run one scenario."""
-    undisturbed = Undisturbed((folder / "undisturbed").absolute(), parent)
-    run = one_node.run if drawn.configuration.loss is None else nodes.run
-    return run(drawn, (folder / f"seed-{drawn.seed}").absolute(), parent, undisturbed)
 
 
 def show(drawn: Scenario) -> None:

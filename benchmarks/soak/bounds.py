@@ -9,14 +9,14 @@ from lightning_ckptless.protocol.hang_detection import IDLE_S, RELEASE_S
 
 BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
 """Seconds from the detection of a fault to the end of the first step of all ranks, by kind of recovery."""
+NODE_LOST_S = 15.0
+"""Seconds until the loss of a node is detected and the others have re-rendezvoused."""
 LEARNED_HANG_S = 30.0
 """Longest silence before a hang is detected with a learned timeout: 10 s, or more if steps were slow."""
 START_S = 90.0
 NODES_S = 120.0
 """Additional seconds for a scenario with several agents: missed heartbeats and re-rendezvous."""
 NOT_SILENT_S = 2.0
-
-
 AT_THE_SAME_POINT = frozenset({Moment.VALIDATION, Moment.EPOCH_END})
 """Moments at which no other rank may be ahead of a hung one, which is then detected because it is idle."""
 
@@ -35,6 +35,8 @@ def bounds_s(scenario: Scenario) -> dict[str, float]:
 
 def silent_s(scenario: Scenario) -> float:
     """Return the longest time in seconds until a silent fault of a scenario is detected."""
+    if scenario.configuration.loss is not None:
+        return NODE_LOST_S
     limit_s = scenario.configuration.hang_timeout_s
     if limit_s is not None:
         return limit_s + NOT_SILENT_S

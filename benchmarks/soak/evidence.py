@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from benchmarks.soak.watching import Commit
 from lightning_ckptless.ledger import Event
-from lightning_ckptless.protocol.versions import Version
 
 IN_PLACE, RELAUNCH, DURABLE, STORAGE = "in place", "relaunch", "durable", "storage"
 RUNGS = (IN_PLACE, RELAUNCH, DURABLE, STORAGE)
@@ -37,14 +35,6 @@ class Recovered:
     cause: str = ""
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A version that a rank has seen committed, and when."""
-
-    at: float
-    version: Version
-
-
 def recoveries_of(events: Iterable[Event]) -> list[Recovered]:
     """Return the recoveries in a ledger, each with the reason for its kind."""
     found: list[Recovered] = []
@@ -65,19 +55,6 @@ def recoveries_of(events: Iterable[Event]) -> list[Recovered]:
             found.append(Recovered(fields["kind"], rung, reason, fields["version"], *times, fields["cause"]))
             reason = started = ""
     return found
-
-
-def commits_of(path: Path) -> list[Commit]:
-    """Return the committed versions that ranks have recorded, by time; torn lines are left out."""
-    found = []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        found.append(Commit(row["at"], Version(row["step"], row["validation_done"])))
-    return sorted(found, key=lambda commit: commit.at)
 
 
 def lost_steps(commits: Sequence[Commit], events: Iterable[Event]) -> int:
@@ -106,6 +83,33 @@ def lost_steps(commits: Sequence[Commit], events: Iterable[Event]) -> int:
 def _step(version: str) -> int:
     """Parse the optimizer step of a version such as `step 7 (before validation)`."""
     return int(version.split()[1])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a run that is over.
+
+    Args:
+        exit_code: exit code of its agent; None if it missed its deadline.
+        identical: whether it equals the undisturbed run.
+        events: events of the ledger.
+        struck: injected faults.
+        lost: number of lost committed steps.
+        difference: how it differs from the undisturbed run, in words.
+        why: what else is known of its end.
+        left_out: faults that this machine does not allow.
+        leaks: what was left behind.
+    """
+
+    exit_code: int | None
+    identical: bool
+    events: Sequence[Event] = ()
+    struck: tuple[str, ...] = ()
+    lost: int = 0
+    difference: str = ""
+    why: str = ""
+    left_out: tuple[str, ...] = ()
+    leaks: tuple[str, ...] = ()
 
 
 def outcome_of(

@@ -6,260 +6,196 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks.soak.bounds import BOUNDS_S, deadline_s
-from benchmarks.soak.evidence import commits_of, lost_steps, outcome_of, recoveries_of, times_of
+from benchmarks.soak.bounds import deadline_s
+from benchmarks.soak.evidence import Evidence, lost_steps
 from benchmarks.soak.one_node import options_of
-from benchmarks.soak.processes import busy_cores, left_over
-from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import Loss, Scenario
-from benchmarks.soak.stage import Place, Undisturbed, place_for
-from benchmarks.soak.watching import Watch
-from lightning_ckptless.ledger import read_ledger
+from benchmarks.soak.stage import Place, Undisturbed
+from benchmarks.soak.watching import Watch, commits_of
+from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
+from lightning_ckptless.testing.variant import Variant
 from tests.faults.cluster import Cluster, free_port
-from tests.faults.counting import account_of, largest_difference
+from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import BOUND, Nodes, run_undisturbed
 from tests.faults.hosts import ADDRESSES, Hosts, make_hosts
 
 LOOK_S = 0.02
-SILENCE_S = 15.0
-"""Seconds until the loss of a node is detected and the others have re-rendezvoused."""
 PACED = ("--samples", "360", "--pace", "0.25")
 
 
-class DeadlineError(Exception):
-    """Something did not happen in time."""
+def prepare(scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> Callable[[], Evidence]:
+    """Make the undisturbed run, and return the function that makes the run with faults."""
+    if not scenario.configuration.elastic:
+        right = undisturbed.run(scenario.configuration.undisturbed)
+        return lambda: lose_node(scenario, place, right)
+    words = (*PACED, *(("--sharded",) if scenario.configuration.mesh else ()))
+    folder = undisturbed.folder / f"counted-{scenario.configuration.mesh or 'ddp'}"
+    if not (folder / "end.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        run_undisturbed(folder, parent, scenario.configuration.ranks, *words)
+    return lambda: lose_elastic_node(scenario, place, account_of(folder), words)
 
 
-class Clock:
-    """The remaining time of a run.
-
-    Args:
-        limit_s: seconds from now.
-    """
-
-    def __init__(self, limit_s: float) -> None:
-        self._end = time.monotonic() + limit_s
-
-    def left_s(self, what: str) -> float:
-        """Return the remaining seconds.
-
-        Args:
-            what: awaited event.
-
-        Raises:
-            DeadlineError: If no time remains.
-        """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise DeadlineError(what)
-        return left
-
-    def end_of(self, agent: psutil.Popen, what: str) -> int:
-        """Wait for an agent to exit, and return its exit code.
-
-        Raises:
-            DeadlineError: If it does not exit in time.
-        """
-        try:
-            return int(agent.wait(timeout=self.left_s(what)))
-        except psutil.TimeoutExpired as error:
-            raise DeadlineError(what) from error
+# ---------------------------------------------------------------------- a fixed number of nodes
 
 
-def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undisturbed) -> Result:
-    """Run a scenario and evaluate it; the arguments are those of `one_node.run`."""
-    began = time.monotonic()
-    with place_for(folder) as place:
-        strike = _Elastic if scenario.configuration.elastic else _Fixed
-        attempt = strike(scenario, place, parent, undisturbed)
-        with busy_cores(scenario.load):
-            attempt.run()
-        leaks = left_over([pid for pid in [parent.pid] if pid is not None])
-        leaks += [f"shared memory {path.name}" for path in place.arenas.iterdir()]
-        result = attempt.judge(leaks)
-    result = replace(result, wall_s=round(time.monotonic() - began, 2))
-    if not result.good:
-        return replace(result, folder=str(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    return result
+class NotAsExpectedError(Exception):
+    """Something did not happen in time, or otherwise than it should; `exit_code` is None if it was not in time."""
+
+    def __init__(self, what: str, exit_code: int | None = None) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
 
 
-class _Fixed:
-    """A fixed number of nodes: a lost one is restarted.
+@dataclass
+class FixedNodes:
+    """A fixed number of nodes: a lost one is started again.
 
     Args:
         scenario: scenario to run.
         place: folders of the run.
-        parent: fork server for the workers of the undisturbed run.
-        undisturbed: runs to compare with.
+        cluster: starts the agents.
+        hosts: network namespaces of the nodes; None if they share loopback.
+        until: monotonic time at which the run must have ended.
     """
 
-    def __init__(self, scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> None:
-        self.scenario, self.place = scenario, place
-        self.right = undisturbed.run(scenario.configuration.undisturbed)
-        parent.ready()
-        self.exit_code: int | None = None
-        self.missed = ""
-        self.left_out: tuple[str, ...] = ()
-        self.outside: tuple[str, ...] = ()
-        self.hosts: Hosts | None = None
-        self.ledger = place.files / "runs" / "two-nodes" / "ledger.jsonl"
+    scenario: Scenario
+    place: Place
+    cluster: Cluster
+    hosts: Hosts | None
+    until: float
 
-    def run(self) -> None:
-        """Start the nodes, lose one, restart it, and wait for the end."""
-        with ExitStack() as stack:
-            try:
-                cluster = self._cluster(stack)
-            except pytest.skip.Exception as reason:
-                self.left_out, self.exit_code = (f"cut: {reason.msg}",), 0
-                return
-            try:
-                self._train(cluster, Clock(deadline_s(self.scenario)))
-            except DeadlineError as error:
-                self.missed = str(error)
-
-    def _cluster(self, stack: ExitStack) -> Cluster:
-        configuration = self.scenario.configuration
+    @classmethod
+    def on(cls, stack: ExitStack, scenario: Scenario, place: Place) -> FixedNodes:
+        """Prepare the nodes; they end when the stack is closed."""
+        configuration = scenario.configuration
         per_node = configuration.ranks // configuration.nodes
-        options = replace(options_of(self.scenario, self.place), devices=per_node, num_nodes=configuration.nodes)
-        words = ("--nproc-per-node", str(per_node))
-        next_port = free_port() if configuration.loss is Loss.STORE_HOST else 0
-        self.hosts = make_hosts(stack) if configuration.loss is Loss.LINK else None
-        host = ADDRESSES[0] if self.hosts else "127.0.0.1"
-        arenas = self.place.arenas
-        return Cluster(self.place.files, stack, options, words=words, arena_dir=arenas, next_port=next_port, host=host)
+        options = replace(options_of(scenario, place), devices=per_node, num_nodes=configuration.nodes)
+        hosts = make_hosts(stack) if configuration.loss is Loss.LINK else None
+        cluster = Cluster(
+            place.files, stack, options, words=("--nproc-per-node", str(per_node)), arena_dir=place.arenas,
+            next_port=free_port() if configuration.loss is Loss.STORE_HOST else 0,
+            host=ADDRESSES[0] if hosts else "127.0.0.1",
+        )  # fmt: skip
+        return cls(scenario, place, cluster, hosts, time.monotonic() + deadline_s(scenario))
 
-    def _start(self, cluster: Cluster, node: int) -> psutil.Popen:
-        faults = ",".join(map(str, self.scenario.injected))
-        if self.hosts is not None:
-            return cluster.start_agent(faults, ADDRESSES[node], env=self.hosts.env, within=self.hosts.within(node))
-        return cluster.start_agent(faults, f"127.0.0.{node + 1}")
+    def run(self) -> int:
+        """Start the nodes, lose one, restart it, and wait for the end; returns the exit code.
 
-    def _train(self, cluster: Cluster, clock: Clock) -> None:
-        agents = [self._start(cluster, node) for node in range(self.scenario.configuration.nodes)]
+        Raises:
+            NotAsExpectedError: If something does not happen as it should.
+        """
+        agents = [self._start(node) for node in range(self.scenario.configuration.nodes)]
         loss = self.scenario.configuration.loss
+        lost = 1 if loss is Loss.LINK else 0 if loss is Loss.STORE_HOST else len(agents) - 1
         if loss is Loss.LINK:
-            lost = self._cut(cluster, agents, clock)
+            self._cut(agents[lost])
         else:
-            lost = 0 if loss is Loss.STORE_HOST else len(agents) - 1
-            if (code := clock.end_of(agents[lost], f"the exit of node {lost}")) != -signal.SIGKILL:
-                self.exit_code = code or 1
-                self.missed = f"node {lost} was to be killed, but exited with code {code}"
-                return
+            if (code := self._end_of(agents[lost], lost)) != -signal.SIGKILL:
+                raise NotAsExpectedError(f"node {lost} was to be killed, but exited with code {code}", code or 1)
             if loss is not Loss.AGENT:
-                cluster.remove_arena(agents[lost])
+                self.cluster.remove_arena(agents[lost])
             if len(agents) == 1:
                 # The new agent hosts the rendezvous again.
-                cluster.agents.clear()
-        agents[lost] = self._start(cluster, lost)
-        codes = [clock.end_of(agent, f"the exit of node {node}") for node, agent in enumerate(agents)]
-        self.exit_code = max(codes, key=abs)
+                self.cluster.agents.clear()
+        agents[lost] = self._start(lost)
+        return max((self._end_of(agent, node) for node, agent in enumerate(agents)), key=abs)
 
-    def _cut(self, cluster: Cluster, agents: list[psutil.Popen], clock: Clock) -> int:
+    def _start(self, node: int) -> psutil.Popen:
+        faults = ",".join(map(str, self.scenario.injected))
+        if self.hosts is None:
+            return self.cluster.start_agent(faults, f"127.0.0.{node + 1}")
+        return self.cluster.start_agent(faults, ADDRESSES[node], env=self.hosts.env, within=self.hosts.within(node))
+
+    def _cut(self, agent: psutil.Popen) -> None:
         """Cut the link to the second node until its agent has exited."""
         assert self.hosts is not None
         (fault,) = self.scenario.outside
-        watch = Watch(cluster.folder / "runs", self.place.commits)
+        watch = Watch(self.cluster.folder / "runs", self.place.commits)
         while watch.look().committed < fault.step:
-            clock.left_s(f"the commit of step {fault.step}")
+            if time.monotonic() > self.until:
+                raise NotAsExpectedError(f"step {fault.step} was not committed in time")
             time.sleep(LOOK_S)
         self.hosts.cut()
-        self.outside = (str(fault),)
-        clock.end_of(agents[1], "the exit of the node that is cut off")
+        self._end_of(agent, 1)
         self.hosts.restore()
-        return 1
 
-    def judge(self, leaks: list[str]) -> Result:
-        """Evaluate the run."""
-        folder = self.place.files
-        events = read_ledger(self.ledger).events
-        verdict = None
-        if self.exit_code == 0 and not self.left_out:
-            collect_logs(read_traces(folder / "trace").values(), folder / "logs", since=0)
-            verdict = compare(self.right.folder, folder)
-        identical = bool(self.left_out) or (verdict is not None and verdict.identical)
-        return self._result(
-            events_lost=lost_steps(commits_of(self.place.commits), events),
-            leaks=leaks,
-            identical=identical,
-            difference=str(verdict),
-        )
-
-    def _result(self, *, events_lost: int, leaks: list[str], identical: bool, difference: str) -> Result:
-        scenario = self.scenario
-        recoveries = recoveries_of(read_ledger(self.ledger).events)
-        happened = FaultMarks.claimed(self.ledger.parent / "faults")
-        outcome, why = outcome_of(
-            exit_code=self.exit_code,
-            identical=identical,
-            lost=events_lost,
-            leaks=leaks,
-            late=times_of(recoveries, BOUNDS_S, SILENCE_S),
-        )
-        why = difference if outcome == "different" else f"{why} {self.missed}".strip()
-        return Result(
-            seed=scenario.seed,
-            configuration=str(scenario.configuration),
-            load=scenario.load,
-            asked=scenario.faults,
-            struck=(*(scenario.named(scenario.injected[index]) for index in sorted(happened)), *self.outside),
-            outcome=outcome,
-            why=why,
-            lost_steps=events_lost,
-            recoveries=tuple(recoveries),
-            leaks=tuple(leaks),
-            left_out=self.left_out,
-        )
+    def _end_of(self, agent: psutil.Popen, node: int) -> int:
+        try:
+            return int(agent.wait(timeout=max(0.0, self.until - time.monotonic())))
+        except psutil.TimeoutExpired as error:
+            raise NotAsExpectedError(f"node {node} did not exit in time") from error
 
 
-class _Elastic(_Fixed):
-    """Three nodes, one of which is lost: the others continue with the same samples, and it rejoins.
+def lose_node(scenario: Scenario, place: Place, right: Variant) -> Evidence:
+    """Train while one node is lost and restarted, and compare the run with the undisturbed one."""
+    exit_code: int | None
+    with ExitStack() as stack:
+        try:
+            nodes = FixedNodes.on(stack, scenario, place)
+            exit_code, why = nodes.run(), ""
+        except pytest.skip.Exception as reason:
+            return Evidence(0, identical=True, left_out=(f"cut: {reason.msg}",))
+        except NotAsExpectedError as error:
+            exit_code, why = error.exit_code, str(error)
+    comparison = None
+    if exit_code == 0:
+        collect_logs(read_traces(place.files / "trace").values(), place.files / "logs", since=0)
+        comparison = compare(right.folder, place.files)
+    found = _read(scenario, place.files, exit_code, why)
+    return replace(
+        found,
+        identical=comparison is not None and comparison.identical,
+        difference=str(comparison),
+        struck=(*found.struck, *map(str, scenario.outside)),
+        lost=lost_steps(commits_of(place.commits), found.events),
+    )
+
+
+def _read(scenario: Scenario, folder: Path, exit_code: int | None, why: str) -> Evidence:
+    """Return what the ledger of a run says."""
+    ledger = folder / "runs" / "two-nodes" / LEDGER_NAME
+    happened = sorted(FaultMarks.claimed(ledger.parent / "faults"))
+    struck = tuple(scenario.named(scenario.injected[index]) for index in happened)
+    return Evidence(exit_code, identical=False, events=read_ledger(ledger).events, struck=struck, why=why)
+
+
+# ---------------------------------------------------------------------- an elastic number of nodes
+
+
+def lose_elastic_node(scenario: Scenario, place: Place, right: Account, words: tuple[str, ...]) -> Evidence:
+    """Train on three nodes, one of which is lost and rejoins; the others continue with the same samples.
 
     Weights differ from those of the undisturbed run only through the order of summation.
     """
-
-    def __init__(self, scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> None:
-        self.scenario, self.place = scenario, place
-        self.exit_code, self.missed, self.left_out, self.outside = None, "", (), ()
-        self.words = (*PACED, *(("--sharded",) if scenario.configuration.mesh else ()))
-        folder = undisturbed.folder / f"counted-{scenario.configuration.mesh or 'ddp'}"
-        if not (folder / "end.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            run_undisturbed(folder, parent, scenario.configuration.ranks, *self.words)
-        self.expected = account_of(folder)
-        self.folder = place.files / "elastic"
-        self.ledger = self.folder / "runs" / "two-nodes" / "ledger.jsonl"
-
-    def run(self) -> None:
-        """Train on three nodes, one of which is lost and rejoins."""
-        (fault,) = self.scenario.injected
-        with ExitStack() as stack:
-            nodes = Nodes(self.folder, stack, least=2, most=3, words=self.words)
-            try:
-                nodes.lose_and_rejoin(int(fault.rank), str(fault), of=3, left=2)
-                self.exit_code = 0
-            except (AssertionError, psutil.TimeoutExpired) as error:
-                self.missed = str(error)[-500:]
-
-    def judge(self, leaks: list[str]) -> Result:
-        """Evaluate the run."""
-        ended = (self.folder / "end.json").exists()
-        found = account_of(self.folder)
-        same_samples = ended and found.steps == self.expected.steps
-        apart = largest_difference(self.expected, found) if ended else float("inf")
-        difference = json.dumps({"the same samples": same_samples, "weights differ by": apart})
-        leaks += [f"shared memory {path.name}" for path in (self.folder / "arenas").iterdir()]
-        return self._result(events_lost=0, leaks=leaks, identical=same_samples and apart < BOUND, difference=difference)
+    (fault,) = scenario.injected
+    folder, exit_code, why = place.files / "elastic", None, ""
+    with ExitStack() as stack:
+        nodes = Nodes(folder, stack, least=2, most=3, words=words)
+        try:
+            nodes.lose_and_rejoin(int(fault.rank), str(fault), of=3, left=2)
+            exit_code = 0
+        except (AssertionError, psutil.TimeoutExpired) as error:
+            why = str(error)[-500:]
+    found, ended = account_of(folder), (folder / "end.json").exists()
+    same_samples = ended and found.steps == right.steps
+    apart = largest_difference(right, found) if ended else float("inf")
+    return replace(
+        _read(scenario, folder, exit_code, why),
+        identical=same_samples and apart < BOUND,
+        difference=json.dumps({"the same samples": same_samples, "weights differ by": apart}),
+    )

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.harness.processes import ENVIRONMENT
-from benchmarks.soak.bounds import bounds_s, deadline_s, silent_s
-from benchmarks.soak.evidence import commits_of, lost_steps, outcome_of, recoveries_of, times_of
+from benchmarks.soak.bounds import deadline_s
+from benchmarks.soak.evidence import Evidence, lost_steps
 from benchmarks.soak.outside import Action, OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
-from benchmarks.soak.processes import busy_cores, left_over
-from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
-from benchmarks.soak.stage import Place, Undisturbed, open_files, place_for, temporary_files_in
+from benchmarks.soak.stage import Place, Undisturbed, temporary_files_in
 from benchmarks.soak.stuck import dump_before
-from benchmarks.soak.watching import View, Watch
+from benchmarks.soak.watching import View, Watch, commits_of
 from lightning_ckptless import environment
 from lightning_ckptless.errors import TimeLimitError
 from lightning_ckptless.membership.forkserver.client import ForkServer
@@ -45,54 +40,35 @@ def options_of(scenario: Scenario, place: Place) -> Options:
     )
 
 
-def run(
+def prepare(
     scenario: Scenario,
-    folder: Path,
+    place: Place,
     parent: ForkServer,
     undisturbed: Undisturbed,
-    progress: Callable[[Progress], None] | None = None,
-) -> Result:
-    """Run a scenario and evaluate it.
-
-    Args:
-        scenario: scenario to run.
-        folder: folder for its files; removed if the run passes.
-        parent: fork server that all runs share.
-        undisturbed: runs to compare with.
-        progress: receives the progress of the run.
-    """
+    progress: Callable[[Progress], None] | None,
+) -> Callable[[], Evidence]:
+    """Make the undisturbed run, and return the function that makes the run with faults."""
     right = undisturbed.run(scenario.configuration.undisturbed)
-    parent.ready()
-    began, files_before = time.monotonic(), open_files()
-    with place_for(folder) as place:
-        struck_run, struck = _strike(scenario, place, parent, progress)
-        leaks = left_over([pid for pid in [parent.pid] if pid is not None])
-        leaks += [f"shared memory {path.name}" for path in place.arenas.iterdir()]
-        leaks += [f"temporary {path.name}" for path in place.temporary.glob("ckptless-*")]
-    leaks += [f"{count} open: {what}" for what, count in (open_files() - files_before).items()]
-    result = _judge(scenario, right, struck_run, struck, leaks, place)
-    result = replace(result, wall_s=round(time.monotonic() - began, 2))
-    if not result.good:
-        return replace(result, folder=str(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    return result
+
+    def strike() -> Evidence:
+        run, struck = _strike(scenario, place, parent, progress)
+        return _evidence(scenario, place, right, run, struck)
+
+    return strike
 
 
 def _strike(
     scenario: Scenario, place: Place, parent: ForkServer, progress: Callable[[Progress], None] | None
 ) -> tuple[Variant | None, list[str]]:
     """Run it with its faults; returns the run (None if it missed its deadline) and the injected outside faults."""
-    options, folder = options_of(scenario, place), place.files / "run"
-    env = ENVIRONMENT | {environment.ARENA_DIR: str(place.arenas)}
-    outside = OutsideFaults(scenario.outside, Watch(folder / "runs", place.commits), _actions(place, parent, scenario))
+    options, folder, limit_s = options_of(scenario, place), place.files / "run", deadline_s(scenario)
+    watch, at_the_end = (Watch(folder / "runs", place.commits) for _ in range(2))
+    outside = OutsideFaults(scenario.outside, watch, _actions(place, parent, scenario))
     with (
         (place.files / "agent.log").open("w") as log,
         redirect_stderr(log),
         temporary_files_in(place.temporary),
-        busy_cores(scenario.load),
-        dump_before(
-            deadline_s(scenario), Watch(folder / "runs", place.commits), place.temporary, place.files / "stuck"
-        ),
+        dump_before(limit_s, at_the_end, place.temporary, place.files / "stuck"),
         outside,
     ):
         try:
@@ -103,9 +79,9 @@ def _strike(
                 nproc=options.devices,
                 parent=parent,
                 isolate=True,
-                env=env,
+                env=ENVIRONMENT | {environment.ARENA_DIR: str(place.arenas)},
                 ladder=Ladder(max_restarts=100),
-                timeout_s=deadline_s(scenario),
+                timeout_s=limit_s,
                 progress=progress,
             )
         except TimeLimitError:
@@ -139,41 +115,19 @@ def _actions(place: Place, parent: ForkServer, scenario: Scenario) -> dict[Outsi
     }
 
 
-def _judge(
-    scenario: Scenario, right: Variant, found: Variant | None, struck: list[str], leaks: list[str], place: Place
-) -> Result:
-    folder = place.files / "run"
-    variant = found or Variant(folder, 1, 0.0)
-    events, run_folder = variant.events, variant.run_folder
-    happened = FaultMarks.claimed(run_folder / "faults") if run_folder else frozenset()
-    recoveries = recoveries_of(events)
-    verdict = compare(right.folder, folder) if found is not None and not found.exit_code else None
-    lost = lost_steps(commits_of(place.commits), events)
-    outcome, why = outcome_of(
-        exit_code=None if found is None else found.exit_code,
-        identical=verdict is not None and verdict.identical,
-        lost=lost,
-        leaks=leaks,
-        late=times_of(recoveries, bounds_s(scenario), silent_s(scenario)),
-    )
-    if outcome == "different":
-        why = str(verdict)
-    elif outcome == "ended":
-        why += f"; end of its output: {variant.tail(8)}"
-    return Result(
-        seed=scenario.seed,
-        configuration=str(scenario.configuration),
-        load=scenario.load,
-        asked=scenario.faults,
+def _evidence(scenario: Scenario, place: Place, right: Variant, run: Variant | None, struck: list[str]) -> Evidence:
+    variant = run or Variant(place.files / "run", 1, 0.0)
+    run_folder = variant.run_folder
+    happened = FaultMarks.claimed(run_folder / "faults") if run_folder else frozenset[int]()
+    comparison = compare(right.folder, variant.folder) if not variant.exit_code else None
+    fills = any(fault.kind is OutsideKind.DISK_FULL for fault in scenario.outside)
+    return Evidence(
+        exit_code=None if run is None else run.exit_code,
+        identical=comparison is not None and comparison.identical,
+        events=variant.events,
         struck=(*(str(scenario.injected[index]) for index in sorted(happened)), *struck),
-        outcome=outcome,
-        why=why,
-        lost_steps=lost,
-        recoveries=tuple(recoveries),
-        leaks=tuple(leaks),
-        left_out=() if place.has_own_disk or not _fills(scenario) else ("disk_full: no disk can be mounted",),
+        lost=lost_steps(commits_of(place.commits), variant.events),
+        difference=str(comparison),
+        why=f"end of its output: {variant.tail(8)}" if variant.exit_code else "",
+        left_out=("disk_full: no disk can be mounted",) if fills and not place.has_own_disk else (),
     )
-
-
-def _fills(scenario: Scenario) -> bool:
-    return any(fault.kind is OutsideKind.DISK_FULL for fault in scenario.outside)

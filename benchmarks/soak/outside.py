@@ -39,16 +39,13 @@ def moment_of(fault: OutsideFault, view: View) -> float | None:
     """
     if fault.phase is None:
         return 0.0 if view.committed >= fault.step else None
-    fired = [e["at"] for e in view.events if e["event"] == Phase.FIRED and f":step={fault.step}" in _head(e["fault"])]
+    step = f"step={fault.step}"
+    # A fault's kind, rank and step come first.
+    fired = [e.at for e in view.events if e.event == Phase.FIRED and step in e.fields["fault"].split(":")[:3]]
     if not fired:
         return None
-    began = [event["at"] for event in view.events if event["event"] == fault.phase and event["at"] >= fired[0]]
+    began = [event.at for event in view.events if event.event == fault.phase and event.at >= fired[0]]
     return began[0] + fault.delay_s if began else None
-
-
-def _head(fault: str) -> str:
-    """Return a fault's kind, rank and step."""
-    return ":".join(fault.split(":")[:3])
 
 
 class OutsideFaults:

@@ -1,33 +1,27 @@
-"""Processes of this soak test: identification, CPU load, and a search for leaked ones after a run."""
+"""Processes of this soak test: what may be harmed, CPU load, and a search for leaks after a run."""
 
 from __future__ import annotations
 
+import gc
 import os
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 
 import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-MARK = "CKPTLESS_SOAK"
-"""Variable that every process started by a soak test inherits."""
+from benchmarks.harness.processes import busy_loops
+from tests import leaks
+
 GRACE_S = 10.0
 """Seconds for processes to exit."""
-
-_BUSY = """
-import os
-parent = os.getppid()
-while os.getppid() == parent:
-    for _ in range(10**6):
-        pass
-"""
 
 
 def mark() -> None:
     """Mark all processes that this one starts from now on."""
-    os.environ.setdefault(MARK, f"{os.getpid()}")
+    os.environ.setdefault(leaks.MARK, f"soak-{os.getpid()}")
 
 
 def is_descendant(pid: int) -> bool:
@@ -38,24 +32,9 @@ def is_descendant(pid: int) -> bool:
         return False
 
 
-def ours() -> Iterator[psutil.Process]:
-    """Yield the live processes that this soak test started, including orphans."""
-    marked = f"{MARK}={os.environ[MARK]}".encode()
-    for pid in psutil.pids():
-        if pid != os.getpid() and marked in _environment(pid):
-            try:
-                process = psutil.Process(pid)
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
-            except psutil.NoSuchProcess:
-                continue
-
-
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
+def running() -> frozenset[int]:
+    """Return the processes that this one has started, directly or not."""
+    return frozenset(process.pid for process in leaks.marked_processes())
 
 
 def left_over(kept: Collection[int]) -> list[str]:
@@ -64,7 +43,7 @@ def left_over(kept: Collection[int]) -> list[str]:
     Args:
         kept: process ids of those that may outlive a run.
     """
-    new = [process for process in ours() if process.pid not in kept]
+    new = [process for process in leaks.marked_processes() if process.pid not in kept]
     _, alive = psutil.wait_procs(new, timeout=GRACE_S) if new else ([], [])
     found = []
     for process in alive:
@@ -76,18 +55,21 @@ def left_over(kept: Collection[int]) -> list[str]:
     return found
 
 
+@cache
+def _use_libuv() -> None:
+    """Make libuv, on which torch's store runs, open the files that it opens once per process and keeps."""
+    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def open_files() -> Counter[str]:
+    """Return the open files of this process, by target; all sockets are counted under one name."""
+    _use_libuv()
+    gc.collect()
+    return Counter(target.split(":[")[0] for target in leaks.open_files().values())
+
+
 @contextmanager
 def busy_cores(wanted: bool) -> Iterator[None]:
-    """Keep all cores busy while the block runs.
-
-    Args:
-        wanted: False to do nothing.
-    """
-    count = (os.cpu_count() or 1) if wanted else 0
-    loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
-    try:
+    """Keep all cores busy while the block runs, if that is wanted."""
+    with busy_loops((os.cpu_count() or 1) if wanted else 0):
         yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak.evidence import Recovered
+from benchmarks.soak.bounds import bounds_s, silent_s
+from benchmarks.soak.evidence import Evidence, Recovered, outcome_of, recoveries_of, times_of
+from benchmarks.soak.scenario import Scenario
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,31 @@ class Result:
     def good(self) -> bool:
         """Whether the run passed."""
         return self.outcome == "good"
+
+
+def judge(scenario: Scenario, evidence: Evidence) -> Result:
+    """Evaluate a run."""
+    recoveries = recoveries_of(evidence.events)
+    outcome, why = outcome_of(
+        exit_code=evidence.exit_code,
+        identical=evidence.identical,
+        lost=evidence.lost,
+        leaks=evidence.leaks,
+        late=times_of(recoveries, bounds_s(scenario), silent_s(scenario)),
+    )
+    return Result(
+        seed=scenario.seed,
+        configuration=str(scenario.configuration),
+        load=scenario.load,
+        asked=scenario.faults,
+        struck=evidence.struck,
+        outcome=outcome,
+        why=evidence.difference if outcome == "different" else "; ".join(filter(None, (why, evidence.why))),
+        lost_steps=evidence.lost,
+        recoveries=tuple(recoveries),
+        leaks=evidence.leaks,
+        left_out=evidence.left_out,
+    )
 
 
 def append(path: Path, result: Result) -> None:

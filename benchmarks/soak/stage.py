@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from benchmarks.harness.processes import ENVIRONMENT, SHARED_MEMORY
 from lightning_ckptless.errors import LaunchError
@@ -136,20 +131,3 @@ class Undisturbed:
             shutil.rmtree(folder)
             raise LaunchError(f"{' '.join(words)} failed without any fault: {found.tail()}")
         return found
-
-
-@cache
-def _use_libuv() -> None:
-    """Make libuv, on which torch's store runs, open the files that it opens once per process and keeps."""
-    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
-def open_files() -> Counter[str]:
-    """Return the open files of this process, by target; all sockets are counted under one name."""
-    _use_libuv()
-    gc.collect()
-    found = Counter[str]()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            found[os.readlink(f"/proc/self/fd/{number}").split(":[")[0]] += 1
-    return found

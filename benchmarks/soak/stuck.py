@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from benchmarks.soak.processes import is_descendant
 from benchmarks.soak.watching import Watch
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL
@@ -45,7 +43,7 @@ def dump(watch: Watch, temporary: Path, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     workers = {rank: pid for rank, pid in watch.look().pids.items() if is_descendant(pid)}
     for rank, pid in workers.items():
-        (into / f"rank{rank}-pid{pid}.txt").write_text("\n".join(_threads(pid) + _connections(pid)) + "\n")
+        (into / f"rank{rank}-pid{pid}.txt").write_text("\n".join(_threads(pid)) + "\n")
         # Without a handler the signal would end the process.
         if _handles_stacks(pid):
             os.kill(pid, STACKS_SIGNAL)
@@ -71,9 +69,3 @@ def _threads(pid: int) -> list[str]:
             state = (task / "stat").read_text().rpartition(")")[2].split()[0]
             found.append(f"{task.name} {(task / 'comm').read_text().strip()} {state} {(task / 'wchan').read_text()}")
     return found
-
-
-def _connections(pid: int) -> list[str]:
-    with suppress(psutil.Error):
-        return [str(connection) for connection in psutil.Process(pid).net_connections()]
-    return []

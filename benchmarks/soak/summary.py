@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any
 
 from benchmarks.harness.table import Column, Table, p95
 from benchmarks.soak.evidence import RUNGS
@@ -37,7 +36,7 @@ def totals(results: Sequence[Result]) -> Table:
     }
     notes = [f"Seeds {_ranges(result.seed for result in results)}."] if results else []
     notes += [f"Seed {result.seed}: {result.outcome}." for result in results if not result.good]
-    return Table.of("Soak test", counts.items(), Column("", _nth(0)), Column("count", _nth(1)), notes=notes)
+    return Table.of("Soak test", counts.items(), Column("", 0), Column("count", 1), notes=notes)
 
 
 def faults_table(results: Sequence[Result]) -> Table:
@@ -51,8 +50,8 @@ def faults_table(results: Sequence[Result]) -> Table:
     return Table.of(
         "Faults by kind",
         sorted(asked.items()),
-        Column("kind", _nth(0)),
-        Column("planned", _nth(1)),
+        Column("kind", 0),
+        Column("planned", 1),
         Column("injected", lambda row: struck[row[0]]),
         Column("moments", lambda row: ", ".join(sorted(moments.get(row[0], ())))),
     )
@@ -67,12 +66,12 @@ def recovery_table(results: Sequence[Result]) -> Table:
     return Table.of(
         "From a fault to the end of the first step of all ranks",
         sorted(((*group, found) for group, found in times.items()), key=lambda row: (RUNGS.index(row[0]), row[1])),
-        Column("fault", _nth(1)),
-        Column("recovery", _nth(0)),
+        Column("fault", 1),
+        Column("recovery", 0),
         Column("count", lambda row: len(row[2])),
-        Column("p50 s", _nth(2), ".2f", median),
-        Column("p95 s", _nth(2), ".2f", p95),
-        Column("max s", _nth(2), ".2f", max),
+        Column("p50 s", 2, ".2f", median),
+        Column("p95 s", 2, ".2f", p95),
+        Column("max s", 2, ".2f", max),
     )
 
 
@@ -82,14 +81,10 @@ def rung_table(results: Sequence[Result]) -> Table:
     return Table.of(
         "Kinds of recovery",
         sorted(((*kind, count) for kind, count in found.items()), key=lambda row: (RUNGS.index(row[0]), -row[2])),
-        Column("recovery", _nth(0)),
+        Column("recovery", 0),
         Column("reason", lambda row: row[1] or "not reported"),
-        Column("count", _nth(2)),
+        Column("count", 2),
     )
-
-
-def _nth(index: int) -> Callable[[Any], object]:
-    return lambda row: row[index]
 
 
 def kind_of(fault: str) -> str:

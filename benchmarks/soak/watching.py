@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from benchmarks.harness.tail import Tail
+from lightning_ckptless.ledger import LEDGER_NAME, Event, LedgerTail
+from lightning_ckptless.protocol.versions import Version
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A version that a rank has seen committed, and when."""
+
+    at: float
+    version: Version
+
+
+def commits_of(path: Path) -> list[Commit]:
+    """Return the committed versions that ranks have recorded, by time; torn lines are left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found.append(Commit(row["at"], Version(row["step"], row["validation_done"])))
+    return sorted(found, key=lambda commit: commit.at)
 
 
 @dataclass
@@ -20,22 +42,21 @@ class View:
         standbys: process ids of the standbys.
     """
 
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     committed: int = -1
     pids: dict[int, int] = field(default_factory=dict)
     standbys: tuple[int, ...] = ()
 
-    def take(self, events: list[dict[str, Any]], commits: list[dict[str, Any]]) -> None:
-        """Add new events and commits."""
+    def take(self, events: Sequence[Event]) -> None:
+        """Add new events."""
         self.events += events
         for event in events:
-            if event["event"] == "workers_spawned":
-                self.pids |= {int(rank): pid for rank, pid in event["pids"].items()}
-            elif event["event"] == "in_place":
-                self.pids |= {int(rank): pid for rank, (pid, _) in event["new"].items()}
-            elif event["event"] == "standbys":
-                self.standbys = tuple(event["pids"])
-        self.committed = max([self.committed, *(row["step"] for row in commits)])
+            if event.event == "workers_spawned":
+                self.pids |= {int(rank): pid for rank, pid in event.fields["pids"].items()}
+            elif event.event == "in_place":
+                self.pids |= {int(rank): pid for rank, (pid, _) in event.fields["new"].items()}
+            elif event.event == "standbys":
+                self.standbys = tuple(event.fields["pids"])
 
 
 class Watch:
@@ -48,13 +69,18 @@ class Watch:
 
     def __init__(self, runs: Path, commits: Path) -> None:
         self.view = View()
-        self._runs = runs
-        self._ledger: Tail | None = None
-        self._commits = Tail(commits)
+        self._runs, self._commits = runs, commits
+        self._ledger: LedgerTail | None = None
+        self._read_bytes = 0
 
     def look(self) -> View:
         """Read what is new, and return the view."""
         if self._ledger is None:
-            self._ledger = next((Tail(path) for path in self._runs.glob("*/ledger.jsonl")), None)
-        self.view.take(self._ledger.read() if self._ledger else [], self._commits.read())
+            self._ledger = next((LedgerTail(path) for path in self._runs.glob(f"*/{LEDGER_NAME}")), None)
+        self.view.take(self._ledger.read() if self._ledger else ())
+        written_bytes = self._commits.stat().st_size if self._commits.exists() else 0
+        if written_bytes != self._read_bytes:
+            self._read_bytes = written_bytes
+            steps = [commit.version.optimizer_step for commit in commits_of(self._commits)]
+            self.view.committed = max(steps, default=-1)
         return self.view

@@ -17,7 +17,7 @@ def drain(rank: int, pause_s: float) -> dict[str, Any]:
         "pause_s": pause_s,
         "exit_code": 0,
         "replayed": 0,
-        "phases": phases,
+        "ledger": {"phases": phases},
     }
 
 

@@ -1,62 +1,26 @@
-"""The elastic benchmark: counting of sample rows, and its tables."""
+"""The elastic benchmark: the steps that a world has finished, the costs of a loss and of a return, and its tables."""
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic import SETUPS, add_ledger, grown, shrunk, tables
-from benchmarks.harness.samples import Row, Rows, Step, Tally, counting, finished, first_of, tally
+from benchmarks.elastic import add_marks, grown, shrunk, tables
+from benchmarks.harness.nodes import Step, finished, first_of
 from lightning_ckptless.ledger import Event
 
-ARGS = Namespace(keep_alive_interval=1, keep_alive_max_attempt=4)
 
-
-def row(attempt: int, step: int, rank: int, world: int, at: float, *samples: int, epoch: int = 0) -> Row:
-    return Row(attempt, epoch, step, rank, world, at, samples)
-
-
-SHRUNK = [
-    row(0, 0, 0, 2, 1.0, 0),
-    row(0, 0, 1, 2, 1.1, 1),
-    row(0, 1, 0, 2, 2.0, 2),
-    row(1, 1, 0, 1, 9.0, 2, 3),
-]
-"""Two ranks; one is lost in its second step, which the other one replays for both."""
+def row(attempt: int, step: int, rank: int, world: int, at: float) -> dict[str, Any]:
+    return {"attempt": attempt, "step": step, "rank": rank, "world": world, "at": at}
 
 
 def test_a_step_is_finished_when_all_ranks_of_its_world_are_done() -> None:
-    steps = finished(SHRUNK)
+    """Two ranks; one is lost in its second step, which the other one replays for both."""
+    rows = [row(0, 0, 0, 2, 1.0), row(0, 0, 1, 2, 1.1), row(0, 1, 0, 2, 2.0), row(1, 1, 0, 1, 9.0)]
+    steps = finished(rows)
     assert steps == [Step(0, 0, 2, 1.1), Step(1, 1, 1, 9.0)]
     assert first_of(steps, 1, after=2.0) == steps[1]
     assert first_of(steps, 2, after=2.0) is None
-
-
-def test_steps_that_a_later_attempt_replays_count_once() -> None:
-    assert counting(SHRUNK) == [SHRUNK[0], SHRUNK[1], SHRUNK[3]]
-    assert tally(SHRUNK, samples=4, epochs=1) == Tally(due=4, twice=0, never=0)
-
-
-def test_steps_after_the_replayed_ones_are_rolled_back_too() -> None:
-    rows = [row(0, step, 0, 1, float(step), step) for step in range(4)] + [row(1, 1, 0, 1, 9.0, 7)]
-    assert [(r.attempt, r.step) for r in counting(rows)] == [(0, 0), (1, 1)]
-
-
-def test_repeated_and_skipped_samples_are_counted_per_epoch() -> None:
-    rows = [row(0, 0, 0, 1, 1.0, 0, 1), row(0, 1, 0, 1, 2.0, 1, 0), row(0, 2, 0, 1, 3.0, 0, 1, 2, epoch=1)]
-    assert tally(rows, samples=3, epochs=2) == Tally(due=6, twice=2, never=1)
-
-
-def test_rows_are_read_line_by_line_while_they_are_written(tmp_path: Path) -> None:
-    said = {"attempt": 1, "epoch": 0, "step": 3, "rank": 0, "world": 2, "at": 5.0, "samples": [4, 5]}
-    line, file = json.dumps(said) + "\n", tmp_path / "seen-7.jsonl"
-    rows = Rows(tmp_path)
-    file.write_text(line + line[:9])
-    assert rows.look() == [row(1, 3, 0, 2, 5.0, 4, 5)]
-    file.write_text(line + line)
-    assert len(rows.look()) == 2 and len(rows.look()) == 2
 
 
 STEPS = [Step(0, n, 4, float(n)) for n in range(10)] + [Step(1, 9 + n, 3, 15.0 + n) for n in range(4)]
@@ -84,56 +48,28 @@ def cycle() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def account(at: float, rung: str) -> Event:
-    names = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
-    return Event("recovery", at, 1, 0, {"rung": rung, "phases": dict.fromkeys(names, 0.25), "total_s": 1.5})
-
-
-def test_recovery_events_are_assigned_by_time() -> None:
-    found = cycle()
-    lost = [Event("node_lost", at, None, None, {"node": "a"}) for at in (107.0, 105.0)]
-    add_ledger([found], (*lost, account(110.0, "in place"), account(131.0, "relaunch")))
-    assert found["shrink"]["noticed_s"] == 5.0
-    assert found["shrink"]["ledger"]["rung"] == "in place" and found["grow"]["ledger"]["rung"] == "relaunch"
-    results = {"setups": {"ours": {"cycles": [found], "failed": ""}}}
-    _, phases, _, _ = tables(ARGS, results)
-    assert [table_row[:3] for table_row in phases.rows] == [
-        ("ours", "4 to 3", "in place"),
-        ("ours", "3 to 4", "relaunch"),
-    ]
-
-
 def test_the_tables_show_median_and_maximum() -> None:
     noticed, late = cycle(), cycle()
     noticed["shrink"]["noticed_s"] = 5.0
     late["shrink"] |= {"noticed_s": 6.0, "seconds": 12.0}
     late["grow"]["paused_s"] = 0.5
-    counted = {"due": 100, "twice": 0, "never": 0, "weight": 1.2e-7, "loss": 2e-7}
-    setups: dict[str, dict[str, Any]] = {
-        "ours": {"cycles": [noticed, late], "failed": "", **counted},
-        "theirs": {"cycles": [cycle()], "failed": "no sign\nof it"},
-        "none": {"cycles": [], "failed": "never began"},
+    setups = {
+        "ours": {"cycles": [noticed, late], "failed": ""},
+        "none": {"cycles": [], "failed": "no sign\nof it"},
     }
-    shrink, _, grow, samples = tables(ARGS, {"setups": setups})
+    shrink, grow = tables(Namespace(), {"setups": setups})
     assert shrink.rows[0] == ("ours", "2", "10.50", "11.85", "12.00", "5.50", "5.00", "6.00", "0.10", "1", "1")
-    assert shrink.rows[1][:8] == ("theirs", "1", "9.00", "9.00", "9.00", "", "", "")
-    assert shrink.rows[2][:3] == ("none", "0", "")
-    assert shrink.notes[-2:] == ["theirs: no sign", "none: never began"]
-    assert grow.rows[0] == ("ours", "2", "0.40", "0.50", "10.00", "10.00", "50", "50", "0", "0")
-    assert samples.rows == [("ours", "2", "100", "0", "0", "1.2e-07", "2.0e-07")]
-
-
-def test_every_setup_has_its_own_command_line() -> None:
-    lines = {(tuple(setup.script(Path("folder"), 4, 1)), setup.flags) for setup in SETUPS}
-    assert len(lines) == len(SETUPS)
+    assert shrink.rows[1][:3] == ("none", "0", "")
+    assert shrink.notes[-1] == "none: no sign"
+    assert grow.rows == [("ours", "2", "0.40", "0.50", "10.00", "10.00", "50", "50", "0", "0")]
 
 
 def test_the_time_of_a_loss_is_divided_at_the_events_of_the_ledger() -> None:
     found = cycle()
     moments = {"node_lost": 101.5, "move": 101.75, "fault": 102.0, "restored": 103.0}
     events = [Event(name, at + late, None, None, {"node": "a"}) for late in (0.0, 0.1) for name, at in moments.items()]
-    add_ledger([found], tuple(events))
-    _, phases, *_ = tables(ARGS, {"setups": {"ours": {"cycles": [found], "failed": ""}}})
+    add_marks([found], events)
+    _, phases, _ = tables(Namespace(), {"setups": {"ours": {"cycles": [found], "failed": ""}}})
     assert [(row[0], row[2]) for row in phases.rows] == [
         ("notice", "1.50"),
         ("meet", "0.25"),

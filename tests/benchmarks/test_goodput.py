@@ -17,14 +17,13 @@ from benchmarks.goodput import (
     RANKS,
     WITHIN_S,
     Trial,
-    draw,
     forecast_of,
     job_of,
     measured_goodput,
-    pids_of,
     tables,
     trials,
 )
+from benchmarks.plots import draw_goodput
 from lightning_ckptless.ledger import Event
 
 COSTS = {"step_s": 0.1, "version_s": 0.0, "in_place_s": 0.4, "relaunch_s": 3.0}
@@ -79,15 +78,6 @@ def test_goodput_is_measured_from_the_first_batch_to_the_last() -> None:
     assert span_s == pytest.approx(10.0)
 
 
-def test_the_newest_process_of_a_rank_is_killed() -> None:
-    spawned, replaced = (
-        event("workers_spawned", pids={"0": 1, "1": 2}),
-        event("in_place", new={"1": [3, "new process"]}),
-    )
-    assert pids_of([spawned, replaced]) == {0: 1, 1: 3}
-    assert pids_of([spawned, replaced, spawned]) == {0: 1, 1: 2}
-
-
 def test_the_tables_name_what_missed_its_target(tmp_path: Path) -> None:
     row = {"kills": [], "span_s": 30.0, "forecast": 0.9, "expected": 0.91, "spread": 0.01, "mtbf_s": 5.0, "every": 1}
     rows = [
@@ -99,5 +89,5 @@ def test_the_tables_name_what_missed_its_target(tmp_path: Path) -> None:
     assert jobs.notes[0].endswith("median 1.00% (target 2%): met")
     assert jobs.notes[1] == "Worst: 3.00% (Weibull, k = 0.6, 5 s)"
     assert intervals.notes == ["Recommended: 2, 1.00% below the best, 1 (target 0.5%): missed"]
-    draw(rows, tmp_path / "plot.svg")
+    draw_goodput(rows, MODELS, tmp_path / "plot.svg")
     assert "measured goodput" in (tmp_path / "plot.svg").read_text()

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import recovery, relaunch
+from benchmarks import recovery
 from benchmarks.harness.watch import Watch
 from benchmarks.harness.wire import Inbox, Note, Wire
-from benchmarks.recovery import FRESH, kills_table, moments_table, own_share_s, phases_table, stock_table
+from benchmarks.recovery import FRESH, kills_table, moments_table, own_share_s, phases_table
 
 
 def kill(seconds: float, *, repeated: int = 1, lost: int = 0) -> dict[str, Any]:
@@ -27,10 +27,7 @@ def kill(seconds: float, *, repeated: int = 1, lost: int = 0) -> dict[str, Any]:
 
 
 def results(*kills: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "kills": {FRESH: list(kills), "torchrun, ddp": [{"failed": "no sign"}]},
-        "stock": [{"failed": "no sign"}, kill(9.0)],
-    }
+    return {"kills": {FRESH: list(kills), "torchrun, ddp": [{"failed": "no sign"}]}}
 
 
 def test_own_share_leaves_out_start_and_imports() -> None:
@@ -54,14 +51,9 @@ def test_phases_come_from_the_ledger() -> None:
     assert phases_table(results(kill(0.9))).rows == [(FRESH, *5 * ("0.100",), "0.000", "0.50")]
 
 
-def test_a_try_that_does_not_recover_is_counted() -> None:
-    assert stock_table(results(kill(1.0))).notes[1:] == ["1 of 2 tries did not recover with one restart within 60 s."]
-
-
 def test_every_scenario_has_its_own_command_line() -> None:
-    for scenarios in (relaunch.SCENARIOS, recovery.SCENARIOS):
-        lines = [scenario.command(scenario.options("1M", Path("root"))) for scenario in scenarios]
-        assert len({tuple(line) for line in lines}) == len(scenarios)
+    lines = [scenario.command(scenario.job) for scenario in recovery.SCENARIOS]
+    assert len({tuple(line) for line in lines}) == len(recovery.SCENARIOS)
 
 
 class Running:

@@ -2,6 +2,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import recovery
-from benchmarks.harness.kills import Scenario, is_exact, jobs, reference_of
+from benchmarks.harness.kills import is_exact, jobs, reference_of
 from benchmarks.harness.machine import ROOT
+from benchmarks.harness.scenario import Scenario
 from benchmarks.jobs.gpt import GPT, Batches, fingerprint, random_tokens
 from benchmarks.jobs.job import JobOptions
 from benchmarks.recovery import kills_table
@@ -20,7 +22,7 @@ from benchmarks.rivals.environment import NVRX, TORCHFT, RivalsMissingError, riv
 from benchmarks.rivals.supervisor import free_port
 
 PYTHON = Path("/rivals/bin/python")
-NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB = rivals(PYTHON, 4, 20)
+NVRX_JOB, TORCHFT_JOB = rivals(PYTHON, 4, 20)
 
 
 def test_the_batches_of_an_epoch_are_shared_by_the_ranks() -> None:
@@ -65,7 +67,7 @@ def test_exact_means_every_rank_in_every_step() -> None:
 def test_a_trainer_is_compared_with_ddp_and_a_loop_with_itself() -> None:
     references = [reference_of(opponent) for opponent in (*recovery.SCENARIOS, NVRX_JOB)]
 
-    assert {(reference.strategy, reference.checkpoint_every) for reference in references} == {("ddp", 0)}
+    assert {(reference.job.strategy, reference.job.checkpoint_every) for reference in references} == {("ddp", 0)}
     assert reference_of(TORCHFT_JOB) is TORCHFT_JOB
 
 
@@ -106,12 +108,13 @@ def run_jobs(
     """The kills that each job was started for, and what came of five, where a job is lost after so many."""
     started: list[int] = []
 
-    def block(scenario: Any, size: str, kills: int, *others: Any) -> list[Any]:
+    def kill_repeatedly(watch: Any, folder: Any, scenario: Any, kills: int, *_: Any) -> list[Any]:
         survives = lost[len(started)] if len(started) < len(lost) else kills
         started.append(kills)
         return [{} for _ in range(survives)] + [{"failed": "", "victim": victim}] * (survives < kills)
 
-    monkeypatch.setattr("benchmarks.harness.kills.block", block)
+    monkeypatch.setattr("benchmarks.harness.kills.running", lambda *_, **__: nullcontext((None, None)))
+    monkeypatch.setattr("benchmarks.harness.kills.kill_repeatedly", kill_repeatedly)
     scenario = Scenario("one", lambda _: [], kills_of_a_job=of_a_job)
     args: Any = SimpleNamespace(size="1M", timeout=1.0)
     return started, jobs(scenario, args, 5, None, "name", None)  # type: ignore[arg-type]
@@ -131,13 +134,13 @@ def test_with_their_environment_the_rivals_are_included(monkeypatch: pytest.Monk
     scenarios, installed = recovery.with_rivals(Path(sys.executable))
 
     assert [scenario.name for scenario in scenarios[len(recovery.SCENARIOS) :]] == [
-        scenario.name for scenario in (NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB)
+        scenario.name for scenario in (NVRX_JOB, TORCHFT_JOB)
     ]
     assert installed == {"torch": torch.__version__}
 
 
 def test_the_command_line_of_a_rival_names_its_python_and_its_job() -> None:
-    line = NVRX_JOB.command(NVRX_JOB.options("1M", Path("root")))
+    line = NVRX_JOB.command(NVRX_JOB.job)
 
     assert line[:3] == [str(PYTHON), "-m", "benchmarks.rivals.supervisor"]
     assert JobOptions.from_arguments(line[3:]).strategy == "nvrx"

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from benchmarks import projection, scale
-from benchmarks.harness import bare_world, modelled_rank
-from benchmarks.harness.modelled_rank import regroup, restore, vote, world_of
-from benchmarks.harness.network import Network
+from benchmarks.model import bare_world, modelled_rank
+from benchmarks.model.modelled_rank import regroup, restore, vote, world_of
+from benchmarks.model.network import Network
 
 NETWORK = Network(
     hop_s=1e-4, crowded_hop_s=2e-4, byte_s=1e-9, message_cpu_s=1e-5, turn_cpu_s=1e-4, shared_s=1e-6,
@@ -23,35 +23,19 @@ NETWORK = Network(
 def row(ranks: int, fds: float, uss_mib: float = 50.0) -> dict[str, Any]:
     use = {"fds": fds, "sockets": fds, "threads": 9, "uss_mib": uss_mib, "pss_mib": 80.0, "rss_mib": 300.0}
     traffic = {"messages": 3.0, "message bytes": 64_000.0 / ranks, "votes": 1.0}
-    kill = {"seconds": 0.5, "phases": {"regroup_s": 0.01 * ranks, "restore_s": 0.02 * ranks, "replay_s": 0.1}}
+    phases = {"regroup_s": 0.01 * ranks, "restore_s": 0.02 * ranks, "replay_s": 0.1}
+    kill = {"seconds": 0.5, "ledger": {"phases": phases}}
     parts = {"round_s": [0.02], "exchange_s": [0.01], "vote_s": [0.01]}
     lists = {"use": [use], "traffic": [traffic], "kills": [kill, {"failed": "lost"}], "gathers": [7.0]}
     return {"ranks": ranks, "start_s": 5.0, "step_s": 0.1, **parts, **lists}
 
 
-@pytest.mark.parametrize(
-    ("values", "law"),
-    [
-        ((9, 9, 9), "constant"),
-        ((100, 50, 25), "falls"),
-        ((30, 40, 50), "log N"),
-        ((41, 57, 89), "linear, 2 per rank"),
-        ((100, 400, 1600), "quadratic"),
-        ((10, 20, 200), "faster than quadratic"),
-    ],
-)
-def test_the_law_of_a_quantity(values: tuple[int, ...], law: str) -> None:
-    worlds = [row(ranks, value) for ranks, value in zip((8, 16, 32), values, strict=True)]
-    assert scale.law_of(worlds, scale.of_use("fds")) == law
-
-
 def test_the_tables_of_a_measurement() -> None:
     worlds = [row(8, 41), row(16, 57), row(32, 89)]
-    times, use, growth = scale.tables(Namespace(), {"worlds": worlds, "left_out": ["64 ranks do not fit"]})
+    times, use = scale.tables(Namespace(), {"worlds": worlds, "left_out": ["64 ranks do not fit"]})
     assert "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 |" in times.markdown()
     assert "64 ranks do not fit" in times.markdown()
     assert "| 16 | 57 | 57 | 9 |" in use.markdown()
-    assert "| file descriptors | 41 | 89 | linear, 2 per rank |" in growth.markdown()
 
 
 def test_a_world_that_does_not_fit_names_the_number_that_does() -> None:

@@ -11,23 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness.tail import Tail
 from benchmarks.soak.bounds import BOUNDS_S, bounds_s, deadline_s
 from benchmarks.soak.draw import LATE, scenario
 from benchmarks.soak.evidence import (
-    Commit,
+    Evidence,
     Recovered,
-    commits_of,
     lost_steps,
     outcome_of,
     recoveries_of,
     times_of,
 )
 from benchmarks.soak.outside import flip_bytes, moment_of
-from benchmarks.soak.results import Result, append, read
+from benchmarks.soak.results import Result, append, judge, read
 from benchmarks.soak.scenario import STEPS, Loss, OutsideFault, OutsideKind, Phase, Scenario
 from benchmarks.soak.summary import faults_table, recovery_table, totals
-from benchmarks.soak.watching import View
+from benchmarks.soak.watching import Commit, View, commits_of
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
@@ -104,12 +102,13 @@ def test_a_silent_fault_takes_longer_to_be_detected() -> None:
 def test_a_fault_waits_for_its_step_or_for_the_phase_of_the_fault_that_it_follows() -> None:
     at_step = OutsideFault(OutsideKind.KILL, 1, 7, None, 0.02)
     in_phase = OutsideFault(OutsideKind.KILL, 1, 7, Phase.RESTORED, 0.25)
-    view = View(events=[{"event": "restored", "at": 4.0}], committed=6)
+    view = View(events=[event("restored", 4.0)], committed=6)
     assert moment_of(at_step, view) is None
-    view.take([{"event": "fault_injected", "at": 5.0, "fault": "kill:rank=0:step=7:at=mirror"}], [{"step": 7}])
+    view.take([event("fault_injected", 5.0, fault="kill:rank=0:step=7:at=mirror")])
+    view.committed = 7
     assert moment_of(at_step, view) == 0.0
     assert moment_of(in_phase, view) is None, "a restore before the fault belongs to another recovery"
-    view.take([{"event": "restored", "at": 5.5}], [])
+    view.take([event("restored", 5.5)])
     assert moment_of(in_phase, view) == pytest.approx(5.75)
     other = replace(in_phase, step=17)
     assert moment_of(other, view) is None
@@ -117,8 +116,8 @@ def test_a_fault_waits_for_its_step_or_for_the_phase_of_the_fault_that_it_follow
 
 def test_the_view_knows_the_process_of_each_rank() -> None:
     view = View()
-    view.take([{"event": "workers_spawned", "at": 1.0, "pids": {"0": 10, "1": 11}}], [])
-    view.take([{"event": "in_place", "at": 2.0, "new": {"1": [12, "standby"]}}], [])
+    view.take([event("workers_spawned", 1.0, pids={"0": 10, "1": 11})])
+    view.take([event("in_place", 2.0, new={"1": [12, "standby"]})])
     assert view.pids == {0: 10, 1: 12}
 
 
@@ -144,16 +143,6 @@ def test_flipped_bytes_are_those_of_the_newest_committed_copy(tmp_path: Path) ->
     assert not any(older)
     assert 1 <= sum(newer) <= 3
     assert not flip_bytes(tmp_path, 1, random.Random(1))
-
-
-def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    tail = Tail(path)
-    assert tail.read() == []
-    path.write_text('{"a": 1}\n{"a"')
-    assert tail.read() == [{"a": 1}]
-    path.write_text('{"a": 1}\n{"a": 2}\n')
-    assert tail.read() == [{"a": 2}]
 
 
 # ---------------------------------------------------------------------- evidence
@@ -210,6 +199,16 @@ def test_each_kind_of_failure_has_its_own_outcome(facts: dict[str, object], outc
     found, why = outcome_of(**(right | facts))  # type: ignore[arg-type]
     assert found == outcome
     assert bool(why) == (outcome != "good")
+
+
+def test_a_run_that_differs_is_judged_by_its_difference() -> None:
+    drawn = ONE_NODE[0]
+    assert judge(drawn, Evidence(0, identical=True)).good
+    found = judge(drawn, Evidence(0, identical=False, difference="rank 1, step 3", why="slow", struck=("kill",)))
+    assert (found.outcome, found.why, found.struck) == ("different", "rank 1, step 3", ("kill",))
+    assert (
+        judge(drawn, Evidence(None, identical=False, why="at step 7")).why == "the run missed its deadline; at step 7"
+    )
 
 
 def test_a_recovery_is_late_beyond_the_bound_of_its_rung() -> None:

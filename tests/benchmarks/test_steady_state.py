@@ -4,19 +4,18 @@ from typing import Any
 import pytest
 
 from benchmarks.jobs.gpt import state_bytes
-from benchmarks.steady_state import CKPTLESS, DDP, split_table, tables, variants_of
+from benchmarks.steady_state import CKPTLESS, DDP, busy_ms, measured, split_table, tables
 
 
 def segment(step_ms: float, **parts: Any) -> dict[str, Any]:
     ranks = [{"steps_s": [1e-3 * step_ms] * 3, **parts}, {"steps_s": [0.5e-3 * step_ms] * 3, **parts}]
-    return {"ranks": ranks, "cores_used_by_others": 0.1, "cpu_per_step_s": 1e-3 * step_ms}
+    return {"ranks": ranks, "cpu_per_step_s": 1e-3 * step_ms}
 
 
 def mirrored(step_ms: float, shard_mb: float) -> dict[str, Any]:
     times = {"commit_s": 0.003, "stall_s": 0.001, "stamp_s": 0.0002, "commit_cpu_s": 0.001, "stamp_cpu_s": 0.0001}
     listed: dict[str, Any] = {name: [seconds] * 3 for name, seconds in times.items()}
-    sizes = {"staged_bytes": shard_mb * 1e6, "arena_bytes": 4 * shard_mb * 1e6, "peak_arena_bytes": 5 * shard_mb * 1e6}
-    return segment(step_ms, **listed, **sizes)
+    return segment(step_ms, **listed, staged_bytes=shard_mb * 1e6)
 
 
 def pair(size: str, shard_mb: float) -> dict[str, Any]:
@@ -24,21 +23,18 @@ def pair(size: str, shard_mb: float) -> dict[str, Any]:
     cost_ms = 1.0 + 0.1 * shard_mb
     theirs = [segment(10.0), segment(20.0), segment(10.0)]
     ours = [mirrored(10.0 + cost_ms, shard_mb), mirrored(20.0 + cost_ms, shard_mb), mirrored(50.0, shard_mb)]
-    segments = {DDP: theirs, CKPTLESS: ours}
-    return {"size": size, "batch": 2, "segments": segments, "state_bytes": 2 * shard_mb * 1e6}
+    return {"size": size, "batch": 2, "segments": {DDP: theirs, CKPTLESS: ours}}
 
 
-RESULTS: dict[str, Any] = {
-    "pairs": [pair("tiny", 0.1), pair("1M", 10.0), pair("33M", 200.0)],
-    "staging": [{"size": "1M", "shard_bytes": 10_000_000, "pieces": 3, "memcpy_s": [0.001], "stage_s": [0.0012]}],
-}
+RESULTS: dict[str, Any] = {"pairs": [pair("tiny", 0.1), pair("1M", 10.0), pair("33M", 200.0)]}
 
 
-STEPS, PARTS, SPLIT, STAGING, MEMORY = tables(Namespace(), RESULTS)
+DEVICE = {DDP: 0.010, CKPTLESS: 0.012}
+STEPS, PARTS, SPLIT = tables(Namespace(accelerator="cpu", ranks=2, fsdp2=False), RESULTS)
 
 
 def test_overhead_is_the_median_of_neighbours_on_the_slower_rank() -> None:
-    over = variants_of(RESULTS["pairs"][1])[1].over_ms()
+    over = measured(RESULTS["pairs"][1])[1].over_ms()
 
     assert [round(value, 6) for value in over] == [2.0, 2.0, 40.0]
     row = next(row for row in STEPS.rows if row[0] == "1M" and row[2] == "ckptless")
@@ -63,19 +59,17 @@ def test_an_outlier_at_a_large_size_moves_the_fixed_part_little() -> None:
 
 
 def test_waits_do_not_count_as_work_of_the_training_thread() -> None:
-    ours = variants_of(RESULTS["pairs"][0])[1]
+    ours = measured(RESULTS["pairs"][0])[1]
 
-    assert round(ours.busy_ms(), 6) == 2.2
-    assert round(ours.busy_ms("cpu_"), 6) == 1.1
-
-
-def test_staging_is_judged_by_its_ratio_to_memcpy() -> None:
-    assert STAGING.rows[0][-2:] == ("1.20", "0.20")
-    assert STAGING.notes == ["1M: 1.20 x memcpy (target 1.25 x memcpy): met"]
+    assert round(busy_ms(ours), 6) == 2.2
+    assert round(busy_ms(ours, "cpu_"), 6) == 1.1
 
 
-def test_memory_is_compared_with_the_formula_per_rank() -> None:
-    assert MEMORY.rows[1] == ("1M", "ckptless", "20.0", "0", "20.0", "20.0", "25.0", "1.00")
+def test_a_step_on_a_device_is_the_mean_of_its_segment() -> None:
+    segments = {name: [{"ranks": [{"mean_s": mean_s}], "cpu_per_step_s": 0.0}] for name, mean_s in DEVICE.items()}
+    pair = {"size": "33M", "batch": 64, "segments": segments}
+    steps, *_ = tables(Namespace(accelerator="gpu", ranks=1, fsdp2=False), {"pairs": [pair]})
+    assert [row[3:5] for row in steps.rows] == [("10.00", ""), ("12.00", "2.00")]
 
 
 def test_every_mirrored_strategy_has_its_parts() -> None:

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks.harness.machine import Busy, describe, facts
+from benchmarks.harness.machine import describe, facts
 from benchmarks.harness.table import Column, Table, percentile, verdict
 
 
@@ -37,13 +37,6 @@ def test_the_machine_is_described() -> None:
 
     assert known["cores"] >= 1 and known["torch"].startswith("2.")
     assert known["date"] in describe(known) and known["torch"] in describe(known)
-
-
-def test_cores_used_by_others_excludes_own_cpu_time() -> None:
-    before, after = Busy(100.0, 50.0), Busy(116.0, 60.0)
-
-    assert after.cores_used_by_others(before, own_cpu_s=11.0) == 0.5
-    assert after.cores_used_by_others(before, own_cpu_s=99.0) == 0.0
 
 
 def test_percentiles_lie_between_their_neighbours() -> None:

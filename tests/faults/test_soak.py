@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import nodes, one_node
 from benchmarks.soak.draw import scenario
-from benchmarks.soak.processes import MARK
+from benchmarks.soak.run import run
 from benchmarks.soak.stage import Undisturbed
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig
@@ -43,17 +41,11 @@ def own_parent() -> Iterator[ForkServer]:
         yield preloaded
 
 
-@pytest.fixture(autouse=True)
-def _mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(MARK, uuid.uuid4().hex)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [*SELECTION, *(pytest.param(seed, marks=pytest.mark.long) for seed in REGRESSIONS)])
 def test_random_faults(seed: int, tmp_path: Path, own_parent: ForkServer, undisturbed: Undisturbed) -> None:
     drawn = scenario(seed)
-    run = one_node.run if drawn.configuration.loss is None else nodes.run
     result = run(drawn, tmp_path / "run", own_parent, undisturbed)
     assert (result.outcome, result.why) == ("good", "")
     assert len(result.struck) >= 0.8 * len(drawn.faults), f"{set(drawn.faults) - set(result.struck)} were not injected"

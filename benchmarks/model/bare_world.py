@@ -1,18 +1,16 @@
-"""Ranks without a trainer: processes of this machine that only have the transport, to time what it does between them.
+"""The transport between ranks without a trainer: what its calls take on this machine.
 
-They are forked, so that 64 of them start within seconds. Wall and CPU times are those of the quickest of several
+The ranks are forked, so that 64 of them start within seconds. Wall and CPU times are those of the quickest of several
 calls: this is what the machine can do, and what a model of it predicts.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import struct
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from statistics import mean, median
 from typing import Any
 
@@ -20,14 +18,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from benchmarks.harness.world import answers_of
 from lightning_ckptless.replica.transport import GlooTransport, receive_buffer
 
+HOST = "127.0.0.1"
 LARGE_BYTES = 1 << 20
 SMALL_BYTES = 64
 CALLS = 40
 REQUESTS = 50
 GROUPS = 5
-_TIMEOUT_S = 300.0
 _BYTES_SENT = 200
 """Offset of `tcpi_bytes_sent` in the kernel's `struct tcp_info`."""
 
@@ -41,43 +40,23 @@ def measure_bare_world(ranks: int) -> Figures:
     Returns:
         The median over the ranks of the wall time, and means of CPU time and sent bytes.
     """
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes = [context.Pipe() for _ in range(ranks)]
-    workers = [context.Process(target=_work, args=(rank, ranks, port, pipes[rank][1])) for rank in range(ranks)]
-    for worker in workers:
-        worker.start()
-    try:
-        found = [_answer(ours, rank) for rank, (ours, _) in enumerate(pipes)]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    found = answers_of(ranks, _work, ranks, store.port, method="fork")
     kinds: dict[str, Callable[[list[float]], float]] = {"wall_s": median, "cpu_s": mean, "bytes": mean}
     return {name: {kind: of([each[name][kind] for each in found]) for kind, of in kinds.items()} for name in found[0]}
 
 
-def _answer(pipe: Connection, rank: int) -> Figures:
-    if not pipe.poll(_TIMEOUT_S):
-        raise TimeoutError(f"rank {rank} of a bare world has not answered within {_TIMEOUT_S:g} s")
-    figures: Figures = pipe.recv()
-    return figures
-
-
-def _work(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+def _work(rank: int, ranks: int, port: int) -> Figures:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, ranks, rank == 0)
+    store = TCPStore(HOST, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     GlooTransport(None).vote(1)
     figures, group = _creation()
     transport = GlooTransport(group)
     store.set("key", "value")
     requests = {"requests": _timed(transport, lambda: [store.get("key") for _ in range(REQUESTS)])}
-    pipe.send({"group": figures, **requests, **_calls(transport)})
-    time.sleep(_TIMEOUT_S)  # ended by the parent: rank 0 has the store of all
+    return {"group": figures, **requests, **_calls(transport)}
 
 
 def _creation() -> tuple[dict[str, float], dist.ProcessGroup]:

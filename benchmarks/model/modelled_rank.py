@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from benchmarks.harness.network import Cost, Network
+from benchmarks.model.network import Cost, Network
 from lightning_ckptless.membership.rendezvous.generation import join_generation
 from lightning_ckptless.protocol.failure_domains import domains_of, place_in
 from lightning_ckptless.protocol.placement import Placement
