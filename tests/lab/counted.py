@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_ckptless
 
 BATCH = 3
+PACE_GROWTH = 1.2
+LONGEST_PACE_S = 10.0
 
 
 class Indexed(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
@@ -40,7 +42,8 @@ class Counted(pl.LightningModule):
     Args:
         folder: receives one file per process, and `end.json`.
         sharded: whether to shard the layers over the mesh, with FSDP2 and, if the mesh has it, tensor parallelism.
-        pace_s: delay per step while nodes are missing, so that the run has not ended when they rejoin.
+        pace_s: delay of the first step while nodes are missing. Each further step is delayed longer, so that the run
+            has not ended when they rejoin, however busy the machine is.
         pace_until: file until whose appearance all steps are delayed; None to delay none else.
     """
 
@@ -50,6 +53,7 @@ class Counted(pl.LightningModule):
         self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 1))
         self.count = torchmetrics.SumMetric()
         self.step = 0
+        self.paced_steps = 0
 
     def configure_model(self) -> None:
         if self.sharded:
@@ -79,8 +83,10 @@ class Counted(pl.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         is_small = self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices
+        if self.pace_until is None:
+            self.paced_steps = self.paced_steps + 1 if is_small else 0
         if is_small if self.pace_until is None else not self.pace_until.exists():
-            threading.Event().wait(self.pace_s)
+            threading.Event().wait(min(LONGEST_PACE_S, self.pace_s * PACE_GROWTH**self.paced_steps))
         self._record({"done": self.trainer.world_size})
 
     def _record(self, facts: dict[str, Any]) -> None:
