@@ -83,7 +83,7 @@ def measured(results: Results) -> list[Variant]:
     ]
 
 
-def writes_of(variant: Variant) -> Results:
+def writes_of(variant: Variant) -> list[Results]:
     return variant.segments[-1]["writes"]  # type: ignore[no-any-return]
 
 

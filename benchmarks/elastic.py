@@ -53,7 +53,8 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
         for number, name in enumerate(names):
             steps.begin(name)
             with Nodes(*SETUPS[name], place, f"job-{number}") as nodes:
-                found = results["setups"][name] = {"cycles": [], "failed": ""}
+                found: Found = {"cycles": [], "failed": ""}
+                results["setups"][name] = found
                 try:
                     for node in range(MAX_NODES):
                         nodes.start(node)
