@@ -21,7 +21,7 @@ from tests import leaks
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add an option that runs the simulations with a single seed."""
-    parser.addoption("--simulation-seed", type=int, help="run the simulations of recovery with this seed alone")
+    parser.addoption("--seed", type=int, help="run the simulations of recovery with this seed alone")
 
 
 # The duration of an example is not meaningful on a busy machine.

@@ -28,7 +28,7 @@ MEETINGS = """
     from lightning_ckptless.protocol.messages import Regroup, StuckCollective
     from lightning_ckptless.membership.channel.fault_report import FaultReport
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
-    from lightning_ckptless.membership.worker.watcher import Watcher
+    from lightning_ckptless.membership.worker.watcher import ThreadedWatcher
 
     STUCK = int(sys.argv[1])
     ends = socket.socketpair()
@@ -37,7 +37,7 @@ MEETINGS = """
     ends[1 - rank].close()
     agent, channel = AgentChannel.pair()
     world = World()
-    watcher = Watcher(channel, world.abort)
+    watcher = ThreadedWatcher(channel, world.abort)
     fault = asdict(FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2))
 
     def tell(number):

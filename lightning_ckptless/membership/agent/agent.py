@@ -34,7 +34,6 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from lightning_ckptless.console import Bar
 from lightning_ckptless.errors import TimeLimitError
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import DepartedError, Departure
 from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
@@ -55,6 +54,7 @@ from lightning_ckptless.membership.agent.starting import Starter
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import (
     EventSink,
     JoinedTooLate,

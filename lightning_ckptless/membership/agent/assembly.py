@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_ckptless.membership.agent.agent import AgentParts
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
+from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
@@ -24,6 +24,7 @@ from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.starting import WorkerStarter
 from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
 from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
@@ -88,7 +89,9 @@ def assemble(
         draining=draining,
         faults=faults,
         recovery=Recovery(settings, run, in_place, draining, faults, reports, oom_kills.news, report, clock),
-        guard=PartitionGuard(settings.name, bound, membership, faults, report, clock),
+        guard=PartitionGuard(
+            settings.name, Heartbeat(bound, membership.address, clock.monotonic), membership, faults, report, clock
+        ),
         hangs=HangWatch(folder, report, clock),
         late_exits=LateExits(folder, settings.exit_grace_s, clock),
         memory=memory,

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from torch.distributed import DistError
 
-from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.drain_events import NodeDrained
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import End

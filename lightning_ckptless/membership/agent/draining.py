@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import Departure, Leaving
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
 from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.drain_events import Drained, DrainGivenUp, DrainPlanned
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.rendezvous.node_membership import NodeMembership

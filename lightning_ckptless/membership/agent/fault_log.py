@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.channel.fault_report import FaultReport, split_exit
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import Announcement, Fault, Report
 from lightning_ckptless.membership.forkserver.client import End
 

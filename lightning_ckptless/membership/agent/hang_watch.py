@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.program_failure import failure_of
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import HangFound, Report
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, read_progress, stacks_path
 from lightning_ckptless.protocol.hang_detection import (

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.channel.program_failure import without_numbers
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import (
     ReplacementFailed,
     Report,

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.hang_watch import HangWatch
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import WorkerGroup
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.protocol.hang_detection import Point, RankProgress
 from lightning_ckptless.protocol.messages import TrainingFailed
 from lightning_ckptless.protocol.uneven_steps import AtEnd, find_uneven, out_of_data

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.drain_events import NoticeFailed
 from lightning_ckptless.membership.events import Report
 

@@ -7,18 +7,40 @@ another node falls silent, the remaining nodes rendezvous again, if they are as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.fault_log import FaultLog
-from lightning_ckptless.membership.agent.node_liveness import Heartbeat
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import NodeLost, NodePartitioned, Report
 from lightning_ckptless.membership.rendezvous.node_membership import NodeMembership
 from lightning_ckptless.membership.rendezvous.rounds import Round
-from lightning_ckptless.protocol.node_liveness import Bound, NodesLost, Partitioned
+from lightning_ckptless.protocol.node_liveness import Finding, NodesLost, Partitioned
 from lightning_ckptless.protocol.reconfiguration import MovePlan
+
+
+class Heartbeats(Protocol):
+    """The heartbeats between this node and the others; see `Heartbeat`."""
+
+    @property
+    def finding(self) -> Finding:
+        """The latest finding."""
+
+    def begin_round(
+        self, store: Any, *, node: int, nodes: int, place: tuple[str, int], worker_store: tuple[str, int]
+    ) -> None:
+        """Exchange heartbeats among the nodes of a round."""
+
+    def rest(self) -> None:
+        """Pause until the next round."""
+
+    def leave(self) -> None:
+        """Note that this node has done its part."""
+
+    def close(self) -> None:
+        """Stop them."""
 
 
 class PartitionGuard:
@@ -26,7 +48,7 @@ class PartitionGuard:
 
     Args:
         node: its name.
-        bound: how much silence is tolerated.
+        heartbeat: tells whether this node or another one is silent.
         membership: this node's membership of the rendezvous.
         faults: this node's faults.
         report: receives events.
@@ -34,11 +56,17 @@ class PartitionGuard:
     """
 
     def __init__(
-        self, node: str, bound: Bound, membership: NodeMembership, faults: FaultLog, report: Report, clock: Clock
+        self,
+        node: str,
+        heartbeat: Heartbeats,
+        membership: NodeMembership,
+        faults: FaultLog,
+        report: Report,
+        clock: Clock,
     ) -> None:
         self._node = node
         self._membership = membership
-        self._heartbeat = Heartbeat(bound, membership.address, clock.monotonic)
+        self._heartbeat = heartbeat
         self._node_ranks: Sequence[int] = ()
         self._faults = faults
         self._report = report

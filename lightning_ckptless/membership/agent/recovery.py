@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Protocol
 
 from lightning_ckptless.errors import UnfitNodeError
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
@@ -20,6 +19,7 @@ from lightning_ckptless.membership.channel.exit_report import ExitReport
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.channel.program_failure import Failure
 from lightning_ckptless.membership.channel.worker_reports import WorkerReports
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.drain_events import Drained
 from lightning_ckptless.membership.events import RecoveredInPlace, Report, RunEnded
 from lightning_ckptless.membership.forkserver.client import End
@@ -39,6 +39,7 @@ class LosableWorkers(WorkerControl, Protocol):
     inside: set[int]
     stages: dict[int, Stage]
     handed_over: dict[int, HandedOver]
+    gave_up: set[int]
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
@@ -242,6 +243,9 @@ class Recovery:
     ) -> ExitReport | None:
         """Decide whether the script ended by itself, and whether it would do so again."""
         culprit, end = next(iter(lost.items()))
+        if culprit in workers.gave_up:
+            # It has exited because of an earlier fault, which says nothing about the script.
+            return None
         failure = self._reports.failure_of(workers.pids()[culprit]) or Failure("")
         stages = workers.stages.values()
         came_to_fit = self._starts.came_to_fit or any(stage is not Stage.BEFORE for stage in stages)

@@ -8,11 +8,11 @@ Apart from `agent.py`, because each part of the agent has its own file.
 
 from __future__ import annotations
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import Departure
 from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.workers import WorkerGroup
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.membership.requests import DrainRequest, Request, Requests, RewindRequest
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.in_place import joining
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.process_control import ForkedProcesses
@@ -16,6 +15,7 @@ from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.fallback import ForkFallback

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import Report, StepTimes, StragglerFound
 from lightning_ckptless.membership.worker.progress import read_progress
 from lightning_ckptless.protocol.stragglers import (

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.process_control import ProcessControl
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.standby import promote
@@ -19,6 +19,7 @@ from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.crash_loop import Stage
 from lightning_ckptless.protocol.messages import (
     AskToLeave,
+    CannotRecover,
     EnteredLoop,
     Finish,
     FitReturned,
@@ -75,6 +76,7 @@ class WorkerGroup:
         at_end: those in the loop that have completed their last step and ask whether they may leave.
         ending: those that may.
         handed_over: those that exit to hand their rank over.
+        gave_up: those that exit because they cannot recover in place.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class WorkerGroup:
         self.at_end: dict[int, Ending] = {}
         self.ending: set[int] = set()
         self.handed_over: dict[int, HandedOver] = {}
+        self.gave_up: set[int] = set()
         self._control = control
         self._clock = clock
         self._jobs = dict(jobs)
@@ -192,6 +195,7 @@ class WorkerGroup:
         self._ends.pop(rank, None)
         self._first_signs.pop(rank, None)
         self._hang_reasons.pop(rank, None)
+        self.gave_up.discard(rank)
         self.inside.add(rank)
         self.stages[rank] = Stage.BEFORE
         self._reset_end(rank)
@@ -256,6 +260,8 @@ class WorkerGroup:
                 self.inside.discard(rank)
             case HandedOver():
                 self.handed_over[rank] = message
+            case CannotRecover(_, lasting) if not lasting:
+                self.gave_up.add(rank)
             case ReachedFit():
                 self.stages[rank] = Stage.INSIDE
             case FitReturned():

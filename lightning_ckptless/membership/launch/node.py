@@ -21,7 +21,6 @@ from lightning_ckptless.configuration.variables import variables_of
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import NodeAgent
 from lightning_ckptless.membership.agent.assembly import assemble
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import DepartedError
 from lightning_ckptless.membership.agent.elastic_agent import CkptlessAgent
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
@@ -30,6 +29,7 @@ from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice, 
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import AgentEnded, AgentStarted, Announcement, EventSink, RendezvousLost
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome

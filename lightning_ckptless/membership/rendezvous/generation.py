@@ -18,7 +18,6 @@ that a dying process publishes late delays the live ranks but has no other effec
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +26,14 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_ckptless.errors import TransportError
+from lightning_ckptless.membership.clock import Clock
 
 _COUNTER = "ckptless/generations"
 _CURRENT = "ckptless/current"
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.01
 _QUESTIONS_PER_S = 2000
+_CLOCK = Clock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,12 @@ class Generation:
 
 
 def join_generation(
-    store: Store, rank: int, world_size: int, timeout_s: float, is_over: Callable[[], bool] = lambda: False
+    store: Store,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    is_over: Callable[[], bool] = lambda: False,
+    clock: Clock = _CLOCK,
 ) -> Generation:
     """Agree on a generation with all ranks of this membership.
 
@@ -61,13 +67,15 @@ def join_generation(
         world_size: number of ranks.
         timeout_s: time for all ranks to arrive, in seconds.
         is_over: polled while waiting: whether this membership is over before it has begun.
+        clock: of this process.
 
     Raises:
         TransportError: not all ranks arrived in time, the store is lost, or the membership is over. The message names
             the missing ranks.
     """
     assert 0 <= rank < world_size
-    rendezvous = _Rendezvous(store, rank, world_size, time.monotonic() + timeout_s, timeout_s, is_over)
+    deadline = clock.monotonic() + timeout_s
+    rendezvous = _Rendezvous(store, rank, world_size, deadline, timeout_s, is_over, clock)
     try:
         number = rendezvous.lead() if rank == 0 else rendezvous.follow()
     except DistError as error:
@@ -88,6 +96,7 @@ class _Rendezvous:
     deadline: float
     timeout_s: float
     is_over: Callable[[], bool]
+    clock: Clock
     _pauses: int = 0
 
     def lead(self) -> int:
@@ -133,10 +142,10 @@ class _Rendezvous:
             raise TransportError(
                 f"rank {self.rank}: another fault was reported during the rendezvous of {self.world_size} ranks"
             )
-        if time.monotonic() > self.deadline:
+        if self.clock.monotonic() > self.deadline:
             raise self._late(number)
         longest_s = max(_LONGEST_PAUSE_S, self.world_size / _QUESTIONS_PER_S)
-        time.sleep(min(_FIRST_PAUSE_S * 2 ** min(self._pauses, 10), longest_s))
+        self.clock.sleep(min(_FIRST_PAUSE_S * 2 ** min(self._pauses, 10), longest_s))
         self._pauses += 1
 
     def _late(self, number: int | None) -> TransportError:

@@ -12,13 +12,15 @@ import logging
 import os
 import select
 import threading
-import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.worker.stuck_collectives import StuckCollectives, main_thread_waits
 from lightning_ckptless.membership.worker.stuck_evidence import evidence
 from lightning_ckptless.protocol.messages import (
@@ -42,7 +44,9 @@ from lightning_ckptless.protocol.uneven_steps import AtEnd
 
 log = logging.getLogger(__name__)
 
-_ABORT_EVERY_S = 0.01
+_CLOCK = Clock()
+ABORT_EVERY_S = 0.01
+"""Time in seconds between two attempts to unblock the training thread."""
 _CLOSE_S = 5.0
 """Time for the thread to end on request: it may be aborting connections."""
 
@@ -64,24 +68,45 @@ class Assignment:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
+class Monitor(AbstractContextManager[object], Protocol):
+    """What the training thread and the one that listens share, as `threading.Condition` has it."""
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Release the lock until a condition holds, for at most `timeout` seconds; returns whether it does."""
+
+    def notify_all(self) -> None:
+        """Let those that wait check their conditions."""
+
+
 class Watcher:
-    """Listens to a worker's agent for as long as the worker trains.
+    """What a worker's agent has told it, as long as the worker trains. `ThreadedWatcher` listens by itself.
 
     Args:
         channel: to the agent; stays open.
         abort: unblocks the training thread as far as possible, and returns how many connections still existed; called
             repeatedly from the news of a fault until `release`.
         number: regrouping that this worker belongs to; 0 before the first.
+        monitor: protects what both threads use; None for a condition of this process.
+        clock: of this process.
 
     Attributes:
         rewind: called with a rewind requested from another terminal.
     """
 
-    def __init__(self, channel: AgentChannel, abort: Callable[[], int], number: int = 0) -> None:
+    def __init__(
+        self,
+        channel: AgentChannel,
+        abort: Callable[[], int],
+        number: int = 0,
+        *,
+        monitor: Monitor | None = None,
+        clock: Clock = _CLOCK,
+    ) -> None:
         self._channel = channel
         self.rewind: Callable[[Rewind], None] = self.refuse_rewind
         self._abort = abort
         self._accepted = number
+        self._clock = clock
         self._is_leaving = False
         self._latest: Assignment | None = None
         self._finish_asked = False
@@ -91,12 +116,7 @@ class Watcher:
         self._may_leave: int | None = None
         self._waits = StuckCollectives()
         self._is_on_hold = False
-        self._changed = threading.Condition()
-        # A counter rather than closing a pipe: forked dataloader workers hold duplicates of every file of this process,
-        # and a pipe counts as closed only when the last duplicate is.
-        self._asked_to_close = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
-        self._thread.start()
+        self._changed: Monitor = threading.Condition() if monitor is None else monitor
 
     # ------------------------------------------------------------------ training thread
 
@@ -180,23 +200,11 @@ class Watcher:
             self._is_leaving = False
         self.send(ReleasedGroups())
 
-    def close(self) -> None:
-        """End the thread, even while processes that this one has forked still run."""
-        os.eventfd_write(self._asked_to_close, 1)
-        self._thread.join(_CLOSE_S)
-        if self._thread.is_alive():
-            log.warning("ckptless: the watcher thread did not stop within %g s; it ends with this process", _CLOSE_S)
-            return
-        os.close(self._asked_to_close)
-
-    # ------------------------------------------------------------------ the thread
+    # ------------------------------------------------------------------ the thread that listens
 
     def _pending(self) -> Assignment | None:
         latest = self._latest
         return latest if latest is not None and latest.number > self._accepted else None
-
-    def _has_to_abort(self) -> bool:
-        return self._pending() is not None or self._is_leaving or self._is_run_over or bool(self._failure)
 
     def _has_assignment_or_end(self) -> bool:
         return self._pending() is not None or self.is_run_over or bool(self._failure)
@@ -207,28 +215,31 @@ class Watcher:
     def _has_word(self) -> bool:
         return self._has_assignment_or_end() or self._is_on_hold
 
-    def _listen(self) -> None:
-        while not self._channel.ended:
-            timeout_s = _ABORT_EVERY_S if self._has_to_abort() else None
-            ready = select.select([self._channel.fileno(), self._asked_to_close], [], [], timeout_s)[0]
-            if self._asked_to_close in ready:
-                return
-            if self._channel.fileno() in ready:
-                self._read()
-            # Under the lock: a worker that has released its groups opens new connections, which must not be aborted.
-            with self._changed:
-                if self._has_to_abort():
-                    self._look_for_stuck_collectives(self._abort())
+    @property
+    def has_to_abort(self) -> bool:
+        """Whether the training thread may wait in a generation that has ended."""
+        return self._pending() is not None or self._is_leaving or self._is_run_over or bool(self._failure)
+
+    def abort_if_due(self) -> None:
+        """Unblock the training thread, if it may wait in a generation that has ended."""
+        # Under the lock: a worker that has released its groups opens new connections, which must not be aborted.
+        with self._changed:
+            if self.has_to_abort:
+                self._look_for_stuck_collectives(self._abort())
+
+    def note_end(self) -> None:
+        """Note that the agent has closed the channel."""
         with self._changed:
             self._changed.notify_all()
 
     def _look_for_stuck_collectives(self, connections: int) -> None:
-        reason = self._waits.poll(connections, time.monotonic())
+        reason = self._waits.poll(connections, self._clock.monotonic())
         if reason is not None:
             self._waits = StuckCollectives()
             self.send(StuckCollective(reason, **evidence()))
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Read the next message of the agent, waiting for it if there is none yet."""
         received = self._channel.receive()
         if received is None:
             return
@@ -263,5 +274,43 @@ class Watcher:
                 self._hand_over = None
                 # A fault while nodes join has its own number, and may arrive before the regrouping with them.
                 if self._latest is None or number > self._latest.number:
-                    self._latest = Assignment(number, FaultReport(**fault), time.time(), env)
+                    self._latest = Assignment(number, FaultReport(**fault), self._clock.wall(), env)
                     self._waits = StuckCollectives()
+
+
+class ThreadedWatcher(Watcher):
+    """A watcher with a thread of this process that listens.
+
+    Args:
+        channel: see `Watcher`.
+        abort: see `Watcher`.
+        number: see `Watcher`.
+    """
+
+    def __init__(self, channel: AgentChannel, abort: Callable[[], int], number: int = 0) -> None:
+        super().__init__(channel, abort, number)
+        # A counter rather than closing a pipe: forked dataloader workers hold duplicates of every file of this process,
+        # and a pipe counts as closed only when the last duplicate is.
+        self._asked_to_close = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, even while processes that this one has forked still run."""
+        os.eventfd_write(self._asked_to_close, 1)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("ckptless: the watcher thread did not stop within %g s; it ends with this process", _CLOSE_S)
+            return
+        os.close(self._asked_to_close)
+
+    def _listen(self) -> None:
+        while not self._channel.ended:
+            timeout_s = ABORT_EVERY_S if self.has_to_abort else None
+            ready = select.select([self._channel.fileno(), self._asked_to_close], [], [], timeout_s)[0]
+            if self._asked_to_close in ready:
+                return
+            if self._channel.fileno() in ready:
+                self.read()
+            self.abort_if_due()
+        self.note_end()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_ckptless import environment
@@ -51,12 +50,15 @@ def announce_imports(watcher: Watcher, options: CkptlessOptions) -> None:
         watcher.send(ProgramImported(imported.modules, imported.variables, imported.path))
 
 
-def arrival() -> Arrival:
-    """The startup figures of this process, which has reached the training loop now."""
-    spawned_at = float(os.environ.get(environment.SPAWNED_AT) or time.time())
-    return Arrival(
-        time.time() - spawned_at, count_imported(), Imports(os.environ.get(environment.IMPORTS, Imports.OFF))
-    )
+def arrival(env: Mapping[str, str], now: float) -> Arrival:
+    """The startup figures of this process, which has reached the training loop now.
+
+    Args:
+        env: its environment variables.
+        now: wall clock, in seconds since the epoch.
+    """
+    spawned_at = float(env.get(environment.SPAWNED_AT) or now)
+    return Arrival(now - spawned_at, count_imported(), Imports(env.get(environment.IMPORTS, Imports.OFF)))
 
 
 def _obstacle(strategy: Any) -> str | None:

@@ -15,7 +15,6 @@ reports the reason to its agent and exits, and the agent takes the next rung of 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -25,7 +24,6 @@ from lightning_ckptless.errors import CkptlessError, TransportError, UnevenSteps
 from lightning_ckptless.internals.lightning.launch import is_stop
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.membership.channel.fault_report import FaultReport
-from lightning_ckptless.membership.worker import hidden_output
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.placeholder_group import require_no_refusals
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
@@ -34,7 +32,7 @@ from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_
 from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.recovery.announcements import announce_entry, announce_imports, arrival
-from lightning_ckptless.trainer.recovery.exits import CannotRecoverInPlaceError, leave_process
+from lightning_ckptless.trainer.recovery.exits import THIS_PROCESS, CannotRecoverInPlaceError, OwnProcess
 from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_restored
 from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
@@ -61,6 +59,7 @@ class RecoveryLoop:
         regrouping: joins the other ranks and restores a version.
         going_back: carries out rewinds.
         watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        process: this process.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class RecoveryLoop:
         regrouping: Regrouping,
         going_back: GoingBack,
         watcher: Watcher | None,
+        process: OwnProcess = THIS_PROCESS,
     ) -> None:
         self.state = WorkerState.OUTSIDE
         self._strategy = strategy
@@ -81,6 +81,7 @@ class RecoveryLoop:
         self._regrouping = regrouping
         self._going_back = going_back
         self._watcher = watcher
+        self._process = process
         self._has_trained = False
 
     # ------------------------------------------------------------------ entering
@@ -107,9 +108,10 @@ class RecoveryLoop:
         start_hooks()
         # Cleared for good: after this `fit` the process is a regular member.
         require_no_refusals()
-        self._regrouping.report_arrival(arrival())
-        number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
-        hidden_output.show()
+        self._regrouping.report_arrival(arrival(self._process.env, self._process.clock.wall()))
+        env = self._process.env
+        number, report = env.pop(environment.REGROUPING), env[environment.FAULT_REPORT]
+        self._process.show_output()
         if self._watcher is not None:
             announce_entry(self._watcher, self._session.options, self._strategy)
             self._watcher.send(WaitingAtLoop())
@@ -225,7 +227,7 @@ class RecoveryLoop:
         self._move(WorkerEvent.GIVE_UP)
         if self._watcher is not None:
             self._watcher.send(CannotRecover(reason, lasting=False))
-        leave_process()
+        self._process.leave()
 
     def _move(self, event: WorkerEvent) -> None:
         self.state = next_state(self.state, event)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -15,11 +14,14 @@ from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.replica.transport import gather_json
 from lightning_ckptless.trainer.commit.begun_step import last_begun
 from lightning_ckptless.trainer.data.training_data import TrainingData
-from lightning_ckptless.trainer.recovery.exits import CannotRecoverInPlaceError
-from lightning_ckptless.trainer.recovery.fetch import fetch_version
+from lightning_ckptless.trainer.recovery.exits import THIS_PROCESS, CannotRecoverInPlaceError, OwnProcess
+from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
 from lightning_ckptless.trainer.session.running_fit import RunningFit
 from lightning_ckptless.trainer.session.session import Session
+
+Fetch = Callable[[Complete, Complete | None], Restoration]
+"""Fetches a version to this rank, given the newest one in the arenas as well. All ranks call it together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,10 @@ class Regrouping:
         session: session of this rank.
         data: data of the trainer.
         running: the fit.
-        procedure: puts the version into this rank.
+        fetch: fetches the version.
+        procedure: puts it into this rank.
         watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        process: this process.
     """
 
     def __init__(
@@ -53,15 +57,19 @@ class Regrouping:
         session: Session,
         data: TrainingData,
         running: RunningFit,
+        fetch: Fetch,
         procedure: RestoreProcedure,
         watcher: Watcher | None,
+        process: OwnProcess = THIS_PROCESS,
     ) -> None:
         self._strategy = strategy
         self._session = session
         self._data = data
         self._running = running
+        self._fetch = fetch
         self._procedure = procedure
         self._watcher = watcher
+        self._process = process
         self._arrival: Arrival | None = None
 
     def report_arrival(self, arrival: Arrival) -> None:
@@ -131,7 +139,7 @@ class Regrouping:
         session.report.regrouped(meeting.arrivals)
         found, host = self._choose()
         progress.restore()
-        restoration = fetch_version(session, self._data.virtual_ranks, found, host)
+        restoration = self._fetch(found, host)
         progress.restore()
         self._probe("restore")
         return self._procedure.apply(restoration, survivor=survivor, moved=meeting.moved)
@@ -156,7 +164,7 @@ class Regrouping:
         """
         trainer = self._session.trainer
         before = trainer.global_rank, trainer.world_size
-        os.environ.update(env)
+        self._process.env.update(env)
         if (trainer.global_rank, trainer.world_size) == before:
             return
         self._strategy.set_world_ranks()

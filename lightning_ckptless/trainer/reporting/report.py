@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class RunReport:
         identity: which agent has started this process.
         fit_index: number of earlier calls of `fit` in this process.
         clock: returns seconds since the epoch.
+        env: environment variables of this process.
+        say: prints a message, given the trainer.
 
     Attributes:
         time: what the training thread spends its time on.
@@ -79,18 +81,22 @@ class RunReport:
         identity: Identity,
         fit_index: int = 0,
         clock: Callable[[], float] = time.time,
+        env: Mapping[str, str] = os.environ,
+        say: Callable[[Any, str], None] = progress_bar.say,
     ) -> None:
         self.trainer = trainer
         self.ledger = ledger
         self.clock = clock
+        self._env = env
+        self._print = say
         self._own_agent = identity.own_agent
-        self._agent_at = agent_started_at(identity.agent_pid, own_agent=identity.own_agent)
+        self._agent_at = agent_started_at(identity.agent_pid, own_agent=identity.own_agent, env=env)
         # A later `fit` begins where the script calls it: what it does before is not ours to account for.
         self.time = RunClock(ledger, clock() if fit_index else self._agent_at, clock)
         self.recoveries = self.failures = self.rewinds = 0
         self.steps_replayed = 0
         self.last_phases: Phases | None = None
-        self._fault = _fault_report()
+        self._fault = _fault_report(env)
         self._notified_at: float | None = None
         self._arrivals: Sequence[Arrival] = ()
         self._in_place = False
@@ -128,7 +134,7 @@ class RunReport:
         self._say(text)
 
     def _say(self, text: str) -> None:
-        progress_bar.say(self.trainer, text)
+        self._print(self.trainer, text)
 
     # ------------------------------------------------------------------ the start of a generation
 
@@ -481,8 +487,8 @@ class RunReport:
             total_s=round(phases.total_s, 6),
             sources=self._moved.sources,
             moved_bytes=self._moved.moved_bytes,
-            spawned_at=_float(environment.SPAWNED_AT),
-            main_at=_float(environment.MAIN_AT),
+            spawned_at=_float(self._env, environment.SPAWNED_AT),
+            main_at=_float(self._env, environment.MAIN_AT),
             joined_at=self._joined_at,
             replacements=[asdict(arrival) for arrival in self._arrivals],
         )
@@ -580,11 +586,11 @@ def _cause(fault: FaultReport | None) -> str:
     return "; then ".join([*fault.earlier, str(fault)]) if fault.earlier else fault.cause
 
 
-def _fault_report() -> FaultReport | None:
-    text = os.environ.get(environment.FAULT_REPORT)
+def _fault_report(env: Mapping[str, str]) -> FaultReport | None:
+    text = env.get(environment.FAULT_REPORT)
     return FaultReport.from_json(text) if text else None
 
 
-def _float(name: str) -> float | None:
-    value = os.environ.get(name)
+def _float(env: Mapping[str, str], name: str) -> float | None:
+    value = env.get(name)
     return float(value) if value else None

@@ -29,6 +29,7 @@ from lightning_ckptless.trainer.data.hooks import from_note, to_note
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
 from lightning_ckptless.trainer.outputs.loggers import Positions
+from lightning_ckptless.trainer.recovery.fetch import fetch_version
 from lightning_ckptless.trainer.recovery.fit_resume import run_restored
 from lightning_ckptless.trainer.recovery.judgement import why_final
 from lightning_ckptless.trainer.recovery.recovery_loop import RecoveryLoop
@@ -107,7 +108,8 @@ class Engine:
         self._begin_data_hooks(running)
         loops.around_setup_of_data(self.data.before_setup, self.data.after_setup)
         procedure = RestoreProcedure(session, self.data, running, self.strategy.alone)
-        regrouping = Regrouping(self.strategy, session, self.data, running, procedure, watcher)
+        fetch = partial(fetch_version, session, self.data.virtual_ranks)
+        regrouping = Regrouping(self.strategy, session, self.data, running, fetch, procedure, watcher)
         going_back = GoingBack(session, self.data, running, procedure)
         loop = RecoveryLoop(self.strategy, session, loops, running.progress, regrouping, going_back, watcher)
         loops.before_end_of_run(loop.ask_to_leave)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.failure_domains import place_in
@@ -17,7 +17,6 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.broadcast import broadcast
 from lightning_ckptless.replica.transport import Transport, gather_json
-from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_rank
 from lightning_ckptless.trainer.session.failure_domains import find_domains
 
 
@@ -67,7 +66,7 @@ class MemberSet:
     @property
     def speaks_for_node(self) -> bool:
         """Whether this rank writes the notes of its node."""
-        return is_first_of_node(local_rank())
+        return self.rank == self.ranks_of_node[0]
 
     @property
     def sole_shards(self) -> list[int]:
@@ -86,6 +85,44 @@ class MemberSet:
         return ArenaNotes.merged(self.notes)
 
 
+class GenerationCount(Protocol):
+    """The number of the last generation, stored outside the arenas in case all of them are lost."""
+
+    def last(self) -> int:
+        """Number of the last generation; 0 if none was recorded or the record cannot be read."""
+
+    def record(self, number: int) -> None:
+        """Record the number of a generation."""
+
+
+class GenerationFile:
+    """A generation count in a file of the run folder.
+
+    Args:
+        path: path of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def last(self) -> int:
+        """See `GenerationCount.last`."""
+        try:
+            return max(0, int(self._path.read_text()))
+        except (OSError, ValueError):
+            return 0
+
+    def record(self, number: int) -> None:
+        """See `GenerationCount.record`."""
+        # Several nodes may share the folder, and their processes may have the same ids.
+        draft = self._path.with_name(f".{self._path.name}-{uuid.uuid4().hex}")
+        # A run whose folder cannot be written trains without it; its ledger reports that.
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(str(number))
+            draft.replace(self._path)
+
+
 def form_member_set(
     transport: Transport,
     arena: Arena,
@@ -93,7 +130,7 @@ def form_member_set(
     options: CkptlessOptions,
     generation: int,
     *,
-    record: Path,
+    count: GenerationCount,
     after: int = 0,
     mesh: tuple[int, int] | None = None,
 ) -> MemberSet:
@@ -107,7 +144,7 @@ def form_member_set(
         nodes: node name of each rank.
         options: the user's settings.
         generation: number of the generation that was joined.
-        record: file in the run folder with the number of the last generation, in case all arenas are lost.
+        count: number of the last generation outside the arenas.
         after: generation that wrote the newest state stored outside the arenas.
         mesh: ranks in each dimension of the device mesh; None without a mesh.
 
@@ -121,13 +158,13 @@ def form_member_set(
     if used is None:
         # If the note was lost, the replicas still show which numbers were used.
         used = max((replica.generation for replica in arena.inventory()), default=0)
-    mine = replace(mine, generation=max(used, last_generation(record)))
+    mine = replace(mine, generation=max(used, count.last()))
     notes = _gather_notes(mine, transport)
     number = max([generation, after + 1, *(n.generation + 1 for n in notes if n.generation is not None)])
     members = MemberSet(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
     if members.speaks_for_node:
         arena.write_notes(ArenaNotes(generation=number))
-        _record_generation(record, number)
+        count.record(number)
     return members
 
 
@@ -138,21 +175,3 @@ def _gather_notes(mine: ArenaNotes, transport: Transport) -> tuple[ArenaNotes, .
     common = broadcast(transport, [length for _, length in facts], data)
     folders = ArenaNotes.from_values(json.loads(common)).folders if common else None
     return tuple(replace(ArenaNotes.from_values(values), folders=folders) for values, _ in facts)
-
-
-def last_generation(record: Path) -> int:
-    """Number of the last generation; 0 if it was not recorded or cannot be read."""
-    try:
-        return max(0, int(record.read_text()))
-    except (OSError, ValueError):
-        return 0
-
-
-def _record_generation(record: Path, number: int) -> None:
-    # Several nodes may share the folder, and their processes may have the same ids.
-    draft = record.with_name(f".{record.name}-{uuid.uuid4().hex}")
-    # A run whose folder cannot be written trains without it; its ledger reports that.
-    with suppress(OSError):
-        record.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(str(number))
-        draft.replace(record)

@@ -50,7 +50,7 @@ from lightning_ckptless.trainer.session.arenas import (
 )
 from lightning_ckptless.trainer.session.health_watch import MODULE, HealthOrder
 from lightning_ckptless.trainer.session.identity import Identity, identify
-from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
+from lightning_ckptless.trainer.session.member_set import GenerationFile, MemberSet, form_member_set
 from lightning_ckptless.trainer.session.run_folders import RunFolders
 from lightning_ckptless.trainer.state.trust import OutgoingCheck
 
@@ -235,7 +235,7 @@ class Session:
             nodes,
             self.options,
             self.world.generation,
-            record=self.run_folder / f"generation-of-fit-{self.fit_index}",
+            count=GenerationFile(self.run_folder / f"generation-of-fit-{self.fit_index}"),
             after=after,
             mesh=self._mesh_sizes(),
         )

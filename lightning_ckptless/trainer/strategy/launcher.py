@@ -22,7 +22,7 @@ from lightning_ckptless.membership.channel.exit_report import ExitReport, withdr
 from lightning_ckptless.membership.launch.reexec import is_interactive, replace_by_agent
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
-from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.membership.worker.watcher import ThreadedWatcher
 from lightning_ckptless.protocol.messages import CannotRecover, FitReturned, ReachedFit, ReachedTrainer
 from lightning_ckptless.protocol.startup import StartAction
 from lightning_ckptless.trainer.recovery.exits import leave_process
@@ -157,7 +157,8 @@ class FitGuard:
         engine = Engine(strategy, trainer, count_fit(), channel)
         strategy.engine = engine
         if channel is not None and trainer.world_size > 1:
-            strategy.watcher = Watcher(channel, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
+            number = int(os.environ.get(environment.REGROUPING, "0"))
+            strategy.watcher = ThreadedWatcher(channel, strategy.world.abort, number)
         if not self._is_observed:
             made = (observer() for observer in strategy.parts.observers)
             trainer.callbacks.extend(callback for callback in made if callback is not None)

@@ -21,7 +21,7 @@ from lightning_ckptless.internals.lightning.virtual_ranks import logs_kept
 from lightning_ckptless.membership.launch.config import Outcome
 from lightning_ckptless.membership.worker.placeholder_group import refuse
 from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_of_process
-from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.membership.worker.watcher import ThreadedWatcher
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.time_account import TimeAccount
@@ -74,7 +74,7 @@ class CkptlessMixin(LightningStrategy):
         self._virtual_rank: int | None = None
         self.engine: Engine | None = None
         self.world = world_of_process()
-        self.watcher: Watcher | None = None
+        self.watcher: ThreadedWatcher | None = None
         self.joins_alone = False
         self._acts_alone = False
         self.obstacle_of_calls: str | None = None

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import DepartedError, Departure, Leaving
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.drain_events import NodeDrained
 from lightning_ckptless.membership.events import Event
 from lightning_ckptless.membership.forkserver.client import End

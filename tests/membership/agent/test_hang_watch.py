@@ -12,9 +12,9 @@ from typing import cast
 
 import pytest
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.hang_watch import HangWatch
 from lightning_ckptless.membership.agent.workers import WorkerGroup
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.protocol.hang_detection import STOPPED_S, RegroupStatus
 
 UNDER_WAY = RegroupStatus(

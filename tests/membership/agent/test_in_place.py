@@ -11,10 +11,10 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.console import Bar
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.launch.config import LaunchConfig

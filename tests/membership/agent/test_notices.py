@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice, load_hook
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.drain_events import NoticeFailed
 from lightning_ckptless.membership.events import Event
 

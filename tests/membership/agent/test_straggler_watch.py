@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.straggler_watch import StragglerWatch
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import Event, StepTimes, StragglerFound
 from lightning_ckptless.membership.worker.progress import ProgressWriter, progress_path
 from lightning_ckptless.protocol.hang_detection import Point

@@ -28,7 +28,7 @@ PAIR = """
     from lightning_ckptless.membership.channel.agent_channel import AgentChannel
     from lightning_ckptless.protocol.messages import Regroup, encode
     from lightning_ckptless.membership.channel.fault_report import FaultReport
-    from lightning_ckptless.membership.worker.watcher import Watcher
+    from lightning_ckptless.membership.worker.watcher import ThreadedWatcher
 
     rank, world = int(os.environ["RANK"]), World()
     world.open(rank=rank, world_size=2, backend="gloo", timeout=None, device=None)
@@ -57,7 +57,7 @@ PAIR = """
         os._exit(0)
 
     ours, theirs = AgentChannel.pair()
-    watcher = Watcher(theirs, world.abort)
+    watcher = ThreadedWatcher(theirs, world.abort)
     threading.Thread(target=agent, args=[ours], daemon=True).start()
     dist.send(parcel, 1)
 """

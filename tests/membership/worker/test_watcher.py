@@ -15,7 +15,7 @@ import pytest
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.channel.fault_report import FaultReport
-from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.membership.worker.watcher import ThreadedWatcher, Watcher
 from lightning_ckptless.protocol.messages import (
     AskToLeave,
     CannotRecover,
@@ -63,8 +63,8 @@ def agent() -> Iterator[AgentChannel]:
 
 
 @pytest.fixture
-def watcher(agent: AgentChannel, cuts: Cuts) -> Iterator[Watcher]:
-    watching = Watcher(vars(agent)["other"], cuts)
+def watcher(agent: AgentChannel, cuts: Cuts) -> Iterator[ThreadedWatcher]:
+    watching = ThreadedWatcher(vars(agent)["other"], cuts)
     yield watching
     watching.close()
 
@@ -105,7 +105,7 @@ def test_nothing_is_aborted_after_the_old_groups_are_released(agent: AgentChanne
         watching.release()
         done.append(f"accepted {accepted}")
 
-    watching = Watcher(vars(agent)["other"], cut)
+    watching = ThreadedWatcher(vars(agent)["other"], cut)
     try:
         regroup(agent, 1)
         assert begun.wait(5)
@@ -222,7 +222,7 @@ def forked_process() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_the_watcher_stops_while_forked_processes_still_run(agent: AgentChannel) -> None:
-    watching = Watcher(vars(agent)["other"], lambda: 0)
+    watching = ThreadedWatcher(vars(agent)["other"], lambda: 0)
     with forked_process():
         closing = threading.Thread(target=watching.close)
         closing.start()

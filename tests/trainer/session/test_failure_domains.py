@@ -15,7 +15,7 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.transport import LoopbackTransport, SoloTransport
 from lightning_ckptless.trainer.session.failure_domains import find_domains, own_domain
-from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
+from lightning_ckptless.trainer.session.member_set import GenerationFile, MemberSet, form_member_set
 from tests.replica.conftest import arena, owner
 
 __all__ = ["arena", "owner"]
@@ -88,7 +88,7 @@ def test_the_member_set_uses_the_failure_domain_option(
 
     def form(domain: str, mesh: tuple[int, int] | None = None) -> MemberSet:
         options = CkptlessOptions(failure_domain=domain)
-        return form_member_set(SoloTransport(), arena, ("n0",), options, 1, record=record, mesh=mesh)
+        return form_member_set(SoloTransport(), arena, ("n0",), options, 1, count=GenerationFile(record), mesh=mesh)
 
     members = form("rack")
     assert members.placement.domains == ("r7",)
@@ -100,9 +100,10 @@ def test_the_member_set_uses_the_failure_domain_option(
 
 def test_generation_numbers_do_not_repeat_after_all_arenas_are_lost(arena: Arena, tmp_path: Path) -> None:
     record = tmp_path / "run" / "generation"
+    count = GenerationFile(record)
 
     def form() -> int:
-        members = form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(), 1, record=record, after=1)
+        members = form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(), 1, count=count, after=1)
         return members.generation
 
     assert [form(), form()] == [2, 3]

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import Console
 from lightning_ckptless.membership.agent.agent import AgentParts, Found, NodeAgent
-from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
@@ -39,22 +38,23 @@ from lightning_ckptless.membership.channel.agent_channel import AgentChannel, Fr
 from lightning_ckptless.membership.channel.exit_report import ExitReport
 from lightning_ckptless.membership.channel.program_failure import Failure
 from lightning_ckptless.membership.channel.worker_reports import WorkerReports
+from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import EventSink, Report
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.membership.rendezvous.generation import skip_generations
 from lightning_ckptless.membership.rendezvous.handlers import one_machine
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.membership.requests import Requests
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
+from lightning_ckptless.protocol.hang_detection import RankProgress, RegroupStatus
 from lightning_ckptless.protocol.messages import Message
-from lightning_ckptless.protocol.node_liveness import Bound
-
-ROUND = "MASTER_PORT"
-"""The variable that tells a worker in which round of the rendezvous it meets the others."""
-_NOWHERE = Path("/nonexistent")
+from lightning_ckptless.protocol.node_liveness import AllAlive, Finding, Partitioned
+from tests.simulation.arena import NOWHERE
+from tests.simulation.processes import PORT
 
 
 class SimulatedChannel(AgentChannel):
@@ -182,16 +182,36 @@ class NoReports(WorkerReports):
         """No progress is kept."""
 
 
+class NoHangs(HangWatch):
+    """The watch over workers that leave nothing in files: none of them hangs."""
+
+    def progress(self, workers: WorkerGroup) -> dict[int, RankProgress]:
+        """No progress is written."""
+        return {}
+
+    def poll_regroup(self, status: RegroupStatus, workers: WorkerGroup) -> None:
+        """No rank is late."""
+
+
+class NoLateExits(LateExits):
+    """The watch over workers whose scripts do not fail."""
+
+    def poll(self, workers: WorkerGroup) -> None:
+        """No failure is written."""
+
+
 class SimulatedStarter(Starter):
     """Starts the workers of a node as simulated processes.
 
     Args:
         machine: starts them.
+        run: the run on this node.
         clock: of the node.
     """
 
-    def __init__(self, machine: Machine, clock: Clock) -> None:
+    def __init__(self, machine: Machine, run: NodeRun, clock: Clock) -> None:
         self._machine = machine
+        self._run = run
         self._clock = clock
 
     def start(
@@ -213,7 +233,14 @@ class SimulatedStarter(Starter):
 
     def env_of(self, rendezvous: Round, local_rank: int) -> dict[str, str]:
         """Return the environment variables that make a process a local rank."""
-        return dict(rendezvous.variables[local_rank])
+        env = {
+            **rendezvous.variables[local_rank],
+            environment.AGENT_STARTED_AT: "0.0",
+            environment.SPAWNED_AT: repr(self._clock.wall()),
+        }
+        if self._run.faults:
+            env[environment.FAULT_REPORT] = self._run.faults[-1].to_json()
+        return env
 
     def receive(self, received: Sequence[FromWorker]) -> None:
         """No message concerns the start of processes."""
@@ -235,6 +262,11 @@ class RoundStore:
     def __init__(self, changed: Callable[[], None]) -> None:
         self._store = HashStore()
         self._changed = changed
+
+    @property
+    def of_workers(self) -> Store:
+        """The same store for the workers."""
+        return self._store
 
     @property
     def underlying_store(self) -> RoundStore:
@@ -280,7 +312,29 @@ class SimulatedRound(Round):
 
     def connect_worker_store(self) -> Any:
         """Return the store that the workers meet in."""
+        if self.node == 0:
+            skip_generations(self.store, self.master[1] - 1)
         return self.store
+
+
+class SimulatedHeartbeat:
+    """What the heartbeats of a node find out; see `node_liveness.Heartbeat`."""
+
+    def __init__(self) -> None:
+        self.finding: Finding = AllAlive()
+
+    def begin_round(self, store: object, **_: object) -> None:
+        """No store is on a network."""
+
+    def rest(self) -> None:
+        """Forget which nodes are lost: a new round has begun. A node that was found partitioned stays so."""
+        if not isinstance(self.finding, Partitioned):
+            self.finding = AllAlive()
+
+    def leave(self) -> None:
+        """No node misses this one."""
+
+    close = leave
 
 
 class _Log(Console):
@@ -304,7 +358,7 @@ class SimulatedNode:
 
     Args:
         number: of the node.
-        ranks: of its workers, by local rank.
+        size: number of its workers.
         start: makes a process, given its environment.
         now: returns the simulated time in seconds.
         record: receives the agent's events.
@@ -312,32 +366,38 @@ class SimulatedNode:
 
     Attributes:
         agent: the agent.
+        heartbeat: tells the agent which nodes are silent.
+        rank: of the node in its round; -1 before the first.
         meets: whether the node waits in a rendezvous, during which its agent does nothing else.
         is_over: whether its workers have ended, for good.
+        has_trained: whether they have taken part in the run until its end.
     """
 
     def __init__(
         self,
         number: int,
-        ranks: Mapping[int, int],
+        size: int,
         start: Callable[[Mapping[str, str]], SimulatedProcess],
         now: Callable[[], float],
         record: Callable[..., None],
         log: Callable[[str], None],
     ) -> None:
         self.number = number
-        self.ranks = ranks
+        self.size = size
+        self.rank = -1
         self.meets = False
         self.is_over = False
+        self.has_trained = True
+        self.heartbeat = SimulatedHeartbeat()
         self.reports = NoReports()
         self._trains = False
         self._world_before = 0
         clock, run = Clock(now, now), NodeRun()
         settings = NodeSettings(
-            f"node{number}", Program("script", "train.py", ()), {}, "", False, 1.0, 1.0, 1e9, _NOWHERE, 1
+            f"node{number}", Program("script", "train.py", ()), {}, "", False, 1.0, 1.0, 1e9, NOWHERE, 1
         )
         events = EventSink(record, _Log(lambda text: log(f"node {number}: {text}")))
-        parts = _parts(settings, run, self.reports, Machine(start), events.report, clock)
+        parts = _parts(settings, run, self.reports, self.heartbeat, Machine(start), events.report, clock)
         self.agent = NodeAgent(settings, run, parts, events, clock)
 
     def poll(self, others_wait: Callable[[], bool], meet: Callable[[], None]) -> None:
@@ -349,9 +409,16 @@ class SimulatedNode:
         """
         if self.meets or self.is_over or not self.agent.has_started:
             return
-        found = self.agent.poll()
+        try:
+            found = self.agent.poll()
+        except RendezvousConnectionError as error:
+            self.end(error)
+            return
         if found is Found.OVER:
             self.is_over = True
+            return
+        if found is Found.NODES_CHANGED:
+            self._begin_rendezvous(meet)
             return
         if found is not Found.REPLACED:
             if self.agent.workers.failed():
@@ -363,7 +430,12 @@ class SimulatedNode:
         if found is Found.NODES_CHANGED or (not self.is_over and others_wait()):
             self._begin_rendezvous(meet)
         elif found is Found.NOT_NEEDED:
-            self.is_over = True
+            self.is_over, self.has_trained = True, False
+
+    def end(self, error: Exception) -> None:
+        """End the agent and its workers."""
+        self.is_over, self.has_trained = True, False
+        self.agent.end(self.agent.begin_end(error))
 
     def _begin_rendezvous(self, meet: Callable[[], None]) -> None:
         self._trains = self.agent.keeps_training()
@@ -372,27 +444,37 @@ class SimulatedNode:
         self.meets = True
         meet()
 
-    def publish_status(self, store: RoundStore) -> None:
-        """Publish the status of this node, once all nodes wait in the rendezvous."""
-        self.agent.publish_status(store, self.number)
+    def publish_status(self, store: RoundStore, place: int) -> None:
+        """Publish the status of this node, once all nodes wait in the rendezvous.
 
-    def begin_round(self, store: RoundStore, number: int, nodes: int, world_size: int) -> None:
-        """Begin a round of the rendezvous, with the nodes in the order of their numbers.
+        Args:
+            store: of the round.
+            place: of this node in the order in which the nodes have met.
+        """
+        self.agent.publish_status(store, place)
+
+    def begin_round(self, store: RoundStore, number: int, place: int, sizes: Sequence[int]) -> None:
+        """Begin a round of the rendezvous.
 
         Args:
             store: of the round.
             number: of the round.
-            nodes: how many nodes there are.
-            world_size: number of ranks.
+            place: of this node in the order in which the nodes have met.
+            sizes: number of workers of each node, in that order.
         """
-        plan = self.agent.agree(store, self.number, nodes)
-        assert plan.node_ranks == tuple(range(nodes)), "no node has left"
-        variables = {local: {"RANK": str(rank), ROUND: str(number)} for local, rank in self.ranks.items()}
+        plan = self.agent.agree(store, place, len(sizes))
+        self.rank, world_size = plan.node_ranks[place], sum(sizes)
+        first = sum(size for rank, size in zip(plan.node_ranks, sizes, strict=True) if rank < self.rank)
+        ranks = {local: first + local for local in range(self.size)}
+        variables = {
+            local: {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(world_size), PORT: str(number)}
+            for local, rank in ranks.items()
+        }
         rendezvous = SimulatedRound(
-            node=self.number,
-            nodes=nodes,
+            node=self.rank,
+            nodes=len(sizes),
             world_size=world_size,
-            ranks=self.ranks,
+            ranks=ranks,
             store=store,
             master=("", number),
             variables=variables,
@@ -402,7 +484,8 @@ class SimulatedNode:
         )
         self.agent.begin_round(rendezvous, plan)
         self.meets = False
-        if self._trains and self.agent.keep_workers(world_size):
+        world_before, self._world_before = self._world_before, world_size
+        if self._trains and self.agent.keep_workers(world_before):
             return
         if self._trains:
             self.agent.stop_workers()
@@ -410,45 +493,46 @@ class SimulatedNode:
 
 
 def _parts(
-    settings: NodeSettings, run: NodeRun, reports: NoReports, machine: Machine, report: Report, clock: Clock
+    settings: NodeSettings,
+    run: NodeRun,
+    reports: NoReports,
+    heartbeat: SimulatedHeartbeat,
+    machine: Machine,
+    report: Report,
+    clock: Clock,
 ) -> AgentParts:
     in_place = InPlaceRecovery(
         in_place=None,
         standbys=None,
         preload_imports=False,
-        folder=_NOWHERE,
-        outputs=_NOWHERE,
+        folder=NOWHERE,
+        outputs=NOWHERE,
         report=report,
         clock=clock,
     )
     faults = FaultLog(settings.name, run.faults, report, lambda: "", clock)
     membership = one_machine("run", 1, 3)
-    stragglers = StragglerWatch(_NOWHERE, report, clock)
+    stragglers = StragglerWatch(NOWHERE, report, clock)
     draining = Draining(settings.name, settings.least_nodes, 1, membership, stragglers, in_place, report, clock)
     rewinds = RewindRequests()
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(
-        folder=_NOWHERE,
-        starter=SimulatedStarter(machine, clock),
+        folder=NOWHERE,
+        starter=SimulatedStarter(machine, run, clock),
         in_place=in_place,
         draining=draining,
         faults=faults,
         recovery=Recovery(settings, run, in_place, draining, faults, reports, lambda: "", report, clock),
-        guard=PartitionGuard(settings.name, Bound(1.0, 3), one_machine("run", 1, 3), faults, report, clock),
-        hangs=HangWatch(_NOWHERE, report, clock),
-        late_exits=LateExits(_NOWHERE, settings.exit_grace_s, clock),
+        guard=PartitionGuard(settings.name, heartbeat, membership, faults, report, clock),
+        hangs=NoHangs(NOWHERE, report, clock),
+        late_exits=NoLateExits(NOWHERE, settings.exit_grace_s, clock),
         memory=HeldMemory(settings.name, report),
         sidecars=Sidecars(launcher, report),
         rewinds=rewinds,
-        requests=RunRequests(Requests(_NOWHERE), draining, rewinds, clock),
+        requests=RunRequests(Requests(NOWHERE), draining, rewinds, clock),
         notices=Notices(SigtermNotice(), "", None, report, clock),
     )
 
 
 def _no_fork_server() -> Any:
     raise NotImplementedError
-
-
-def regrouping_of(env: Mapping[str, str]) -> tuple[int, int]:
-    """Return the round and the regrouping that a process is to meet in, by its environment."""
-    return int(env[ROUND]), int(env.get(environment.REGROUPING, "0"))

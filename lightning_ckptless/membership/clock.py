@@ -1,4 +1,4 @@
-"""The clock of a node, for the parts of its agent. Apart from them, because the recovery simulation has its own."""
+"""The clock of a process, apart from what it times, because the simulation of recovery has its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The time of a node.
+    """The time of an agent or a worker.
 
     Args:
         monotonic: returns seconds since an arbitrary instant; comparable within this node alone.
         wall: returns seconds since the epoch; comparable between nodes and with the times of processes.
+        sleep: waits for a number of seconds.
     """
 
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
