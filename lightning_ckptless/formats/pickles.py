@@ -17,8 +17,10 @@ import pickle
 import pickletools
 import re
 import sys
+from abc import ABC
 from collections.abc import Collection
-from typing import Any, Self
+from dataclasses import is_dataclass
+from typing import Any, Generic, Self
 
 from lightning_ckptless.formats.schema import SchemaError
 
@@ -212,7 +214,8 @@ class _Reader(pickle.Unpickler):
             return self._bundle
         if full_name == MEMBER:
             return self._member
-        if is_safe(full_name) or full_name in self._trusted:
+        is_opted_in = full_name in self._trusted
+        if is_safe(full_name) or is_opted_in or is_record_class(found_in_program(module, name)):
             return _Inert
         raise UntrustedError(full_name, f"it has a {full_name}, which is neither plain data nor opted in")
 
@@ -242,3 +245,31 @@ def found_in_program(module: str, name: str) -> Any:
 def is_enumeration(found: Any) -> bool:
     """Return whether an object is an enumeration class."""
     return isinstance(found, type) and issubclass(found, enum.Enum)
+
+
+_CODE_OF_RECORDS = (
+    "__post_init__",
+    "__del__",
+    "__new__",
+    "__getstate__",
+    "__setstate__",
+    "__reduce__",
+    "__reduce_ex__",
+)
+
+
+def is_record_class(found: Any) -> bool:
+    """Return whether an object is a class of named tuples, or a dataclass that runs no code of its own when created."""
+    if not isinstance(found, type):
+        return False
+    if issubclass(found, tuple):
+        return found.__bases__ == (tuple,) and hasattr(found, "_fields")
+    bases = [base for base in found.__mro__ if base not in (object, Generic, ABC)]
+    return bool(bases) and all(is_dataclass(base) and _is_generated(base) for base in bases)
+
+
+def _is_generated(cls: type) -> bool:
+    defined = vars(cls)
+    init = getattr(defined.get("__init__"), "__code__", None)
+    codes = [defined[name] for name in _CODE_OF_RECORDS if name in defined]
+    return init is not None and init.co_filename == "<string>" and all(c.__module__ == "dataclasses" for c in codes)

@@ -179,6 +179,11 @@ def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, 
     return module._parameters, module._buffers
 
 
+def child_dict(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the live dictionary of a module's own children."""
+    return module._modules
+
+
 def start_tails(workers: Any) -> None:
     """Start the threads that print what an elastic context's workers write to their log files."""
     for tail in _tails_since_2_10(workers) if hasattr(workers, "_tail_logs") else _tails_until_2_9(workers):

@@ -36,10 +36,23 @@ CELLS = {
     ),
     # After the first learning rate search, and during the second.
     "searching": Cell("kill:rank=0:step=3", replace(BASE, callback="searching"), recoveries=2),
+    # A new process in the place of either rank, and survivors that are taken back.
+    "peculiar": Cell("kill:rank=1:step=3,kill:rank=0:step=5", replace(SHORT, callback="peculiar"), recoveries=2),
+    "peculiar-compared": Cell(
+        "kill:rank=1:step=5",
+        replace(SHORT, callback="peculiar", strategy_options="{'failure_domain': 'rank'}"),
+    ),
+    "peculiar-device": Cell(
+        "kill:rank=0:step=5",
+        replace(SHORT, callback="peculiar", strategy_options="{'device_tier': 'on', 'mirror_every_n_steps': 3}"),
+    ),
     "sharded-mixed": Cell("kill:rank=1:step=4:at=backward", replace(SHORT, mesh="2x1", sharding="mixed")),
     "sharded-bf16": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", precision="bf16-mixed")),
     "sharded-offloaded": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", sharding="offloaded")),
 }
+
+
+LONG = ("sharded-mixed", "peculiar-compared", "peculiar-device")
 
 
 @pytest.mark.parametrize(("replicas", "times"), [("verify", 1), pytest.param("send", 2, marks=pytest.mark.long)])
@@ -58,7 +71,7 @@ def test_kill_with_mostly_frozen_weights(replicas: str, times: int, drill: Drill
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name == "sharded-mixed" else name for name in CELLS]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CELLS]
 )
 def test_kill(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill)

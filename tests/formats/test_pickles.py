@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def test_a_malicious_pickle_is_refused_without_effect(what: str, tmp_path: Path)
     with pytest.raises(UntrustedError, match=message):
         admit(data)
     assert not (tmp_path / "made").exists()
+
+
+@dataclass
+class Record:
+    at: int = 0
+
+
+@dataclass
+class Prepared(Record):
+    def __post_init__(self) -> None:
+        self.at += 1
+
+
+def test_records_of_the_script_are_admitted() -> None:
+    assert unpack(admit(bytes(pack([Record(3)])))) == [Record(3)]
+    with pytest.raises(UntrustedError, match="Prepared, which is neither plain data nor opted in"):
+        admit(bytes(pack(Prepared(3))))
 
 
 def test_opted_in_classes_are_admitted() -> None:

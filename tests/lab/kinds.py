@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ def callback_of(kind: str, distribution: Any) -> Any:
     """Return a callback that changes schedulers or parameter groups during a run.
 
     Args:
-        kind: `averaging`, `finetuning`, `searching`, `dying`, `dragging` or `spiking`.
+        kind: `averaging`, `finetuning`, `searching`, `dying`, `dragging`, `spiking` or `peculiar`.
         distribution: the distribution of Lightning.
     """
     if kind == "spiking":
@@ -188,6 +189,8 @@ def callback_of(kind: str, distribution: Any) -> Any:
     if kind == "averaging":
         return distribution.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
 
+    if kind == "peculiar":
+        return peculiar(distribution)
     if kind == "searching":
         return searching(distribution)
     if kind == "dying":
@@ -226,6 +229,51 @@ def searching(distribution: Any) -> Any:
                 del pl_module.on_train_start
 
     return Searching()
+
+
+class Losses(NamedTuple):
+    """What is kept of one step."""
+
+    step: int
+    loss: Any
+
+
+def peculiar(distribution: Any) -> Any:
+    """Return a callback with state where scripts like to keep it.
+
+    It makes the ranks differ in a bias, makes an average of a layer with the first batch, keeps a teacher in a list and
+    named tuples in another, and records in a closure.
+    """
+
+    class Peculiar(distribution.callbacks.Callback):
+        def __init__(self) -> None:
+            self.average: Any = None
+            self.losses: list[Losses] = []
+            self.norms = norms = list[float]()
+            self.record = lambda layer, _, output: norms.append(float(output.detach().norm()))
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.head.register_forward_hook(self.record)
+            self.teachers = [copy.deepcopy(pl_module.head)]
+
+        @torch.no_grad()
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.head.bias.add_(0.001 * trainer.global_rank)
+
+        @torch.no_grad()
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            if self.average is None:
+                self.average = copy.deepcopy(pl_module.head)
+            for followed in (self.average, *self.teachers):
+                for slow, quick in zip(followed.parameters(), pl_module.head.parameters(), strict=True):
+                    slow.lerp_(quick, 0.1)
+            self.losses.append(Losses(trainer.global_step, outputs["loss"].detach()))
+            pl_module.log("average", self.average.weight.sum())
+            pl_module.log("teacher", self.teachers[0].bias.sum())
+            pl_module.log("norms", sum(self.norms))
+            pl_module.log("all_losses", sum(float(each.loss) for each in self.losses))
+
+    return Peculiar()
 
 
 def dying(distribution: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,26 @@ def load_metric(metric: Metric, saved: dict[str, Any]) -> None:
     metric._update_count = saved["update_count"]
     metric._computed = _moved(saved["computed"], metric.device)
     metric._forward_cache = _moved(saved["forward_cache"], metric.device)
+
+
+class _Bare(Metric):
+    """A metric without attributes of its own."""
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Accept anything."""
+
+    def compute(self) -> Any:
+        """Return nothing."""
+
+
+@cache
+def _of_every_metric() -> frozenset[str]:
+    return frozenset(vars(_Bare()))
+
+
+def attributes_of_state(metric: Metric) -> frozenset[str]:
+    """Return the attributes that `dump_metric` covers, or that every metric has. Wrappers of metrics have others."""
+    return _of_every_metric() | metric._defaults.keys()
 
 
 def metrics_of(modules: Iterable[tuple[str, Any]]) -> dict[str, Metric]:

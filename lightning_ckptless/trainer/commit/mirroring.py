@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightning_ckptless.replica.arena import LEAST_SLOTS
 from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
-from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
+from lightning_ckptless.replica.layout.tensor_spec import Described, from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
@@ -40,6 +40,8 @@ from lightning_ckptless.trainer.state.static import StaticWatch
 from lightning_ckptless.trainer.state.tensors import StateIndex, require_room
 
 CLOSE_TIMEOUT_S = 10.0
+MOST_GROWTH = 1.5
+"""How much larger a state may become so that replicated tensors in which ranks differ are stored for each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,8 @@ class Mirroring:
         verified = not self._audit.sends
         self._rewinding.stop_if_due(mirror, planned.index.read, at_end=at_end)
         if verified and self._audit.sends:
-            self._mirror = self._open(planned, committed=mirror.committed)
+            # Tensors that differ are from now on in the shard of each rank.
+            self._replan()
 
     def end_if_asked(self) -> None:
         """End the run after a batch if all ranks have agreed to.
@@ -362,7 +365,14 @@ class Mirroring:
 
     def _is_to_be_compared(self) -> bool:
         """Whether ranks may have just trained for the first time what was identical on all of them until then."""
-        return not self._trainer.strategy.replicates and self._seen is not None and self._seen.optimizer_step == 0
+        return not self._has_replicas() and self._seen is not None and self._seen.optimizer_step == 0
+
+    def _has_replicas(self) -> bool:
+        """Whether ranks are known to have equal tensors: the strategy sees to it, and every version is compared."""
+        are_compared = any(self._session.members.placement.holders) and self._options.verifies_replicas
+        return self._trainer.strategy.replicates and (
+            self._trainer.world_size == 1 or (are_compared and not self._audit.sends)
+        )
 
     def _replan(self) -> tuple[Planned, Mirror]:
         if self._mirror is not None:
@@ -370,11 +380,11 @@ class Mirroring:
         require_room(self._trainer)
         index = StateIndex(self._trainer)
         static = self._static.look(index)
-        mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, static=static))
+        mine = to_message(describe_state(index, replicated=self._has_replicas(), static=static))
         lines = self._session.members.transport.gather(mine)
         # Usually all are equal, and each takes a while to parse.
         described = {line: from_message(line) for line in dict.fromkeys(lines)}
-        layout = plan_layout([described[line] for line in lines])
+        layout = self._layout_of([described[line] for line in lines])
         planned = self._planned = Planned(layout, index)
         if self._seen is None:
             self._require_room_for_history(layout)
@@ -387,6 +397,15 @@ class Mirroring:
         self._keep_recipe(planned)
         return planned, mirror
 
+    def _layout_of(self, described: Sequence[Sequence[Described]]) -> Layout:
+        layout = plan_layout(described)
+        if not self._trainer.strategy.replicates:
+            return layout
+        undigested = {id(of_rank): [replace(tensor, digest="") for tensor in of_rank] for of_rank in described}
+        shared = plan_layout([undigested[id(of_rank)] for of_rank in described])
+        # On different hardware nearly all tensors differ, and the copies of all ranks would need their multiple.
+        return layout if _bytes_of(layout) <= MOST_GROWTH * _bytes_of(shared) else shared
+
     def _require_room_for_history(self, layout: Layout) -> None:
         if not self._options.history:
             return
@@ -395,8 +414,7 @@ class Mirroring:
         require_room_for_history(sizes, growth, self._options.history, members.arena.room_bytes)
 
     def _expected_growth(self, layout: Layout) -> float:
-        weight_bytes = sum(layout.bulk_bytes(shard) for shard in range(layout.world_size))
-        return expected_growth(self._trainer.optimizers, weight_bytes)
+        return expected_growth(self._trainer.optimizers, _bytes_of(layout))
 
     def _report_plan(self, planned: Planned, version: Version) -> None:
         layout = planned.layout
@@ -446,6 +464,10 @@ class Mirroring:
         if self._device is not None:
             self._device.open(layout, planned.index.read(), hooked)
         return mirror
+
+
+def _bytes_of(layout: Layout) -> int:
+    return sum(layout.bulk_bytes(shard) for shard in range(layout.world_size))
 
 
 def _written_by_hooks(planned: Planned) -> frozenset[str]:

@@ -16,10 +16,11 @@ from lightning_ckptless.trainer.outputs.loggers import Captured
 from lightning_ckptless.trainer.reporting.report import Moved
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.session.session import Session
+from lightning_ckptless.trainer.state.late_modules import restore_modules
 from lightning_ckptless.trainer.state.layout_tensors import fill_trainer
 from lightning_ckptless.trainer.state.parameter_groups import restore_groups
 from lightning_ckptless.trainer.state.rng import apply_rng
-from lightning_ckptless.trainer.state.tensors import StateIndex, trained_alone
+from lightning_ckptless.trainer.state.tensors import StateIndex, callback_modules, trained_alone
 
 
 @dataclass
@@ -60,6 +61,17 @@ class Restoration:
         """The state of the loggers; None for a rank that has logged nothing."""
         logs: Captured | None = self.host_state["logs"]
         return logs
+
+    def lacks_modules(self, trainer: Any) -> bool:
+        """Return whether the version has modules of callbacks that this process does not have.
+
+        These are then made by the start hooks of the fit.
+        """
+        restore_modules(trainer, self.state["late_modules"])
+        there = tuple(f"{place}/" for place, _ in callback_modules(trainer))
+        return not all(
+            name.startswith(there) for name in self.layout.known_to(trainer.global_rank) if name.startswith("callback/")
+        )
 
     def fill(self, trainer: Any, *, optimizers_hold: bool = False, index: StateIndex | None = None) -> None:
         """Put the tensors into the trainer.
@@ -111,10 +123,11 @@ class Restoration:
 
 
 def restore_structure(trainer: Any, state: dict[str, Any]) -> None:
-    """Restore a version's parameter groups and its set of parameters that were trained on single ranks.
+    """Restore a version's modules of callbacks, parameter groups, and set of parameters trained on single ranks.
 
     The optimizers' tensors are filled afterwards: a new process has no parameter groups for them before.
     """
+    restore_modules(trainer, state["late_modules"])
     restore_groups(trainer, state["groups"])
     trained_alone(trainer).clear()
     trained_alone(trainer).update(state["trained_alone"])

@@ -11,6 +11,8 @@
 All but the first and last row follow from the state of the process: a new one holds no optimizer state, no batches in
 flight and no known layout. After a change of ranks the local state belongs to the previous rank, so nothing of it is
 kept, and all ranks reopen their data.
+
+If the start hooks make modules of callbacks, their tensors have no place before: the hooks are then called first.
 """
 
 from __future__ import annotations
@@ -73,6 +75,9 @@ class RestoreProcedure:
         """
         session, mirroring, rank_state = self._session, self._running.mirroring, self._running.rank_state
         version = restoration.version
+        if start_hooks is not None and restoration.lacks_modules(session.trainer):
+            start_hooks()
+            start_hooks = None
         restoration.fill(
             session.trainer,
             optimizers_hold=mirroring.optimizers_hold(version) and not moved,

@@ -1,7 +1,7 @@
 """Captures attributes that changed since their objects were first seen, and restores them on the same objects.
 
-The cost per step is bounded. Numbers, text, small containers and small arrays are compared by value, tensors by their
-write counter, everything else by identity and length.
+The cost per step is bounded. Numbers, text, small containers and small arrays are compared by value, tensors and those
+in a list or dictionary by their write counters, everything else by identity and length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Changed = dict[str, dict[str, dict[str, Any]]]
 COMPARED_BYTES = 65_536
 """Largest value that is compared in full."""
 KEPT_BYTES = 8_000_000
-"""Largest tensor or array that is captured when it changes. Other values are limited to `COMPARED_BYTES`."""
+"""Largest tensor, array, or list or dictionary of tensors that is captured when it changes. Other values are limited to
+`COMPARED_BYTES`."""
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ABSENT = object()
 
@@ -197,7 +198,7 @@ class _Value:
     """The original value of an attribute.
 
     Attributes:
-        is_marked: whether it is compared by identity and a fingerprint: a tensor, or a container that is not captured.
+        is_marked: whether it is compared by identity and a fingerprint: tensors, or a container that is not captured.
     """
 
     def __init__(self, value: Any) -> None:
@@ -210,10 +211,15 @@ class _Value:
         fits = _size(value) is Size.FITS
         if fits:
             self._copy = _copied(value)
-        if isinstance(value, torch.Tensor) or not fits or _is_large_array(value):
-            self._mark = _mark(value)
+        if isinstance(value, torch.Tensor) or not fits or _is_large_array(value) or _are_tensors(value):
+            self._set_mark(value, fits=fits)
         is_container = isinstance(value, tuple | frozenset | deque)
         self.is_marked = self._mark is not None and (self._mark != 0 or is_container)
+
+    def _set_mark(self, value: Any, *, fits: bool) -> None:
+        self._mark = _mark(value)
+        # Held, so that no other tensor takes their identities; not if they are many megabytes.
+        self._parts = _items(value) if fits and _are_tensors(value) else ()
 
     def is_unchanged(self, value: Any) -> bool:
         """Return whether a value equals the original."""
@@ -229,11 +235,11 @@ class _Value:
         if self._copy is not _ABSENT:
             _put(attributes, name, _copied(self._copy))
         if self._mark is not None:
-            self._mark = _mark(self._object)
+            self._set_mark(self._object, fits=self._copy is not _ABSENT)
 
 
 def _size(value: Any) -> Size:
-    limit = KEPT_BYTES if isinstance(value, torch.Tensor | np.ndarray) else COMPARED_BYTES
+    limit = KEPT_BYTES if isinstance(value, torch.Tensor | np.ndarray) or _are_tensors(value) else COMPARED_BYTES
     size = measure(value, limit)
     return Size.UNKNOWN if size is None else Size.FITS if size <= limit else Size.LARGE
 
@@ -248,7 +254,20 @@ def _mark(value: Any) -> Any:
         return version_counter(value), value.shape
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype
+    if _are_tensors(value):
+        return [(id(tensor), version_counter(tensor)) for tensor in _items(value)]
     return len(value) if isinstance(value, list | dict | set) else 0
+
+
+def _are_tensors(value: Any) -> bool:
+    """Return whether a value is a list, tuple or dictionary of tensors, such as the averages of a model's weights."""
+    if not isinstance(value, dict | list | tuple) or not value:
+        return False
+    return all(isinstance(part, torch.Tensor) for part in (value.values() if isinstance(value, dict) else value))
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return tuple(value.values() if isinstance(value, dict) else value)
 
 
 def _copied(value: Any) -> Any:

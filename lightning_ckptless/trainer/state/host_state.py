@@ -10,7 +10,7 @@ import copy
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ from lightning_ckptless.trainer.data.position import data_position
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
+from lightning_ckptless.trainer.state.late_modules import LateModules
 from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
-from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters, set_own_state
+from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters
 from lightning_ckptless.trainer.state.parameter_groups import GroupNames, require_same_groups
 from lightning_ckptless.trainer.state.plain_values import (
     HEAVY_BYTES,
@@ -78,11 +79,12 @@ class HostState:
         )
         self._metrics = metrics_of([*named, *extra])
         self._groups = GroupNames(trainer)
+        self._late_modules = LateModules(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._own_states: dict[int, OwnState] = {}
         self._parts: defaultdict[str, PartCache] = defaultdict(PartCache)
         self._buckets = BucketWatch()
-        self._submodules = ModuleAttributes(self.module)
+        self._submodules = ModuleAttributes(self.module, self._tell_of_submodule)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         distribution = module(distribution_of(trainer))
         self._module_baseline = frozenset(vars(distribution.LightningModule()))
@@ -100,7 +102,11 @@ class HostState:
     @cached_property
     def _attributes(self) -> AttributeReader:
         """Reads the attributes of the model."""
-        return AttributeReader(self.module, self._module_baseline | self._heavy(self.module))
+        tell = partial(self._surroundings.note_loss, type(self.module).__name__)
+        return AttributeReader(self.module, self._module_baseline | self._heavy(self.module), tell)
+
+    def _tell_of_submodule(self, path: str, name: str) -> None:
+        self._surroundings.note_loss(f"{type(self.module).__name__}.{path}", name)
 
     def _heavy(self, owner: Any) -> frozenset[str]:
         """Return the names of attributes excluded for their size; searched for and logged once per owner."""
@@ -135,6 +141,7 @@ class HostState:
         }
         return {
             **of_script,
+            "late_modules": self._late_modules.capture(),
             "counters": self.loops.counters(),
             "ages": ages_of(trainer),
             "data": data_position(self.loops) if data is None else data,
@@ -173,11 +180,22 @@ class HostState:
         return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
     def _callback(self, callback: Any) -> dict[str, Any]:
-        if id(callback) not in self._own_states:
-            is_stateless = bool(names_of_class(type(callback)) & self._stateless)
-            leave = self._heavy(callback)
-            self._own_states[id(callback)] = OwnState(callback, leave, calls_state_dict=not is_stateless)
-        return {"class": type(callback).__name__, **self._own_states[id(callback)].capture()}
+        return {"class": type(callback).__name__, **self._own_state(callback).capture()}
+
+    def _own_state(self, owner: Any) -> OwnState:
+        """Return what reads and restores a callback or the datamodule."""
+        if id(owner) not in self._own_states:
+            leave, is_stateless = self._heavy(owner), bool(names_of_class(type(owner)) & self._stateless)
+            if owner is self.trainer.datamodule:
+                leave, is_stateless = leave | self._data_baseline, False
+            tell = partial(self._surroundings.note_loss, self._path_of(owner))
+            self._own_states[id(owner)] = OwnState(owner, leave, calls_state_dict=not is_stateless, tell=tell)
+        return self._own_states[id(owner)]
+
+    def _path_of(self, owner: Any) -> str:
+        kind = type(owner).__name__
+        places = (f"callback {place} ({kind})" for place, it in enumerate(self.trainer.callbacks) if it is owner)
+        return next(places, kind)
 
     def _module(self) -> dict[str, Any]:
         # Called first, as it may change attributes.
@@ -185,6 +203,8 @@ class HostState:
         plain, submodules = self._attributes.plain(), self._submodules.capture()
         return {
             "plain": self._parts["plain"].part(self._attributes.changes, plain),
+            "held": self._attributes.held,
+            "others": self._attributes.others,
             "generators": self._attributes.generators(),
             "extra_state": extra_state,
             "submodules": self._parts["submodules"].part(self._submodules.changes, submodules),
@@ -192,11 +212,8 @@ class HostState:
         }
 
     def _datamodule(self) -> dict[str, Any] | None:
-        if (datamodule := self.trainer.datamodule) is None:
-            return None
-        if id(datamodule) not in self._own_states:
-            self._own_states[id(datamodule)] = OwnState(datamodule, self._data_baseline | self._heavy(datamodule))
-        return self._own_states[id(datamodule)].capture()
+        datamodule = self.trainer.datamodule
+        return None if datamodule is None else self._own_state(datamodule).capture()
 
     # ------------------------------------------------------------------ what dataloader hooks see
 
@@ -235,8 +252,9 @@ class HostState:
         """
         trainer = self.trainer
         self._check(saved)
+        self._late_modules.apply(saved["late_modules"])
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
-            set_own_state(callback, state, self._heavy(callback))
+            self._own_state(callback).put(state)
         self._surroundings.schedulers.apply(saved["schedulers"])
         join_scheduler(self._callbacks, trainer)
         set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
@@ -262,7 +280,8 @@ class HostState:
         restore_buckets(trainer.strategy.model, saved["buckets"])
 
     def _apply_module(self, saved: dict[str, Any]) -> None:
-        set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))
+        of_module = saved["module"]
+        self._attributes.put(copy.deepcopy(of_module["plain"]), of_module["held"], of_module["others"])
         set_hyperparameters(self.module, copy.deepcopy(saved["module"]["hyperparameters"]))
         set_owned_generators(self.module, saved["module"]["generators"])
         for name, state in saved["module"]["extra_state"].items():
@@ -273,8 +292,7 @@ class HostState:
     def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
             return
-        datamodule = self.trainer.datamodule
-        set_own_state(datamodule, saved, self._data_baseline | self._heavy(datamodule))
+        self._own_state(self.trainer.datamodule).put(saved)
 
     def _check(self, saved: dict[str, Any]) -> None:
         callbacks = [c["class"] for c in saved["callbacks"]], [type(c).__name__ for c in self._callbacks]

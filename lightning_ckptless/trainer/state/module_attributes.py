@@ -6,15 +6,19 @@ some epochs: none of them is in a `state_dict`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_ckptless.internals.lightning.metrics import attributes_of_state
 from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
-from lightning_ckptless.trainer.state.plain_values import set_plain_attributes
+from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES, is_plain
 from lightning_ckptless.trainer.state.rng import generators_of, set_owned_generators
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -28,17 +32,20 @@ class ModuleAttributes:
     every step.
 
     Args:
-        root: the model. Its own attributes and metrics are captured elsewhere.
+        root: the model. Its own attributes and the states of metrics are captured elsewhere.
+        tell: called with the path of a module and the name of a container in it that cannot be captured.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        submodules = [(name, m) for name, m in root.named_modules() if m is not root and not isinstance(m, Metric)]
+    def __init__(self, root: nn.Module, tell: Callable[[str, str], None] = lambda *_: None) -> None:
+        submodules = [(name, m) for name, m in root.named_modules() if m is not root]
         self._of_torch = [(name, vars(m), _numbers(m)) for name, m in submodules if _is_of_torch(m)]
         self._of_others = {name: m for name, m in submodules if not _is_of_torch(m)}
         self._with_generators = {name: m for name, m in self._of_others.items() if generators_of(m)}
-        self._readers = {name: AttributeReader(m, _OF_EVERY_MODULE) for name, m in self._of_others.items()}
+        self._readers = {
+            name: AttributeReader(m, _left_out(m), partial(tell, name)) for name, m in self._of_others.items()
+        }
         self._parameters = list(root.parameters())
-        self._tensors = {name: _tensors(m) for name, m in self._of_others.items()}
+        self._tensors = {name: found for name, m in self._of_others.items() if (found := _tensors(m))}
         self._dicts = [attributes for _, attributes, keys in self._of_torch for _ in keys]
         self._keys = [key for _, _, keys in self._of_torch for key in keys]
         self._seen: tuple[list[Any], list[bool]] = [], []
@@ -64,32 +71,76 @@ class ModuleAttributes:
         self._seen = values, trained
         return {
             "numbers": self._numbers,
-            "plain": {name: self._plain(name, reader) for name, reader in self._readers.items()},
+            **self._of_readers(),
             "generators": {name: self._readers[name].generators() for name in self._with_generators},
             "trained": trained,
         }
 
-    def _plain(self, name: str, reader: AttributeReader) -> dict[str, Any]:
-        first, taken = self._tensors[name], reader.plain()
-        if not first:
-            return taken
-        return {key: value for key, value in taken.items() if not _is_same(value, first.get(key))}
+    def _of_readers(self) -> dict[str, Any]:
+        plain = {name: reader.plain() for name, reader in self._readers.items()}
+        unchanged = {
+            name: [key for key in first if key in plain[name] and first[key].is_still(plain[name][key])]
+            for name, first in self._tensors.items()
+        }
+        return {
+            "plain": {
+                name: {key: value for key, value in taken.items() if key not in unchanged[name]}
+                if unchanged.get(name)
+                else taken
+                for name, taken in plain.items()
+            },
+            "unchanged": unchanged,
+            "held": {name: reader.held for name, reader in self._readers.items() if reader.held},
+            "others": {name: reader.others for name, reader in self._readers.items() if reader.others},
+        }
 
     def apply(self, saved: dict[str, Any]) -> None:
         """Restore the attributes in a model that was built in the same way."""
         for name, attributes, keys in self._of_torch:
             attributes.update(zip(keys, saved["numbers"].get(name, ()), strict=False))
         for name, plain in saved["plain"].items():
-            set_plain_attributes(self._of_others[name], plain)
+            self._restore(name, plain, saved)
         for name, owned in saved["generators"].items():
             set_owned_generators(self._with_generators[name], owned)
         for parameter, trained in zip(self._parameters, saved["trained"], strict=True):
             parameter.requires_grad_(trained)
 
+    def _restore(self, name: str, plain: dict[str, Any], saved: dict[str, Any]) -> None:
+        reader, attributes, first = self._readers[name], vars(self._of_others[name]), self._tensors.get(name, {})
+        unchanged = saved["unchanged"].get(name, ())
+        differing = [key for key in unchanged if not first[key].is_still(attributes.get(key))]
+        copies = {key: first[key].copy.clone() for key in differing if first[key].copy is not None}
+        reader.put(copies | plain, saved["held"].get(name, ()), {*saved["others"].get(name, ()), *unchanged})
+        for key in copies:
+            first[key] = replace(first[key], value=attributes[key], writes=version_counter(attributes[key]))
+
+
+@dataclass(frozen=True, slots=True)
+class _First:
+    """A tensor as it was when the model was first seen.
+
+    Args:
+        value: the tensor.
+        writes: torch's count of writes to it.
+        copy: its values, with which a later change is undone; None if that would take too much memory.
+    """
+
+    value: Tensor
+    writes: int
+    copy: Tensor | None
+
+    def is_still(self, value: Any) -> bool:
+        """Return whether an attribute is this tensor, and unchanged."""
+        return value is self.value and version_counter(value) == self.writes
+
 
 def _is_of_torch(module: nn.Module) -> bool:
     # Check all bases: fully_shard derives torch classes from the classes of sharded modules.
     return all(base.__module__.startswith("torch.") for base in type(module).__mro__[:-1])
+
+
+def _left_out(module: nn.Module) -> frozenset[str]:
+    return _OF_EVERY_MODULE | (attributes_of_state(module) if isinstance(module, Metric) else frozenset())
 
 
 def _numbers(module: nn.Module) -> tuple[str, ...]:
@@ -98,9 +149,10 @@ def _numbers(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _tensors(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    return {key: (value, version_counter(value)) for key, value in vars(module).items() if isinstance(value, Tensor)}
+def _tensors(module: nn.Module) -> dict[str, _First]:
+    found = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+    return {key: _First(value, version_counter(value), _copy(value)) for key, value in found.items()}
 
 
-def _is_same(value: Any, first: tuple[Tensor, int] | None) -> bool:
-    return first is not None and value is first[0] and version_counter(value) == first[1]
+def _copy(value: Tensor) -> Tensor | None:
+    return value.detach().clone() if is_plain(value) and value.nbytes <= HEAVY_BYTES else None

@@ -8,7 +8,7 @@ clock, remove entries from the dictionary, or set a flag for the start of the ne
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from lightning_ckptless.internals.lightning.averaging import AVERAGE_STATE, averages_weights
@@ -30,47 +30,62 @@ class OwnState:
         owner: the callback or datamodule.
         leave: names of attributes to exclude.
         calls_state_dict: whether its `state_dict()` is part of it.
+        tell: called with the name of a container that cannot be captured.
     """
 
-    def __init__(self, owner: Any, leave: Collection[str], *, calls_state_dict: bool = True) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        leave: Collection[str],
+        *,
+        calls_state_dict: bool = True,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._owner = owner
         self._calls_state_dict = calls_state_dict
         self._kept = _attributes_of_the_process(owner)
-        self._reader = AttributeReader(owner, {*leave, *readings_of(owner)})
+        self._reader = AttributeReader(owner, {*leave, *readings_of(owner)}, tell)
 
     def capture(self) -> dict[str, Any]:
         """Return the current state. It refers to live objects: pack it before continuing."""
         owner, kept = self._owner, self._kept
         # Called first, as it may change attributes.
         state = _state_of(owner) if self._calls_state_dict else {}
-        attributes = vars(owner)
         if kept is None:
-            plain, generators, names = self._reader.plain(), self._reader.generators(), tuple(attributes)
+            plain, generators = self._reader.plain(), self._reader.generators()
         else:
-            leave = {name for name in attributes if name not in kept}
-            plain, generators, names = plain_attributes(owner, leave=leave), {}, None
+            plain, generators = plain_attributes(owner, leave={name for name in vars(owner) if name not in kept}), {}
         return {
             "state": state,
             "plain": plain,
             "generators": generators,
-            "names": names,
+            "held": self._reader.held,
+            "others": self._reader.others,
             "ages": ages_of(owner),
             "windows": windows_of(owner),
         }
 
+    def put(self, saved: dict[str, Any]) -> None:
+        """Restore what `capture` returned, in a survivor or in a new process.
 
-def set_own_state(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
-    """Restore what `OwnState.capture` returned, in a survivor or in a new process.
+        Args:
+            saved: its state.
+        """
+        owner = self._owner
+        self._put_attributes(saved)
+        if saved["state"] and not _attributes_suffice(owner) and not is_same(owner.state_dict(), saved["state"]):
+            owner.load_state_dict(copy.deepcopy(saved["state"]))
+            self._put_attributes(saved)
 
-    Args:
-        owner: the callback or datamodule.
-        saved: its state.
-        leave: names of attributes to exclude.
-    """
-    _set_attributes(owner, saved, leave)
-    if saved["state"] and not _attributes_suffice(owner) and not is_same(owner.state_dict(), saved["state"]):
-        owner.load_state_dict(copy.deepcopy(saved["state"]))
-        _set_attributes(owner, saved, leave)
+    def _put_attributes(self, saved: dict[str, Any]) -> None:
+        owner, plain = self._owner, copy.deepcopy(saved["plain"])
+        if self._kept is None:
+            self._reader.put(plain, saved["held"], {*saved["others"], *readings_of(owner)})
+        else:
+            set_plain_attributes(owner, plain)
+        set_owned_generators(owner, saved["generators"])
+        set_ages(owner, saved["ages"])
+        set_windows(owner, saved["windows"])
 
 
 def hyperparameters(owner: Any) -> dict[str, Any]:
@@ -84,18 +99,10 @@ def hyperparameters(owner: Any) -> dict[str, Any]:
 def set_hyperparameters(owner: Any, saved: dict[str, Any]) -> None:
     """Restore what `hyperparameters` returned."""
     if saved:
-        vars(owner)["_hparams"].update(saved)
-
-
-def _set_attributes(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
-    if saved["names"] is not None:
-        for name in set(plain_attributes(owner, leave=leave)) - {*saved["names"], *readings_of(owner)}:
-            # Created after that version.
-            del vars(owner)[name]
-    set_plain_attributes(owner, copy.deepcopy(saved["plain"]))
-    set_owned_generators(owner, saved["generators"])
-    set_ages(owner, saved["ages"])
-    set_windows(owner, saved["windows"])
+        held = vars(owner)["_hparams"]
+        for key in hyperparameters(owner).keys() - saved.keys():
+            del held[key]
+        held.update(saved)
 
 
 def _attributes_of_the_process(owner: Any) -> tuple[str, ...] | None:

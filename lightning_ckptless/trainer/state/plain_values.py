@@ -10,30 +10,39 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import pathlib
+from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection
+from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import torch
 
 from lightning_ckptless.formats.packing import pack
+from lightning_ckptless.formats.pickles import found_in_program, is_record_class
 
 _ATOMS = (
-    type(None), bool, int, float, complex, str, bytes, enum.Enum, pathlib.PurePath,
-    dt.timedelta, dt.date, range, np.generic, torch.dtype, torch.device,
+    type(None), bool, int, float, complex, str, bytes, bytearray, Decimal, Fraction, UUID, enum.Enum, pathlib.PurePath,
+    dt.timedelta, dt.date, dt.time, dt.timezone, range, np.generic, torch.dtype, torch.device,
 )  # fmt: skip
 _COMMON = frozenset({type(None), bool, int, float, str})
 _SEQUENCES = (list, tuple, set, frozenset, deque, torch.Size)
 _MAPPINGS = (dict, OrderedDict, Counter)
+_NAMESPACES = (SimpleNamespace, Namespace)
 _FACTORIES = (None, int, float, str, list, dict, set, Counter)
-MAX_DEPTH = 6
+MAX_DEPTH = 10
 HEAVY_BYTES = 8_000_000
 """A larger value is too expensive to be mirrored or stored with every version."""
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
-    """Return whether a value consists of numbers, strings, arrays, tensors and containers of these."""
+    """Return whether a value consists of numbers, strings, arrays, tensors, and containers and records of these."""
     if type(value) in _COMMON:
         return True
     if isinstance(value, torch.Tensor):
@@ -49,7 +58,27 @@ def is_plain(value: Any, depth: int = 0) -> bool:
         return all(is_plain(item, depth + 1) for item in value)
     if _is_mapping(value):
         return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
-    return False
+    return is_record(value) and all(is_plain(item, depth + 1) for item in contents(value).values())
+
+
+def is_record(value: Any) -> bool:
+    """Return whether a value is a namespace, a named tuple, or an instance of a dataclass without code of its own."""
+    return type(value) in _NAMESPACES or _is_known_record_class(type(value))
+
+
+@cache
+def _is_known_record_class(kind: type) -> bool:
+    # A class that is local to a function cannot be found by a new process.
+    return is_record_class(kind) and found_in_program(kind.__module__, kind.__qualname__) is kind
+
+
+def contents(record: Any) -> dict[str, Any]:
+    """Return the values of a namespace, named tuple or dataclass by name."""
+    if isinstance(record, tuple):
+        return record._asdict()  # type: ignore[attr-defined]
+    if hasattr(record, "__dict__"):
+        return dict(vars(record))
+    return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}
 
 
 def _is_plain_tensor(value: torch.Tensor) -> bool:
@@ -92,12 +121,14 @@ def measure(value: Any, limit_bytes: int, depth: int = 0) -> int | None:
         limit_bytes: stop counting beyond this size, without looking at the rest.
         depth: number of containers around the value.
     """
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes | bytearray):
         return len(value)
     if isinstance(value, torch.Tensor | np.ndarray):
         return int(value.nbytes) if is_plain(value) else None
     if isinstance(value, _ATOMS):
         return 8
+    if depth < MAX_DEPTH and is_record(value):
+        return measure(contents(value), limit_bytes, depth)
     if depth >= MAX_DEPTH or not (type(value) in _SEQUENCES or _is_mapping(value)):
         return None
     total = 0

@@ -80,7 +80,7 @@ def set_owned_generators(owner: object, states: dict[str, Any]) -> None:
             # The owner creates it on first use, which the saved state is past.
             generator = _made_for(state)
             setattr(owner, name, generator)
-        _set_state(generator, state)
+        set_state(generator, state)
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -94,7 +94,8 @@ def _made_for(state: Any) -> Any:
     return np.random.RandomState() if isinstance(state[1], np.ndarray) else torch.Generator(state[0])
 
 
-def _set_state(generator: Any, state: Any) -> None:
+def set_state(generator: Any, state: Any) -> None:
+    """Restore what `state_of` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(_tensor(state[1]))
     elif isinstance(generator, np.random.Generator):

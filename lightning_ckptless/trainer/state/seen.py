@@ -10,7 +10,7 @@ the answer is always that something may have changed.
 from __future__ import annotations
 
 import marshal
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum, auto
 from operator import is_, itemgetter
@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_ckptless.trainer.state.plain_values import MAX_DEPTH
+from lightning_ckptless.trainer.state.plain_values import MAX_DEPTH, contents, is_record
 
 _EXACT = frozenset({type(None), bool, int, float, complex, str})
 """Classes that `marshal` writes differently for different values. Arrays and bytes it does not tell apart."""
 _SERIALIZED = frozenset({list, tuple, dict, set, frozenset})
-_MAPPINGS = frozenset({dict, OrderedDict, Counter, defaultdict})
-_CONTAINERS = _SERIALIZED | _MAPPINGS | {deque, torch.Size}
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _BASIC = (int, float, complex, str, bytes)
-_MUTABLE_DATA = (torch.Tensor, np.ndarray)
+_MUTABLE_DATA = (torch.Tensor, np.ndarray, bytearray)
 
 
 class _Kind(Enum):
@@ -94,7 +93,7 @@ class Seen:
         self._unknown = by_kind[_Kind.UNKNOWN]
         self._serialized = {name: values[name] for name in by_kind[_Kind.SERIALIZED]}
         self._bytes = _serialized(self._serialized)
-        self._items = {name: (values[name], _items_of(values[name])) for name in by_kind[_Kind.ITEMS]}
+        self._items = {name: (values[name], items_of(values[name])) for name in by_kind[_Kind.ITEMS]}
 
 
 def _picker(names: list[str]) -> Any:
@@ -115,11 +114,12 @@ def _kind_of(value: Any) -> _Kind:
     kind = type(value)
     if kind in _EXACT:
         return _Kind.FIXED
-    if kind in _CONTAINERS:
+    if isinstance(value, CONTAINERS) or is_record(value):
         if _is_serialized(value):
             return _Kind.SERIALIZED
-        parts = _items_of(value)
-        is_flat = _CONTAINERS.isdisjoint(map(type, parts)) and all(_kind_of(part) is _Kind.FIXED for part in parts)
+        parts = items_of(value)
+        is_flat = not any(isinstance(part, CONTAINERS) for part in parts)
+        is_flat = is_flat and all(_kind_of(part) is _Kind.FIXED for part in parts)
         return _Kind.ITEMS if is_flat else _Kind.UNKNOWN
     is_derived = isinstance(value, _BASIC) and not isinstance(value, Enum | np.generic)
     # An object of a class derived from `int` may have attributes of its own.
@@ -130,15 +130,22 @@ def _kind_of(value: Any) -> _Kind:
 def _is_serialized(value: Any, depth: int = 0) -> bool:
     if type(value) not in _SERIALIZED or depth >= MAX_DEPTH:
         return False
-    parts = _items_of(value)
+    parts = items_of(value)
     kinds = set(map(type, parts)) - _EXACT
     return kinds <= _SERIALIZED and all(_is_serialized(part, depth + 1) for part in parts if type(part) in kinds)
 
 
-def _items_of(value: Any) -> tuple[Any, ...]:
-    return (*value.keys(), *value.values()) if type(value) in _MAPPINGS else tuple(value)
+def items_of(value: Any) -> tuple[Any, ...]:
+    """Return the items of a container or record; of a mapping, the keys and the values."""
+    if is_record(value):
+        value = contents(value)
+    if isinstance(value, dict):
+        # A class of the script may have methods of its own.
+        base = OrderedDict if isinstance(value, OrderedDict) else dict
+        return (*base.keys(value), *base.values(value))
+    return tuple(value)
 
 
 def _is_same(value: Any, items: tuple[Any, ...]) -> bool:
-    now = _items_of(value)
+    now = items_of(value)
     return len(now) == len(items) and all(map(is_, now, items))

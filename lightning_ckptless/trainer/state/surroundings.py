@@ -39,6 +39,7 @@ class Surroundings:
         self._trainer = trainer
         self._loops = FitLoops(trainer)
         self._tell = tell
+        self._told: set[str] = set()
         self.schedulers = Schedulers(trainer)
         self.first_groups = names_in_groups(trainer)
         settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
@@ -54,6 +55,13 @@ class Surroundings:
         known = {identity for changes in self._training() for identity in changes.identities()}
         self._objects = UserObjects(self._trainer, known)
 
+    def note_loss(self, path: str, name: str = "") -> None:
+        """Report, once, an attribute whose change would be lost with the process."""
+        whole = f"{path}.{name}" if name else path
+        if whole not in self._told:
+            self._told.add(whole)
+            self._tell(whole)
+
     def capture(self) -> dict[str, Any]:
         """Return what has changed so far."""
         self._look_for_validation_data()
@@ -63,7 +71,7 @@ class Surroundings:
             "objects": {} if self._objects is None else self._objects.capture(),
         }
         for name in () if self._objects is None else self._objects.lost():
-            self._tell(name)
+            self.note_loss(name)
         for stage, watched in (("val", self._validation), ("train", self._training())):
             for index, changes in enumerate(watched):
                 for name in changes.lost():
@@ -79,7 +87,7 @@ class Surroundings:
         """
         if with_settings:
             self._settings.apply(saved["settings"])
-        if self._objects is not None:
+        if self._objects is not None and saved["objects"]:
             self._objects.apply(saved["objects"])
         self._look_for_validation_data()
         self._waiting, self._waiting_settings = saved["validation"], saved["settings"]

@@ -168,7 +168,7 @@ class StateIndex:
         states = [(list(map(id, held)), list(map(len, held))) for held in map(_states_of_tensors, optimizers)]
         groups = [len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
         alone = sum(parameter.requires_grad for parameter in self._watched_alone.values())
-        return sum(buffers), states, groups, alone
+        return sum(buffers), states, groups, alone, [id(module) for _, module in callback_modules(self.trainer)]
 
 
 def _states_of_tensors(optimizer: Any) -> list[dict[str, Any]]:
@@ -219,11 +219,18 @@ def is_of_optimizer(name: str) -> bool:
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that callbacks hold outside the model, e.g. averaged weights, with a name prefix."""
-    own = {id(m) for m in trainer.lightning_module.modules()}
+    yield from ((place, module) for place, _, _, module in modules_of_callbacks(trainer))
+
+
+def modules_of_callbacks(trainer: Any) -> Iterator[tuple[str, int, str, nn.Module]]:
+    """Yield the same modules, each with its prefix, the index of its callback, and the name of the attribute."""
+    own: set[int] = set()
     for index, callback in enumerate(trainer.callbacks):
         for name, value in vars(callback).items():
-            if isinstance(value, nn.Module) and id(value) not in own:
-                yield f"callback/{index}.{type(callback).__name__}.{name}", value
+            if isinstance(value, nn.Module):
+                own = own or {id(m) for m in trainer.lightning_module.modules()}
+                if id(value) not in own:
+                    yield f"callback/{index}.{type(callback).__name__}.{name}", index, name, value
 
 
 def optimizer_parameters(trainer: Any, index: int) -> dict[str, nn.Parameter]:
@@ -326,11 +333,21 @@ def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
     for index, (optimizer, facts) in enumerate(zip(trainer.optimizers, saved, strict=True)):
         for group, values in zip(optimizer.param_groups, facts["groups"], strict=True):
             _update_group(group, values)
+        _drop_later_values(optimizer, facts)
         parameters = optimizer_parameters(trainer, index)
         for name, values in facts["state"].items():
             optimizer.state[parameters[name]].update(values)
         optimizer.state.update(facts["common"])
         set_plain_attributes(optimizer, facts["plain"])
+
+
+def _drop_later_values(optimizer: Any, facts: dict[str, Any]) -> None:
+    """Delete what the optimizer has created since besides tensors; what was there then is restored."""
+    for key in [key for key in optimizer.state if not isinstance(key, Tensor) and key not in facts["common"]]:
+        del optimizer.state[key]
+    for state in _states_of_tensors(optimizer):
+        for key in _plain_values(state):
+            del state[key]
 
 
 def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:

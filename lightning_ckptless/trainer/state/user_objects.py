@@ -21,8 +21,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_ckptless.internals.lightning.distribution import distribution_of, is_a, is_part_of_a_run, module
-from lightning_ckptless.trainer.state.changes import NAMED_ONLY, OBJECTS_LEFT_ALONE, Changed, Changes
+from lightning_ckptless.internals.torch_internals import child_dict
+from lightning_ckptless.trainer.state.changes import NAMED_ONLY, OBJECTS_LEFT_ALONE, Changes
+from lightning_ckptless.trainer.state.held_states import HeldStates
+from lightning_ckptless.trainer.state.plain_values import is_plain
 from lightning_ckptless.trainer.state.reachability import reach
+from lightning_ckptless.trainer.state.rng import generators_of
+from lightning_ckptless.trainer.state.tensors import callback_modules
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _NO_STATE = (
@@ -54,21 +59,49 @@ class UserObjects:
         held = list(_held_by(roots, known))
         self._own = Changes(((path, it) for path, it in held if is_users_own(type(it))), policy=OBJECTS_LEFT_ALONE)
         self._installed = Changes(((path, it) for path, it in held if not is_users_own(type(it))), policy=NAMED_ONLY)
+        attributes = {path: _searched(root, leave) for path, (root, leave) in roots.items()}
+        generators = {id(generator) for root, _ in roots.values() for generator in generators_of(root).values()}
+        self._held = HeldStates(attributes, {*_captured_elsewhere(trainer), *generators}, _is_own_object)
+        self._children = _Children(trainer.lightning_module)
         self._references = [_References(path, root, leave) for path, (root, leave) in roots.items()]
 
-    def capture(self) -> Changed:
-        """Return what has changed in objects whose class is user code."""
+    def capture(self) -> dict[str, Any]:
+        """Return what has changed in objects whose class is user code, and the states of those of torch."""
         self._installed.capture()
-        return self._own.capture()
+        return {"own": self._own.capture(), "held": self._held.capture()}
 
-    def apply(self, saved: Changed) -> None:
+    def apply(self, saved: dict[str, Any]) -> None:
         """Restore what `capture` returned."""
-        self._own.apply(saved)
+        self._own.apply(saved["own"])
+        self._held.apply(saved["held"])
 
     def lost(self) -> list[str]:
         """Return the attributes whose change since the last call would be lost with the process, each once."""
         exchanged = [name for references in self._references for name in references.exchanged()]
-        return [*self._own.lost(), *self._installed.lost(), *exchanged]
+        return [*self._own.lost(), *self._installed.lost(), *self._held.lost(), *self._children.added(), *exchanged]
+
+
+class _Children:
+    """Tracks the modules of a model: a new process has those that the script creates, and not those added since."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._name = type(model).__name__
+        self._dicts = [(path, child_dict(module)) for path, module in model.named_modules()]
+        self._counts = self._count()
+        self._known = self._paths()
+
+    def added(self) -> Iterator[str]:
+        """Yield the paths of modules that were added since the last call."""
+        if (counts := self._count()) == self._counts:
+            return
+        self._counts, known, self._known = counts, self._known, self._paths()
+        yield from (f"{self._name}.{path}" for path in self._known if path not in known)
+
+    def _count(self) -> list[int]:
+        return [len(children) for _, children in self._dicts]
+
+    def _paths(self) -> list[str]:
+        return [f"{path}.{name}" if path else name for path, children in self._dicts for name in children]
 
 
 class _References:
@@ -112,7 +145,7 @@ def _is_users_module(name: str) -> bool:
 
 def _is_reference(value: Any) -> bool:
     cls: Any = type(value)
-    is_object = bool(cls.__dictoffset__) and not isinstance(value, _NO_STATE)
+    is_object = bool(cls.__dictoffset__) and not isinstance(value, _NO_STATE) and not is_plain(value)
     return is_object and not is_part_of_a_run(value) and not _is_of(cls, (*_CLIENTS, *_OF_LIGHTNING))
 
 
@@ -147,6 +180,22 @@ def _held_by(roots: dict[str, tuple[Any, Collection[str]]], known: Collection[in
                 if id(held) not in seen:
                     seen.add(id(held))
                     yield where, held
+
+
+def _searched(root: Any, leave: Collection[str]) -> dict[str, Any]:
+    """Return the attributes in which objects of torch may be held beside the model."""
+    return {name: value for name, value in vars(root).items() if name not in leave}
+
+
+def _captured_elsewhere(trainer: Any) -> Iterator[int]:
+    held = (module for _, module in callback_modules(trainer))
+    yield from (id(module) for root in (trainer.lightning_module, *held) for module in root.modules())
+    yield from map(id, trainer.optimizers)
+    yield from (id(config.scheduler) for config in trainer.lr_scheduler_configs)
+
+
+def _is_own_object(value: Any) -> bool:
+    return is_users_own(type(value)) and hasattr(value, "__dict__") and not is_part_of_a_run(value) and _enters(value)
 
 
 def _enters(value: Any) -> bool:

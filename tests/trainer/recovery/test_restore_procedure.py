@@ -29,6 +29,7 @@ class Rank:
         self.steps: list[str] = []
         self.holds: list[tuple[bool, str | None]] = []
         self.trained = trained
+        self.lacks_modules = False
         self.virtual_ranks = SimpleNamespace(
             opened_for=opened_for,
             count=2,
@@ -60,6 +61,7 @@ class Rank:
             logs=None,
             host_state={"data_hooks": {}, "virtual_ranks": {}, "rewinds": {}},
             fill=self.fill,
+            lacks_modules=lambda trainer: self.lacks_modules,
             resume=self.note("resume"),
         )
         self.procedure = RestoreProcedure(
@@ -102,6 +104,13 @@ def test_a_new_process_runs_its_start_hooks_with_the_tensors_in_place(shown: lis
     steps = rank.restore(survivor=False, start_hooks=lambda: rank.steps.append("start hooks"))
     assert steps == [*BEFORE, *HOOKS, *MAKE, *MOVE, "resume"]
     assert (rank.holds, shown) == ([(False, None)], [True])
+
+
+def test_start_hooks_that_make_modules_of_callbacks_are_called_first(shown: list[bool]) -> None:
+    rank = Rank(trained=False)
+    rank.lacks_modules = True
+    steps = rank.restore(survivor=False, start_hooks=lambda: rank.steps.append("start hooks"))
+    assert steps == ["start hooks", *BEFORE, *MAKE, *MOVE, "resume"]
 
 
 def test_a_replacement_has_run_its_start_hooks_before(shown: list[bool]) -> None:

@@ -83,3 +83,32 @@ def test_the_model_itself_and_its_metrics_are_not_captured() -> None:
     fresh = round_trip(attributes)
     assert fresh.own == 5
     assert fresh.metric.update_count == 0
+
+
+def test_a_tensor_that_had_not_changed_is_undone_in_a_survivor() -> None:
+    net = Net()
+    attributes = ModuleAttributes(net)
+    before, written = unpack(pack(attributes.capture())), net.layer.written
+    net.layer.written.add_(1)
+    net.layer.replaced = torch.zeros(3)
+    attributes.apply(before)
+    assert net.layer.written is written and written.tolist() == [1.0, 1.0] == net.layer.replaced.tolist()
+    assert {*attributes.capture()["plain"]["layer"]} == {"count", "seen"}
+
+
+def test_wrappers_of_metrics_keep_what_they_count() -> None:
+    class Wrapped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.running = torchmetrics.wrappers.Running(torchmetrics.SumMetric(), window=3)
+            self.extremes = torchmetrics.MinMaxMetric(torchmetrics.MeanMetric())
+
+    net, fresh = Wrapped(), Wrapped()
+    attributes = ModuleAttributes(net)
+    for value in (3.0, 5.0):
+        net.running.update(value)
+        net.extremes.update(value)
+        net.extremes.compute()
+    ModuleAttributes(fresh).apply(unpack(pack(attributes.capture())))
+    assert fresh.running._num_vals_seen == 2
+    assert (float(fresh.extremes.min_val), float(fresh.extremes.max_val)) == (3.0, 4.0)

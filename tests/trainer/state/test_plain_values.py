@@ -9,7 +9,12 @@ import math
 import pathlib
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from typing import Any
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -23,6 +28,31 @@ from lightning_ckptless.trainer.state.plain_values import MAX_DEPTH, is_plain, p
 
 class Phase(enum.Enum):
     WARM_UP = 1
+
+
+class Output(NamedTuple):
+    loss: Any
+
+
+@dataclass
+class Record:
+    count: int = 0
+    seen: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    count: int = 0
+
+
+@dataclass
+class Checked:
+    """Runs code of its own when it is created."""
+
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.twice = 2 * self.count
 
 
 def mapped(path: pathlib.Path) -> np.memmap[Any, Any]:
@@ -43,11 +73,21 @@ def the_same(left: Any, right: Any) -> bool:
         return same_kind and bool(left.tolist() == right.tolist())
     if isinstance(left, np.ndarray):
         return (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+    if isinstance(left, SimpleNamespace):
+        return the_same(vars(left), vars(right))
     if isinstance(left, list | tuple | deque):
         return len(left) == len(right) and all(the_same(a, b) for a, b in zip(left, right, strict=True))
     if isinstance(left, dict):
         return list(left) == list(right) and all(the_same(left[key], right[key]) for key in left)
     return bool(left == right) or (isinstance(left, float) and math.isnan(left) and math.isnan(right))
+
+
+def local_record() -> Any:
+    @dataclass
+    class Local:
+        count: int = 0
+
+    return Local()
 
 
 # ---------------------------------------------------------------------- what is plain
@@ -71,6 +111,11 @@ PLAIN = {
     "enum": Phase.WARM_UP,
     "path": pathlib.PurePosixPath("a/b"),
     "time": [dt.timedelta(seconds=1), dt.datetime(2020, 1, 1, tzinfo=dt.UTC), dt.date(2020, 1, 1)],
+    "decimal and fraction": [Decimal("0.1"), Fraction(1, 3), UUID(int=1), dt.time(1, 2)],
+    "bytes that can change": bytearray(b"ab"),
+    "namespace": SimpleNamespace(a=1, b=[2]),
+    "named tuples": [Output(1.0), Output(2.0)],
+    "dataclasses": [Record(1, [2]), Fixed(3)],
     "dtype and device": {"dtype": torch.bfloat16, "device": torch.device("cpu")},
     "deepest allowed": nested(MAX_DEPTH),
 }
@@ -96,6 +141,9 @@ NOT_PLAIN = {
     "default from a user's function": defaultdict(lambda: 0),
     "class": int,
     "object": object(),
+    "namespace with an object": SimpleNamespace(a=object()),
+    "dataclass with code": Checked(1),
+    "dataclass of a function": local_record(),
     "too deep": nested(MAX_DEPTH + 1),
 }
 

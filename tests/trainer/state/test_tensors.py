@@ -219,6 +219,16 @@ def test_plain_optimizer_state_is_restored() -> None:
     assert fresh.optimizers[0].state[fresh.lightning_module.scale]["word"] == "step 3"
 
 
+def test_counts_that_an_optimizer_has_made_since_are_removed() -> None:
+    trainer = trained(lambda p: Rounded(p, lr=0.1), 0)
+    before = unpack(pack(optimizer_facts(trainer)))
+    trainer.step()
+    set_optimizer_facts(trainer, before)
+    [optimizer] = trainer.optimizers
+    assert "steps" not in optimizer.state and optimizer.calls == 0
+    assert "count" not in optimizer.state[trainer.lightning_module.scale]
+
+
 # ---------------------------------------------------------------------- into a fresh trainer
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {

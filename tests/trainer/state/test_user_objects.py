@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from omegaconf import OmegaConf
 
 from lightning_ckptless.formats.packing import pack, unpack
@@ -105,3 +106,115 @@ def test_nothing_is_reported_if_nothing_changes(tmp_path: Path) -> None:
 
     _, told = fit(tmp_path, step, tracker=Tracker(), ratio=Fraction(1, 2), inner=torch.nn.Linear(2, 2))
     assert told == []
+
+
+class Average:
+    """The average of a model's weights, as many scripts keep it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def follow(self) -> None:
+        for name in self.shadow:
+            self.shadow[name] = self.shadow[name] + 1
+
+
+@pytest.mark.parametrize("width", [20, 200], ids=["small", "large"])
+def test_an_average_in_a_dictionary_is_restored(width: int, tmp_path: Path) -> None:
+    kept: list[Packed] = []
+    average = Average(torch.nn.Linear(width, width))
+    first = float(average.shadow["weight"][0, 0])
+
+    def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
+        model.average.follow()
+        kept.append(pack(surroundings.capture()))
+        if trainer.global_step == 3:
+            surroundings.apply(unpack(kept[0]))
+
+    _, told = fit(tmp_path, step, average=average)
+    assert told == []
+    assert float(average.shadow["weight"][0, 0]) == pytest.approx(first + 1)
+
+
+def test_an_average_too_large_to_be_captured_is_reported(tmp_path: Path) -> None:
+    _, told = fit(tmp_path, lambda _, model, __: model.average.follow(), average=Average(torch.nn.Linear(1500, 1500)))
+    assert told == ["Tiny.average.shadow"]
+
+
+# ---------------------------------------------------------------------- objects of torch
+
+
+class Probe:
+    """A layer with an optimizer and a scheduler of its own."""
+
+    def __init__(self) -> None:
+        self.layer = torch.nn.Linear(2, 1)
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), 0.1)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+
+    def step(self) -> None:
+        for parameter in self.layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+        self.scheduler.step()
+
+    def state(self) -> Any:
+        return pack([part.state_dict() for part in (self.layer, self.optimizer, self.scheduler)])
+
+
+@pytest.mark.parametrize("back_to", [0, 1], ids=["before its first step", "after it"])
+def test_an_optimizer_that_the_trainer_does_not_know_is_restored(back_to: int, tmp_path: Path) -> None:
+    kept: list[tuple[Packed, Packed]] = []
+    probe = Probe()
+
+    def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
+        kept.append((pack(surroundings.capture()), probe.state()))
+        model.probe[0].step()
+        if trainer.global_step == 3:
+            surroundings.apply(unpack(kept[back_to][0]))
+            assert probe.state() == kept[back_to][1]
+
+    _, told = fit(tmp_path, step, probe=[probe])
+    assert len(kept) == 3 and told == []
+
+
+@pytest.mark.parametrize(("width", "reported"), [(2, []), (1500, ["Tiny.teacher[0]"])], ids=["small", "large"])
+def test_a_teacher_in_a_list_is_restored_or_reported(width: int, reported: list[str], tmp_path: Path) -> None:
+    kept: list[Packed] = []
+    teacher = torch.nn.Linear(width, width)
+    first = teacher.bias.detach().clone()
+
+    def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
+        kept.append(pack(surroundings.capture()))
+        model.teacher[0].bias.data.add_(1)
+        if trainer.global_step == 3:
+            surroundings.apply(unpack(kept[0]))
+
+    _, told = fit(tmp_path, step, teacher=[teacher], still=(torch.nn.Linear(2, 2),))
+    assert told == reported
+    assert torch.equal(teacher.bias, first) is (not reported)
+
+
+def test_a_module_that_was_added_is_reported(tmp_path: Path) -> None:
+    _, told = fit(tmp_path, lambda _, model, __: model.parts.append(torch.nn.ReLU()), parts=torch.nn.ModuleList())
+    assert told == ["Tiny.parts.0", "Tiny.parts.1", "Tiny.parts.2"]
+
+
+def test_generators_and_metrics_in_containers_are_restored(tmp_path: Path) -> None:
+    kept: list[Packed] = []
+    held: dict[str, Any] = {"noise": torch.Generator().manual_seed(1), "sums": [torchmetrics.SumMetric()]}
+
+    def draw() -> tuple[float, float]:
+        held["sums"][0].update(1.0)
+        return float(torch.rand((), generator=held["noise"])), float(held["sums"][0].compute())
+
+    drawn: list[tuple[float, float]] = []
+
+    def step(trainer: Any, _: Any, surroundings: Surroundings) -> None:
+        if trainer.global_step == 3:
+            surroundings.apply(unpack(kept[0]))
+        kept.append(pack(surroundings.capture()))
+        drawn.append(draw())
+
+    fit(tmp_path, step, held=held)
+    assert drawn[2] == drawn[0] != drawn[1]
