@@ -205,16 +205,18 @@ class _Value:
         self._object = value
         self._copy: Any = _ABSENT
         self._mark: Any = None
+        self._parts: tuple[Any, ...] = ()
         self.is_marked = False
         if type(value) in _ATOMS:
             return
         fits = _size(value) is Size.FITS
         if fits:
             self._copy = _copied(value)
-        if isinstance(value, torch.Tensor) or not fits or _is_large_array(value) or _are_tensors(value):
+        has_mark = isinstance(value, torch.Tensor) or not fits or _is_large_array(value) or _are_tensors(value)
+        if has_mark:
             self._set_mark(value, fits=fits)
         is_container = isinstance(value, tuple | frozenset | deque)
-        self.is_marked = self._mark is not None and (self._mark != 0 or is_container)
+        self.is_marked = has_mark and bool(self._mark != 0 or is_container)
 
     def _set_mark(self, value: Any, *, fits: bool) -> None:
         self._mark = _mark(value)

@@ -90,7 +90,8 @@ class _Empty(SmallTensorPickler):
             is_parameter = isinstance(value, nn.Parameter)
             return empty_tensor, (tuple(value.shape), value.dtype, value.device.type, is_parameter, value.requires_grad)
         if isinstance(value, nn.Module):
-            make, arguments, state, *rest = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            reduced: Any = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            make, arguments, state, *rest = reduced
             return make, arguments, _with_known_hooks(state), *rest
         return super().reducer_override(value)
 

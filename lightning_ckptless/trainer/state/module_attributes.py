@@ -109,7 +109,7 @@ class ModuleAttributes:
         reader, attributes, first = self._readers[name], vars(self._of_others[name]), self._tensors.get(name, {})
         unchanged = saved["unchanged"].get(name, ())
         differing = [key for key in unchanged if not first[key].is_still(attributes.get(key))]
-        copies = {key: first[key].copy.clone() for key in differing if first[key].copy is not None}
+        copies = {key: copy.clone() for key in differing if (copy := first[key].copy) is not None}
         reader.put(copies | plain, saved["held"].get(name, ()), {*saved["others"].get(name, ()), *unchanged})
         for key in copies:
             first[key] = replace(first[key], value=attributes[key], writes=version_counter(attributes[key]))

@@ -63,7 +63,8 @@ def is_plain(value: Any, depth: int = 0) -> bool:
 
 def is_record(value: Any) -> bool:
     """Return whether a value is a namespace, a named tuple, or an instance of a dataclass without code of its own."""
-    return type(value) in _NAMESPACES or _is_known_record_class(type(value))
+    kind: Any = type(value)
+    return kind in _NAMESPACES or _is_known_record_class(kind)
 
 
 @cache
@@ -75,7 +76,8 @@ def _is_known_record_class(kind: type) -> bool:
 def contents(record: Any) -> dict[str, Any]:
     """Return the values of a namespace, named tuple or dataclass by name."""
     if isinstance(record, tuple):
-        return record._asdict()  # type: ignore[attr-defined]
+        names: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009
+        return dict(zip(names, record, strict=True))
     if hasattr(record, "__dict__"):
         return dict(vars(record))
     return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}

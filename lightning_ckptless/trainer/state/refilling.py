@@ -34,7 +34,8 @@ def can_be_refilled(value: Any) -> bool:
 
 def is_mutable_record(value: Any) -> bool:
     """Return whether a value is an instance of a dataclass that is not frozen."""
-    return is_dataclass(value) and not isinstance(value, type) and not type(value).__dataclass_params__.frozen
+    kind: Any = type(value)
+    return is_dataclass(kind) and not kind.__dataclass_params__.frozen
 
 
 def refilled(held: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

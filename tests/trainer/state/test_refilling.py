@@ -79,7 +79,7 @@ def test_a_value_of_another_kind_replaces_the_object(there: Any, saved: Any) -> 
 
 def test_parts_of_several_values_stay_parts_of_them() -> None:
     inner: list[int] = []
-    there = {"first": inner, "second": {"a": inner, "b": (inner, 1)}}
+    there: dict[str, Any] = {"first": inner, "second": {"a": inner, "b": (inner, 1)}}
     found = refilled(there, unpack(pack({"first": (part := [1]), "second": {"a": part, "b": (part, 1)}})))
     assert found["second"] is there["second"] and found["first"] is inner
     assert found["second"]["a"] is inner and found["second"]["b"][0] is inner and inner == [1]
