@@ -65,7 +65,7 @@ class AttributeReader:
             self._generators = generators_of(self._owner)
             self.others = [name for name in attributes if name not in self._plain and name not in self._leave]
             return self._plain
-        self._tell_of_others(attributes, names)
+        self._tell_of_others(attributes, [name for name in names if name not in self._plain])
         changed = {name: attributes[name] for name in names if name in self._plain}
         self._plain.update(changed)
         self.changes += bool(changed)
@@ -79,6 +79,7 @@ class AttributeReader:
             held: `held` at that time.
             others: `others` at that time. Plain attributes that did not exist then are removed.
         """
+        self.changes += 1
         attributes = getattr(self._owner, "__dict__", {})
         for name in plain_attributes(self._owner, leave={*self._leave, *saved, *others}):
             del attributes[name]

@@ -51,6 +51,9 @@ class ModuleAttributes:
         self._seen: tuple[list[Any], list[bool]] = [], []
         self._numbers: dict[str, list[Any]] = {}
         self._own_changes = 0
+        self._facts_at = -1
+        self._held: dict[str, list[str]] = {}
+        self._other_names: dict[str, list[str]] = {}
 
     @property
     def changes(self) -> int:
@@ -82,17 +85,13 @@ class ModuleAttributes:
             name: [key for key in first if key in plain[name] and first[key].is_still(plain[name][key])]
             for name, first in self._tensors.items()
         }
-        return {
-            "plain": {
-                name: {key: value for key, value in taken.items() if key not in unchanged[name]}
-                if unchanged.get(name)
-                else taken
-                for name, taken in plain.items()
-            },
-            "unchanged": unchanged,
-            "held": {name: reader.held for name, reader in self._readers.items() if reader.held},
-            "others": {name: reader.others for name, reader in self._readers.items() if reader.others},
-        }
+        for name, keys in unchanged.items():
+            plain[name] = {key: value for key, value in plain[name].items() if key not in keys}
+        if (changes := self.changes) != self._facts_at:
+            self._facts_at = changes
+            self._held = {name: reader.held for name, reader in self._readers.items() if reader.held}
+            self._other_names = {name: reader.others for name, reader in self._readers.items() if reader.others}
+        return {"plain": plain, "unchanged": unchanged, "held": self._held, "others": self._other_names}
 
     def apply(self, saved: dict[str, Any]) -> None:
         """Restore the attributes in a model that was built in the same way."""
