@@ -8,6 +8,7 @@ small, and restored if it differs. A module is captured only once it is not what
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.internals.torch_internals import leaves_of, version_counter
 from lightning_ckptless.trainer.state.layout_tensors import digest_of
@@ -42,7 +44,7 @@ class HeldStates:
     def __init__(
         self, roots: Mapping[str, Mapping[str, Any]], known: Collection[int], is_own: Callable[[Any], bool]
     ) -> None:
-        found = [(path, held) for path, held in _search(roots, is_own) if id(held) not in known]
+        found = [(path, held) for path, held in _search(roots, is_own) if id(held) not in known and _is_readable(held)]
         self._modules = {path: _WatchedModule(held) for path, held in found if isinstance(held, nn.Module)}
         self._others = {path: held for path, held in found if not isinstance(held, nn.Module)}
         for path, watched in self._modules.items():
@@ -114,6 +116,16 @@ class _WatchedModule:
 
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
+
+
+def _is_readable(held: Any) -> bool:
+    """Return whether the state of an object can be pickled; that of a scheduler may contain a function."""
+    try:
+        if not isinstance(held, nn.Module):
+            pack(_read(held))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _read(held: Any) -> Any:
