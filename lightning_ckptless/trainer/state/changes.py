@@ -216,7 +216,7 @@ class _Value:
         if has_mark:
             self._set_mark(value, fits=fits)
         is_container = isinstance(value, tuple | frozenset | deque)
-        self.is_marked = has_mark and bool(self._mark != 0 or is_container)
+        self.is_marked = has_mark and (is_container or _mark(value) != 0)
 
     def _set_mark(self, value: Any, *, fits: bool) -> None:
         self._mark = _mark(value)

@@ -34,8 +34,7 @@ def can_be_refilled(value: Any) -> bool:
 
 def is_mutable_record(value: Any) -> bool:
     """Return whether a value is an instance of a dataclass that is not frozen."""
-    kind: Any = type(value)
-    return is_dataclass(kind) and not kind.__dataclass_params__.frozen
+    return is_dataclass(value) and not getattr(type(value), "__dataclass_params__").frozen  # noqa: B009
 
 
 def refilled(held: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
