@@ -263,13 +263,17 @@ def is_record_class(found: Any) -> bool:
     if not isinstance(found, type):
         return False
     if issubclass(found, tuple):
-        return found.__bases__ == (tuple,) and hasattr(found, "_fields")
+        return found.__bases__ == (tuple,) and hasattr(found, "__match_args__") and _is_text(found.__new__)
     bases = [base for base in found.__mro__ if base not in (object, Generic, ABC)]
     return bool(bases) and all(is_dataclass(base) and _is_generated(base) for base in bases)
 
 
 def _is_generated(cls: type) -> bool:
     defined = vars(cls)
-    init = getattr(defined.get("__init__"), "__code__", None)
     codes = [defined[name] for name in _CODE_OF_RECORDS if name in defined]
-    return init is not None and init.co_filename == "<string>" and all(c.__module__ == "dataclasses" for c in codes)
+    return _is_text(defined.get("__init__")) and all(code.__module__ == "dataclasses" for code in codes)
+
+
+def _is_text(function: Any) -> bool:
+    """Return whether a function was made from text, as the standard library makes those of records."""
+    return getattr(getattr(function, "__code__", None), "co_filename", "") == "<string>"

@@ -76,8 +76,7 @@ def _is_known_record_class(kind: type) -> bool:
 def contents(record: Any) -> dict[str, Any]:
     """Return the values of a namespace, named tuple or dataclass by name."""
     if isinstance(record, tuple):
-        names: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009
-        return dict(zip(names, record, strict=True))
+        return dict(zip(type(record).__match_args__, record, strict=True))
     if hasattr(record, "__dict__"):
         return dict(vars(record))
     return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}
