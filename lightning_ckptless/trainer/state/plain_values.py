@@ -76,7 +76,8 @@ def _is_known_record_class(kind: type) -> bool:
 def contents(record: Any) -> dict[str, Any]:
     """Return the values of a namespace, named tuple or dataclass by name."""
     if isinstance(record, tuple):
-        return dict(zip(type(record).__match_args__, record, strict=True))
+        kind: Any = type(record)
+        return dict(zip(kind.__match_args__, record, strict=True))
     if hasattr(record, "__dict__"):
         return dict(vars(record))
     return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}
