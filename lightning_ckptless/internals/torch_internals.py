@@ -314,6 +314,12 @@ def bucket_layout(model: Any) -> list[list[int]]:
     return [[indices[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
 
 
+def has_sparse_gradients(model: torch.nn.Module) -> bool:
+    """Return whether a model has sparse gradients, whose buckets torch does not list."""
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    return any(isinstance(module, embeddings) and module.sparse for module in model.modules())
+
+
 def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
     """Set the buckets of a model; registered communication hooks are kept.
 

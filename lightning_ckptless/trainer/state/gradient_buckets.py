@@ -12,7 +12,12 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_ckptless.internals.torch_internals import bucket_layout, set_bucket_layout, settle_buckets
+from lightning_ckptless.internals.torch_internals import (
+    bucket_layout,
+    has_sparse_gradients,
+    set_bucket_layout,
+    settle_buckets,
+)
 
 Buckets = list[list[int]] | None
 """Parameter indices by bucket; None for a model without buckets."""
@@ -54,7 +59,8 @@ class BucketWatch:
             return None
         seen = model.reducer, settle_buckets(model)
         if seen != self._seen:
-            self._seen, self._layout = seen, bucket_layout(model)
+            # torch lists no buckets if one is sparse. Every process then makes its own, alike for two ranks.
+            self._seen, self._layout = seen, None if has_sparse_gradients(model) else bucket_layout(model)
         return self._layout
 
 
