@@ -64,6 +64,12 @@ BUCKETS = """
     model(torch.ones(2, 4)).sum().backward()
     assert torch_internals.settle_buckets(model)
     layout = torch_internals.bucket_layout(model)
+
+    from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch
+    assert BucketWatch().settled(model) == layout
+    sparse = DistributedDataParallel(torch.nn.Embedding(4, 4, sparse=True))
+    sparse(torch.tensor([1])).sum().backward()
+    assert BucketWatch().settled(sparse) is None
     assert layout == [[3, 2, 1, 0]]
 
     model.module[0].requires_grad_(False)
