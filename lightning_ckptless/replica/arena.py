@@ -4,7 +4,7 @@
         arena.json                               format, run, node, owner, origin
         layout-<digest>.json                     how the state is divided into shards
         note-<name>.json                         notes
-        votes-<id>                               memory in which the ranks of the node vote, while it is being shared
+        votes-<id>                               memory that the ranks share to vote, while they open it
         shard-0003.held-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
 
 An arena outlives the workers that write it. Its owner is the agent that starts them. After the owner has exited, the
