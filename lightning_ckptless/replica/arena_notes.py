@@ -139,7 +139,7 @@ class ArenaNotes:
         decoded: dict[str, Any] = {name: {} for name, storage in _STORAGE.items() if storage.per_rank}
         for stored_name, stored in values.items():
             for name, storage in _STORAGE.items():
-                if (match := re.fullmatch(storage.pattern, stored_name)) is None:
+                if (match := _PATTERNS[name].fullmatch(stored_name)) is None:
                     continue
                 value = storage.check(stored, stored_name)
                 if storage.per_rank:
@@ -175,11 +175,6 @@ class _Storage:
     check: Check
     encode: Callable[[Any], Json] = lambda value: value
     per_rank: bool = False
-
-    @property
-    def pattern(self) -> str:
-        """Regular expression for the names of these notes; the rank, if there is one, is its group."""
-        return re.escape(self.name) + (r"(\d+)" if self.per_rank else "")
 
 
 def _dirpath(value: Any, path: str) -> tuple[str, str | None]:
@@ -232,6 +227,11 @@ _STORAGE = {
     "raised": _Storage("raised by rank ", text(), per_rank=True),
 }
 """How each note is stored, by the name of its field."""
+_PATTERNS = {
+    name: re.compile(re.escape(storage.name) + (r"(\d+)" if storage.per_rank else ""))
+    for name, storage in _STORAGE.items()
+}
+"""What the stored names look like, with the rank as a group; compiled before any new process needs it."""
 
 
 def write_notes(folder: Path, notes: ArenaNotes) -> None:
