@@ -7,8 +7,10 @@ damaged note is ignored, with one warning.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -250,7 +252,10 @@ def write_notes(folder: Path, notes: ArenaNotes) -> None:
 def read_notes(folder: Path) -> ArenaNotes:
     """Read all notes of an arena."""
     values: dict[str, Any] = {}
-    for path in sorted(folder.glob(f"{_PREFIX}*.json")):
+    files: list[str] = []
+    with suppress(FileNotFoundError):
+        files = [file for file in os.listdir(folder) if file.startswith(_PREFIX) and file.endswith(".json")]
+    for path in map(folder.joinpath, sorted(files)):
         name = unquote(path.name.removeprefix(_PREFIX).removesuffix(".json"))
         try:
             values[name] = read_note(path.read_bytes(), name)

@@ -45,12 +45,18 @@ def open_arena(
     return Arena.attach(Path(path)) if arena is None else arena
 
 
-def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena:
-    """Return the arena that the node's other workers use, or a new one if the node is new to the run."""
+def find_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena | None:
+    """Return the arena that the node's other workers use; None if the node is new to the run."""
     for info in find_arenas(_folder(options), _run_id(identity, fit_index)):
         if info.node == identity.node and info.owner.pid == identity.agent_pid:
             return Arena.attach(info.path)
-    return _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
+    return None
+
+
+def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena:
+    """Return the arena that the node's other workers use, or a new one if the node is new to the run."""
+    found = find_arena(identity, fit_index, options)
+    return found or _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
 
 
 def register_with_reaper(arena: Arena, identity: Identity) -> None:
