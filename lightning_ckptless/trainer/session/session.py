@@ -134,7 +134,7 @@ class Session:
 
     @property
     def _sends_little(self) -> bool:
-        """Whether no rank sends any state to another one."""
+        """Whether messages between ranks are few, because none keeps replicas for another."""
         if not self.world.is_on_one_node or self._device_tier is not None:
             return False
         return not keeps_within_a_node(self.options, self.trainer.world_size, self._mesh_sizes())
