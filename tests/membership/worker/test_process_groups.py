@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.worker.process_groups import World, keep_through_device_errors
@@ -56,7 +57,7 @@ def test_waits_are_aborted_with_the_groups_of_their_generation() -> None:
 
 
 @pytest.fixture
-def store() -> Iterator[dist.Store]:
+def store() -> Iterator[Store]:
     """The store of a default group with one rank."""
     found = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=found, rank=0, world_size=1)
@@ -64,7 +65,7 @@ def store() -> Iterator[dist.Store]:
     dist.destroy_process_group()
 
 
-def test_a_text_is_passed_from_one_rank_to_others(store: dist.Store) -> None:
+def test_a_text_is_passed_from_one_rank_to_others(store: Store) -> None:
     giver, taker = World(), World()
     for text in ("one", "two"):
         assert giver.share("name", text) == text
@@ -72,14 +73,14 @@ def test_a_text_is_passed_from_one_rank_to_others(store: dist.Store) -> None:
         assert [taker.share(name, "") for name in ("name", "other name")] == [text, f"other {text}"]
 
 
-def test_a_wait_for_a_text_ends_with_the_next_fault(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_a_text_ends_with_the_next_fault(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     world, looks = World(), iter([False, True])
     monkeypatch.setattr(world, "_is_over", lambda: next(looks))
     with pytest.raises(TransportError, match="another fault was reported while the ranks were meeting"):
         world.share("name", "")
 
 
-def test_only_few_messages_use_the_group_of_the_training(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_few_messages_use_the_group_of_the_training(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     assert world.host_group(60.0, may_be_of_training=True) is dist.group.WORLD
     assert world.host_group(60.0) is not dist.group.WORLD
@@ -89,7 +90,7 @@ def test_only_few_messages_use_the_group_of_the_training(store: dist.Store, monk
 
 @pytest.mark.parametrize(("local", "expected"), [("1", True), ("2", False), (None, False)])
 def test_ranks_are_on_one_node_if_one_agent_has_started_them(
-    local: str | None, *, expected: bool, store: dist.Store, monkeypatch: pytest.MonkeyPatch
+    local: str | None, *, expected: bool, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local is not None:
