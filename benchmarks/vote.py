@@ -37,7 +37,13 @@ def vote(rank: int, ranks: int, folder: Path, votes: int, rounds: int) -> list[d
     use_loopback_on_one_node(ranks, ranks)
     dist.init_process_group("gloo", f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     gloo, boxes = GlooTransport(world_group()), list[BallotBox]()
-from functools import partial
+    nodes = {"two nodes": [f"n{other * 2 // ranks}" for other in range(ranks)], "one node": ["n"] * ranks}
+    transports: dict[str, Transport] = {"gloo": gloo} | {
+        way: share_memory(
+            gloo, names, folder, spread_name=partial(_spread, gloo, names), timeout_s=_TIMEOUT_S, when_open=boxes.append
+        )
+        for way, names in nodes.items()
+    }
     blocks = []
     for number in range(rounds + 1):
         for way, transport in transports.items():
