@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from benchmarks.harness.table import Column, Group, Table, each, name_of
 from benchmarks.harness.world import answers_of
 from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_group
 from lightning_ckptless.replica.ballot_box import BallotBox
-from lightning_ckptless.replica.node_transport import share_votes
+from lightning_ckptless.replica.node_transport import share_memory
 from lightning_ckptless.replica.transport import GlooTransport, Transport
 
 RANKS = (2, 4)
@@ -38,7 +39,9 @@ def vote(rank: int, ranks: int, folder: Path, votes: int, rounds: int) -> list[d
     gloo, boxes = GlooTransport(world_group()), list[BallotBox]()
     nodes = {"two nodes": [f"n{other * 2 // ranks}" for other in range(ranks)], "one node": ["n"] * ranks}
     transports: dict[str, Transport] = {"gloo": gloo} | {
-        way: share_votes(gloo, names, folder, timeout_s=_TIMEOUT_S, when_open=boxes.append)
+        way: share_memory(
+            gloo, names, folder, spread_name=partial(_spread, gloo, names), timeout_s=_TIMEOUT_S, when_open=boxes.append
+        )
         for way, names in nodes.items()
     }
     blocks = []
@@ -51,6 +54,11 @@ def vote(rank: int, ranks: int, folder: Path, votes: int, rounds: int) -> list[d
             took_s, used_s = time.perf_counter() - began_at, time.process_time() - used_s
             blocks.append({"way": way, "us": took_s / count * 1e6, "cpu_us": used_s / count * 1e6})
     return blocks[len(WAYS) :]
+
+
+def _spread(gloo: Transport, nodes: list[str], name: str) -> str:
+    names = [said.decode() for said in gloo.gather(name.encode())]
+    return next(said for said, node in zip(names, nodes, strict=True) if said and node == nodes[gloo.rank])
 
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 
 from benchmarks.harness.wire import Wire
 from benchmarks.jobs.training import StepReporter
-from lightning_ckptless.replica.transport import GlooTransport
+from lightning_ckptless.replica.node_transport import NodeTransport
 
 EVERY_ROUNDS = 10
 """Committed versions between two reports."""
@@ -66,22 +66,22 @@ class Census(StepReporter):
 
 def _count_calls(counts: Counter[str]) -> None:
     """Count all calls of the transport between ranks in this process from now on."""
-    exchange, vote, gather = GlooTransport.exchange, GlooTransport.vote, GlooTransport.gather
+    exchange, vote, gather = NodeTransport.exchange, NodeTransport.vote, NodeTransport.gather
 
-    def counted_exchange(self: GlooTransport, sends: Sequence[Any], receives: Sequence[Any]) -> None:
+    def counted_exchange(self: NodeTransport, sends: Sequence[Any], receives: Sequence[Any]) -> None:
         counts["messages"] += sum(data.numel() > 0 for _, _, data in sends)
         counts["message bytes"] += sum(data.numel() for _, _, data in sends)
         exchange(self, sends, receives)
 
-    def counted_vote(self: GlooTransport, mine: int) -> int:
+    def counted_vote(self: NodeTransport, mine: int) -> int:
         counts["votes"] += 1
         return vote(self, mine)
 
-    def counted_gather(self: GlooTransport, payload: bytes) -> list[bytes]:
+    def counted_gather(self: NodeTransport, payload: bytes) -> list[bytes]:
         counts["gathers"] += 1
         counts["gathered bytes"] += len(payload)
         return gather(self, payload)
 
-    GlooTransport.exchange = counted_exchange  # type: ignore[method-assign]
-    GlooTransport.vote = counted_vote  # type: ignore[method-assign]
-    GlooTransport.gather = counted_gather  # type: ignore[method-assign]
+    NodeTransport.exchange = counted_exchange  # type: ignore[method-assign]
+    NodeTransport.vote = counted_vote  # type: ignore[method-assign]
+    NodeTransport.gather = counted_gather  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed import HashStore, _register_comm_hook  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _world
+from torch.distributed.distributed_c10d import Store, _get_default_store, _world
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
@@ -224,6 +224,11 @@ def finished_work() -> Any:
 def process_groups() -> list[Any]:
     """Return the process groups of this process, the default one first."""
     return list(_world.pg_map)
+
+
+def store_of_ranks() -> Store:
+    """Return the store in which the ranks of the default process group have met."""
+    return _get_default_store()
 
 
 def restart_group_names() -> None:

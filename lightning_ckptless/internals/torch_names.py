@@ -23,7 +23,7 @@ WORKER = {
     "torch.distributed": "_compute_bucket_assignment_by_size _register_comm_hook",
     "torch.distributed:Reducer": "_get_zeros_like_grad_buckets _rebuild_buckets",
     "torch.distributed:ProcessGroup": "_device_types _get_backend",
-    "torch.distributed.distributed_c10d": "_get_default_group _world",
+    "torch.distributed.distributed_c10d": "_get_default_group _get_default_store _world",
     "torch.distributed.distributed_c10d:_World": "group_count pg_map",
     "torch._C._distributed_c10d": "_create_work_from_future",
     "torch.utils._pytree": "tree_leaves tree_map_only",

@@ -1,8 +1,8 @@
 """The vote of a node's ranks in shared memory: the bitwise AND of one integer of each rank, round after round.
 
-The memory consists of one *line* per voter, and each line of two *cells* of 8 bytes. A *ballot* is the contents of one
-cell: the number of the round, modulo 2^16, and the bits of the vote. Only its voter writes to a line; the ballot of
-round r is stored into cell r mod 2. In round r a voter
+The memory has one *line* per voter, and each line has two *cells* of 8 bytes. A *ballot* is the contents of one cell:
+the number of the round, modulo 2^16, and the bits of the vote. Only its voter writes to a line; the ballot of round r
+is stored into cell r mod 2. In round r a voter
 
 1. *casts*: stores its own ballot;
 2. *collects*: reads the cell r mod 2 of each line that it awaits, until that has a ballot of round r.
@@ -45,7 +45,10 @@ BALLOT_BITS = 48
 """Most bits of a vote."""
 
 CELLS_PER_LINE = 8
-"""A line is 64 bytes long, as in the cache of the processor: voters do not slow each other down. Two cells are used."""
+"""A line is 64 bytes long, as in the cache of the processor: voters do not slow each other down."""
+
+BALLOTS_PER_LINE = 2
+"""The first cells of a line, which contain ballots."""
 
 _ROUND_BITS = 64 - BALLOT_BITS
 _ROUND_MASK = (1 << _ROUND_BITS) - 1
@@ -59,15 +62,17 @@ class Voter:
         awaited: the lines that it collects.
 
     Attributes:
+        line: the same.
+        round: number of the current round; 0 before the first.
         outcome: the bitwise AND of the ballots collected in this round; final once `awaited_cell` is None.
     """
 
     def __init__(self, line: int, awaited: Sequence[int]) -> None:
         self.outcome = 0
-        self._line = line
+        self.line = line
+        self.round = 0
         self._awaited = awaited
         self._collected = len(awaited)
-        self._round = 0
 
     def cast(self, bits: int) -> tuple[int, int]:
         """Begin the next round.
@@ -80,10 +85,10 @@ class Voter:
         """
         assert self.awaited_cell is None, "the previous round has not ended"
         assert 0 <= bits < 1 << BALLOT_BITS, f"a vote has at most {BALLOT_BITS} bits, not {bits.bit_length()}"
-        self._round += 1
+        self.round += 1
         self._collected = 0
         self.outcome = (1 << BALLOT_BITS) - 1
-        return self._cell(self._line), bits << _ROUND_BITS | self._round & _ROUND_MASK
+        return self._cell(self.line), bits << _ROUND_BITS | self.round & _ROUND_MASK
 
     @property
     def awaited_cell(self) -> int | None:
@@ -103,10 +108,10 @@ class Voter:
         return [line for line in self._awaited[self._collected :] if not self._is_cast(cells[self._cell(line)])]
 
     def _is_cast(self, contents: int) -> bool:
-        return contents & _ROUND_MASK == self._round & _ROUND_MASK
+        return contents & _ROUND_MASK == self.round & _ROUND_MASK
 
     def _cell(self, line: int) -> int:
-        return line * CELLS_PER_LINE + self._round % 2
+        return line * CELLS_PER_LINE + self.round % BALLOTS_PER_LINE
 
 
 def dissemination(place: int, places: int) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@
         arena.json                               format, run, node, owner, origin
         layout-<digest>.json                     how the state is divided into shards
         note-<name>.json                         notes
-        votes-<id>                               memory in which the ranks of the node vote, while it is being shared
+        votes-<id>                               memory that the ranks share to vote, while they open it
         shard-0003.held-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
 
 An arena outlives the workers that write it. Its owner is the agent that starts them. After the owner has exited, the
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -59,6 +61,8 @@ from lightning_ckptless.system.private_files import require_private
 log = logging.getLogger(__name__)
 
 Hold = Callable[[Sequence[Path], str], None]
+
+_LAYOUT_NAME = re.compile(r"layout-([0-9a-f]+)\.json")
 
 LEAST_SLOTS = 2
 """Slots of a ring without history: one for the committed version, one for the next."""
@@ -372,10 +376,19 @@ class Arena:
             data = self._layout_path(digest).read_bytes()
             # Parsing takes most of the time of a restore: tens of milliseconds for a thousand tensors.
             if self._last_layout is None or self._last_layout.to_bytes() != data:
-                self._last_layout = Layout.from_bytes(data, digest)
+                self._last_layout = _parsed(data, digest)
         except (OSError, SchemaError):
             return None
         return self._last_layout
+
+    def read_layouts(self) -> None:
+        """Parse the layouts that this arena contains, so that this process need not when it reads one of them."""
+        names: list[str] = []
+        with suppress(FileNotFoundError):
+            names = os.listdir(self.path)
+        for name in names:
+            if (found := _LAYOUT_NAME.fullmatch(name)) is not None:
+                self.read_layout(found[1])
 
     def _layout_path(self, digest: str) -> Path:
         return self.path / f"layout-{digest}.json"
@@ -437,6 +450,11 @@ class Arena:
         """Delete the arena and its contents."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+@lru_cache(maxsize=2)
+def _parsed(data: bytes, digest: str) -> Layout:
+    return Layout.from_bytes(data, digest)
 
 
 def _metadata_in(path: Path) -> ArenaMetadata | None:

@@ -7,8 +7,10 @@ damaged note is ignored, with one warning.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,7 @@ class ArenaNotes:
         decoded: dict[str, Any] = {name: {} for name, storage in _STORAGE.items() if storage.per_rank}
         for stored_name, stored in values.items():
             for name, storage in _STORAGE.items():
-                if (match := re.fullmatch(storage.pattern, stored_name)) is None:
+                if (match := _PATTERNS[name].fullmatch(stored_name)) is None:
                     continue
                 value = storage.check(stored, stored_name)
                 if storage.per_rank:
@@ -175,11 +177,6 @@ class _Storage:
     check: Check
     encode: Callable[[Any], Json] = lambda value: value
     per_rank: bool = False
-
-    @property
-    def pattern(self) -> str:
-        """Regular expression for the names of these notes; the rank, if there is one, is its group."""
-        return re.escape(self.name) + (r"(\d+)" if self.per_rank else "")
 
 
 def _dirpath(value: Any, path: str) -> tuple[str, str | None]:
@@ -232,6 +229,11 @@ _STORAGE = {
     "raised": _Storage("raised by rank ", text(), per_rank=True),
 }
 """How each note is stored, by the name of its field."""
+_PATTERNS = {
+    name: re.compile(re.escape(storage.name) + (r"(\d+)" if storage.per_rank else ""))
+    for name, storage in _STORAGE.items()
+}
+"""What the stored names look like, with the rank as a group; compiled before any new process needs it."""
 
 
 def write_notes(folder: Path, notes: ArenaNotes) -> None:
@@ -250,7 +252,10 @@ def write_notes(folder: Path, notes: ArenaNotes) -> None:
 def read_notes(folder: Path) -> ArenaNotes:
     """Read all notes of an arena."""
     values: dict[str, Any] = {}
-    for path in sorted(folder.glob(f"{_PREFIX}*.json")):
+    files: list[str] = []
+    with suppress(FileNotFoundError):
+        files = [file for file in os.listdir(folder) if file.startswith(_PREFIX) and file.endswith(".json")]
+    for path in map(folder.joinpath, sorted(files)):
         name = unquote(path.name.removeprefix(_PREFIX).removesuffix(".json"))
         try:
             values[name] = read_note(path.read_bytes(), name)

@@ -1,29 +1,29 @@
-"""A transport whose votes stay within the node as far as possible.
+"""A transport that stays within the node as far as possible.
 
 | | on one node | between nodes |
 |---|---|---|
-| `vote`, `agree` | in memory that the ranks of the node share | messages between the lowest ranks of the nodes |
-| `exchange`, `gather` | messages | messages |
+| `vote`, `agree`, `gather` | in memory that its ranks share | messages between the lowest ranks of the nodes |
+| `exchange` | messages | messages |
 
-A vote takes place for every version, while the others belong to meetings, or carry the state. It costs no message and
-no thread on one node, and cannot be lost in gloo (`membership/worker/stuck_collectives.py`). Between nodes it grows
-with their number, and not with that of the ranks.
+A vote takes place for every version, and a recovery makes a dozen gathers. In memory they cost no message and no
+thread, and cannot be lost in gloo (`membership/worker/stuck_collectives.py`). Between nodes they grow with the number
+of nodes, and not with that of the ranks.
 """
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.protocol.ballots import dissemination
-from lightning_ckptless.replica.arena_owner import OWNER, Owner
-from lightning_ckptless.replica.ballot_box import BALLOTS_NAME, BallotBox, Mate, make_ballots, map_ballots
+from lightning_ckptless.replica.ballot_box import BallotBox
 from lightning_ckptless.replica.checksum import bytes_of
-from lightning_ckptless.replica.transport import Message, Transport, gather_json, receive_buffer, tensor_of
+from lightning_ckptless.replica.node_memory import MEMORY_NAME, NodeMemory, make_memory
+from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
 _BITS = struct.Struct("!Q")
 _TAG = 1 << 30
@@ -34,17 +34,18 @@ class NodeTransport:
     """See the module.
 
     Args:
-        messages: carries messages between all ranks; closed with this transport.
-        box: the ballots of this node; closed with this transport.
-        leaders: the lowest rank of each node, in ascending order.
+        box: the ballots and payloads of this node; closed with this transport.
+        nodes: node name of each rank.
+        messages: carries messages between all ranks, but nothing else; closed with this transport.
     """
 
-    def __init__(self, messages: Transport, box: BallotBox, leaders: Sequence[int]) -> None:
+    def __init__(self, box: BallotBox, nodes: Sequence[str], messages: Transport) -> None:
         self.rank = messages.rank
         self.world_size = messages.world_size
         self._messages = messages
         self._box = box
-        self._leaders = leaders
+        self._members = ranks_of_nodes(nodes)
+        self._leaders = [ranks[0] for ranks in self._members]
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See `Transport.exchange`."""
@@ -52,19 +53,23 @@ class NodeTransport:
 
     def gather(self, payload: bytes) -> list[bytes]:
         """See `Transport.gather`."""
-        return self._messages.gather(payload)
+        of_node = self._box.gather(payload)
+        if len(self._leaders) == 1:
+            return of_node
+        if self.rank not in self._leaders:
+            return _unpack(of_node[0])
+        with self._as_leader():
+            payloads = self._gather_nodes(of_node)
+            self._box.announce(0, _pack(payloads))
+        return payloads
 
     def vote(self, mine: int) -> int:
         """See `Transport.vote`."""
         outcome = self._box.collect(mine)
         if len(self._leaders) > 1 and self.rank in self._leaders:
-            try:
+            with self._as_leader():
                 outcome = self._combine(outcome)
-            except BaseException:
-                # Without an announcement, this rank is no longer in the same round as its node.
-                self._box.abort()
-                raise
-            self._box.announce(outcome)
+                self._box.announce(outcome)
         return outcome
 
     def agree(self, mine: bool) -> bool:
@@ -76,30 +81,70 @@ class NodeTransport:
         self._box.close()
         self._messages.close()
 
+    @contextmanager
+    def _as_leader(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Without an announcement, this rank is no longer in the same round as its node.
+            self._box.abort()
+            raise
+
     def _combine(self, bits: int) -> int:
         """Combine the outcome of this node with those of the others."""
         for target, source in dissemination(self._leaders.index(self.rank), len(self._leaders)):
-            received = receive_buffer(_BITS.size)
-            sent = tensor_of(_BITS.pack(bits))
-            self._messages.exchange([(self._leaders[target], _TAG, sent)], [(self._leaders[source], _TAG, received)])
-            bits &= _BITS.unpack(bytes_of(received))[0]
+            bits &= _BITS.unpack(self._trade(target, source, _BITS.pack(bits), _BITS.size))[0]
         return bits
 
+    def _gather_nodes(self, of_node: Sequence[bytes]) -> list[bytes]:
+        """Gather the payloads of all ranks, given those of this node."""
+        place, places = self._leaders.index(self.rank), len(self._leaders)
+        known = {place: _pack(of_node)}
+        for target, source in dissemination(place, places):
+            # The last step brings some nodes a second time.
+            told = _pack([known[(place - back) % places] for back in range(len(known))])
+            length = _BITS.unpack(self._trade(target, source, _BITS.pack(len(told)), _BITS.size))[0]
+            heard = _unpack(self._trade(target, source, told, length))
+            known |= {(source - back) % places: payloads for back, payloads in enumerate(heard)}
+        found = {
+            rank: payload
+            for node, ranks in enumerate(self._members)
+            for rank, payload in zip(ranks, _unpack(known[node]), strict=True)
+        }
+        return [found[rank] for rank in range(self.world_size)]
 
-def share_votes(
+    def _trade(self, target: int, source: int, told: bytes, length: int) -> bytes:
+        """Send a message to one leader while another one's is received, whose length is known."""
+        heard = receive_buffer(length)
+        sends = [(self._leaders[target], _TAG, tensor_of(told))]
+        self._messages.exchange(sends, [(self._leaders[source], _TAG, heard)])
+        return bytes(bytes_of(heard))
+
+
+def ranks_of_nodes(nodes: Sequence[str]) -> list[list[int]]:
+    """The ranks of each node, in the order of their lowest ranks."""
+    found: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        found.setdefault(node, []).append(rank)
+    return [*found.values()]
+
+
+def share_memory(
     messages: Transport,
     nodes: Sequence[str],
     folder: Path,
     *,
+    spread_name: Callable[[str], str],
     timeout_s: float,
     when_open: Callable[[BallotBox], None],
 ) -> NodeTransport:
-    """Let the ranks of each node vote in shared memory. All ranks call it together.
+    """Connect the ranks of each node by memory that they share. All ranks call it together.
 
     Args:
-        messages: connects all ranks.
+        messages: carries messages between all ranks.
         nodes: node name of each rank.
         folder: folder of the arena of this node.
+        spread_name: gives a name to the other ranks of this node; returns the name that the lowest rank has given.
         timeout_s: longest wait for a vote, in seconds.
         when_open: called with the ballots of this node before the ranks wait for each other there.
 
@@ -109,21 +154,29 @@ def share_votes(
     """
     rank = messages.rank
     ranks = [other for other, node in enumerate(nodes) if node == nodes[rank]]
-    leads = rank == ranks[0]
-    path = make_ballots(folder, len(ranks)) if leads else None
+    path = make_memory(folder, len(ranks)) if rank == ranks[0] else None
     try:
-        facts = gather_json(messages, [asdict(Owner.of(os.getpid())), path.name if path is not None else ""])
-        mates = [Mate(other, OWNER(facts[other][0], "process")) for other in ranks]
+        name = spread_name(path.name if path is not None else "")
         try:
-            memory = map_ballots(folder / BALLOTS_NAME(facts[ranks[0]][1], "votes"))
+            memory = NodeMemory(folder / MEMORY_NAME(name, "name"), len(ranks))
         except OSError as error:
             raise TransportError(f"rank {rank}: rank {ranks[0]} of this node has left the meeting: {error}") from error
-        leaders = sorted({nodes.index(node) for node in nodes})
-        box = BallotBox(memory, mates, rank, is_led=len(leaders) > 1, timeout_s=timeout_s)
+        box = BallotBox(memory, ranks, rank, is_led=len(ranks) < len(nodes), timeout_s=timeout_s)
         when_open(box)
-        shared = NodeTransport(messages, box, leaders)
+        shared = NodeTransport(box, nodes, messages)
         shared.agree(True)
         return shared
     finally:
         if path is not None:
             path.unlink(missing_ok=True)
+
+
+def _pack(parts: Sequence[bytes]) -> bytes:
+    return b"".join([_BITS.pack(len(parts)), *(_BITS.pack(len(part)) for part in parts), *parts])
+
+
+def _unpack(data: bytes) -> list[bytes]:
+    count = _BITS.unpack_from(data)[0]
+    lengths = [_BITS.unpack_from(data, _BITS.size * (1 + index))[0] for index in range(count)]
+    ends = list(accumulate(lengths, initial=_BITS.size * (1 + count)))
+    return [data[begin:end] for begin, end in pairwise(ends)]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.ballots import BALLOT_BITS, CELLS_PER_LINE, Voter, dissemination
+from lightning_ckptless.protocol.ballots import BALLOT_BITS, BALLOTS_PER_LINE, CELLS_PER_LINE, Voter, dissemination
 
 MakeVoter = Callable[[int, Sequence[int]], Voter]
 
@@ -44,6 +44,7 @@ class Ranks:
         random: chooses who runs next.
         make: makes the voters.
         lead: how many rounds a rank was ahead of another one at most.
+        stale: payloads that were not those of the round in which they were read.
     """
 
     sizes: Sequence[int]
@@ -51,6 +52,7 @@ class Ranks:
     random: Random
     make: MakeVoter = Voter
     lead: int = 0
+    stale: int = 0
     outcomes: list[list[int]] = field(init=False)
     cast: list[int] = field(init=False)
     sleepers: dict[int, Sleep] = field(default_factory=dict)
@@ -62,15 +64,21 @@ class Ranks:
         self.running: dict[int, Iterator[Sleep | Wake | None]] = {}
         for node, size in enumerate(self.sizes):
             cells = [0] * ((size + 1) * CELLS_PER_LINE)
+            places = dict[tuple[int, int], int]()
             for place in range(size):
                 rank = sum(self.sizes[:node]) + place
-                self.running[rank] = self._rank(rank, node, place, cells)
+                self.running[rank] = self._rank(rank, node, place, cells, places)
 
-    def _rank(self, rank: int, node: int, place: int, cells: list[int]) -> Iterator[Sleep | Wake | None]:
+    def _rank(
+        self, rank: int, node: int, place: int, cells: list[int], places: dict[tuple[int, int], int]
+    ) -> Iterator[Sleep | Wake | None]:
         size, is_led = self.sizes[node], len(self.sizes) > 1
-        voter = self.make(place, [size] if is_led and place else range(size))
+        awaited = [size] if is_led and place else range(size)
+        voter = self.make(place, awaited)
         announcer = self.make(size, ())
-        for votes in self.votes:
+        for number, votes in enumerate(self.votes, 1):
+            places[place, number % BALLOTS_PER_LINE] = number
+            yield None
             own_cell, ballot = voter.cast(votes[rank])
             self.cast[rank] += 1
             self.lead = max(self.lead, self.cast[rank] - min(self.cast))
@@ -81,12 +89,17 @@ class Ranks:
                 if not voter.take(contents):
                     yield Sleep(cells, cell, contents)
             outcome = voter.outcome
+            for line in awaited:
+                yield None
+                self.stale += places[line, number % BALLOTS_PER_LINE] != number
             if is_led and not place:
                 for target, source in dissemination(node, len(self.sizes)):
                     self.letters.setdefault((node, target), []).append(outcome)
                     while not (arrived := self.letters.get((source, node))):
                         yield None
                     outcome &= arrived.pop(0)
+                places[size, number % BALLOTS_PER_LINE] = number
+                yield None
                 yield from self._store(cells, *announcer.cast(outcome))
             self.outcomes[rank].append(outcome)
 
@@ -142,7 +155,7 @@ def test_all_ranks_get_the_conjunction_of_every_round(sizes: tuple[int, ...], se
     ranks = Ranks(sizes, random_votes(random, sizes), random)
     ranks.run()
     assert ranks.outcomes == [ranks.expected] * sum(sizes)
-    assert ranks.lead <= 1
+    assert (ranks.lead, ranks.stale) == (min(ranks.lead, 1), 0)
 
 
 @given(sizes=SIZES, seed=st.integers(0, 1 << 32))

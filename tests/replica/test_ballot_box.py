@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -17,26 +17,23 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.errors import ArenaError, TransportError
-from lightning_ckptless.protocol.ballots import CELLS_PER_LINE
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_owner import Owner
-from lightning_ckptless.replica.ballot_box import BallotBox, Mate, make_ballots, map_ballots
+from lightning_ckptless.replica.ballot_box import BallotBox
+from lightning_ckptless.replica.node_memory import NodeMemory, make_memory
 from lightning_ckptless.system import futex
 
-# A rank of a node: it prints its identity, receives those of the others, and does what the test requests.
+# A rank of a node, which does what the test requests.
 RANK = """
     import json, os, random, signal, sys, time
-    from dataclasses import asdict
     from pathlib import Path
     from lightning_ckptless.errors import TransportError
-    from lightning_ckptless.replica.arena_owner import Owner
-    from lightning_ckptless.replica.ballot_box import BallotBox, Mate, map_ballots
+    from lightning_ckptless.replica.ballot_box import BallotBox
+    from lightning_ckptless.replica.node_memory import NodeMemory
     from lightning_ckptless.system import futex
 
-    path, rank, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    print(json.dumps(asdict(Owner.of(os.getpid()))), flush=True)
-    mates = [Mate(other, Owner(**fields)) for other, fields in enumerate(json.loads(sys.stdin.readline()))]
-    box = BallotBox(map_ballots(Path(path)), mates, rank, is_led=False, timeout_s=60.0)
+    path, ranks, rank, what = sys.argv[1], range(int(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
+    box = BallotBox(NodeMemory(Path(path), len(ranks)), ranks, rank, is_led=False, timeout_s=60.0)
 
     def die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,13 +43,15 @@ RANK = """
         if what == "rounds":
             own, everyone = random.Random(f"delays of {rank}"), random.Random("votes")
             for _ in range(1000):
-                votes = [everyone.getrandbits(48) | everyone.getrandbits(48) for _ in mates]
+                votes = [everyone.getrandbits(48) | everyone.getrandbits(48) for _ in ranks]
+                payloads = [everyone.randbytes(everyone.choice((0, 20, 30_000))) for _ in ranks]
                 if own.random() < 0.1:
                     time.sleep(own.random() * 0.002)
                 expected = (1 << 48) - 1
                 for vote in votes:
                     expected &= vote
                 assert box.collect(votes[rank]) == expected
+                assert box.gather(payloads[rank]) == payloads
         elif what == "before":
             box._store = die
         elif what == "after storing":
@@ -77,9 +76,9 @@ def start_node(tmp_path: Path) -> Iterator[StartNode]:
     with ExitStack() as stack:
 
         def start(*roles: str) -> list[subprocess.Popen[str]]:
-            path = make_ballots(tmp_path, len(roles))
+            path = make_memory(tmp_path, len(roles))
             env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-            command = [sys.executable, "-c", textwrap.dedent(RANK), str(path)]
+            command = [sys.executable, "-c", textwrap.dedent(RANK), str(path), str(len(roles))]
             ranks = [
                 stack.enter_context(
                     subprocess.Popen(
@@ -90,9 +89,6 @@ def start_node(tmp_path: Path) -> Iterator[StartNode]:
             ]
             for rank in ranks:
                 stack.callback(rank.kill)
-            owners = [json.loads(said(rank)) for rank in ranks]
-            for rank in ranks:
-                tell(rank, json.dumps(owners))
             return ranks
 
         yield start
@@ -133,13 +129,16 @@ def test_vote(start_node: StartNode, moment: str, victim: int) -> None:
 
 
 @pytest.fixture
-def boxes() -> list[BallotBox]:
-    """The ballot boxes of two ranks in this process, which wait 0.3 s for each other."""
-    memory = mmap.mmap(-1, 3 * CELLS_PER_LINE * 8)
-    mates = [Mate(rank, Owner.of(os.getpid())) for rank in (0, 1)]
-    return [
-        BallotBox(memory, mates, rank, is_led=False, timeout_s=timeout_s) for rank, timeout_s in ((0, 60), (1, 0.3))
+def boxes(tmp_path: Path) -> Iterator[list[BallotBox]]:
+    """The ballot boxes of two ranks in this process, which wait 60 s and 0.3 s for each other."""
+    path = make_memory(tmp_path, 2)
+    made = [
+        BallotBox(NodeMemory(path, 2), (0, 1), rank, is_led=False, timeout_s=timeout_s)
+        for rank, timeout_s in ((0, 60), (1, 0.3))
     ]
+    yield made
+    for box in made:
+        box.close()
 
 
 def test_a_vote_is_aborted_while_it_waits(boxes: list[BallotBox], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,15 +186,52 @@ def test_a_machine_without_the_call_polls(boxes: list[BallotBox], monkeypatch: p
     assert outcomes == [2, 2]
 
 
-def test_memory_for_votes_is_private_and_removed_with_the_arena(arena: Arena) -> None:
-    path = make_ballots(arena.path, 3)
+def test_memory_is_private_and_removed_with_the_arena(arena: Arena) -> None:
+    path = make_memory(arena.path, 3)
     assert (path.stat().st_mode & 0o777, path.stat().st_blocks > 0) == (0o600, True)
-    map_ballots(path)
+    NodeMemory(path, 3).close()
     assert arena.inventory() == ()
     arena.remove()
     assert not path.exists()
 
 
-def test_memory_for_votes_needs_room(tmp_path: Path) -> None:
+def test_memory_needs_room(tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match="cannot create the memory for votes"):
-        make_ballots(tmp_path / "missing", 3)
+        make_memory(tmp_path / "missing", 3)
+
+
+def test_a_payload_without_room_ends_the_votes(boxes: list[BallotBox], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(ArenaError, match="cannot write 5 bytes into the memory that the ranks of this node share"):
+        boxes[0].gather(b"large")
+    with pytest.raises(TransportError, match="an earlier vote failed"):
+        boxes[0].collect(1)
+
+
+def test_a_payload_is_read_again_until_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, reads = NodeMemory(make_memory(tmp_path, 1), 1), list[int]()
+    memory.write(0, 1, b"earlier")
+    read = os.pread
+
+    def write_late(file: int, count: int, at: int) -> bytes:
+        reads.append(at)
+        if len(reads) == 3:
+            memory.write(0, 3, bytes(50_000))
+        return read(file, count, at)
+
+    monkeypatch.setattr(os, "pread", write_late)
+    assert memory.read(0, 3) == bytes(50_000)
+    assert len(reads) == 4
+    with pytest.raises(ArenaError, match="is damaged in line 0, round 5"):
+        memory.read(0, 5)
+    memory.close()
+
+
+def test_a_process_is_unknown_until_it_has_introduced_itself(tmp_path: Path) -> None:
+    memory, process = NodeMemory(make_memory(tmp_path, 2), 2), Owner.of(os.getpid())
+    memory.introduce(1, process)
+    assert (memory.process(0), memory.process(1)) == (None, process)
+    memory.close()

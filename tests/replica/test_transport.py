@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.protocol.ballots import BALLOT_BITS
 from lightning_ckptless.replica.ballot_box import BallotBox
-from lightning_ckptless.replica.node_transport import share_votes
+from lightning_ckptless.replica.node_transport import share_memory
 from lightning_ckptless.replica.transport import GlooTransport, LoopbackTransport, SoloTransport, Transport
 from tests.replica.conftest import Together
 
@@ -53,7 +54,7 @@ def solo(world_size: int, folder: Path) -> Join:
 
 
 def nodes(names: str, world_size: int, folder: Path) -> Join:
-    """Ranks that vote in memory of their nodes.
+    """Ranks that share the memory of their nodes.
 
     Args:
         names: node of each rank, one letter each.
@@ -61,11 +62,20 @@ def nodes(names: str, world_size: int, folder: Path) -> Join:
         folder: contains the arenas.
     """
     messages, boxes = LoopbackTransport.world(world_size, timeout_s=TIMEOUT_S), list[BallotBox]()
+    given = {name: Future[str]() for name in names}
 
     def join(rank: int) -> Transport:
         arena = folder / names[rank]
         arena.mkdir(exist_ok=True)
-        shared = share_votes(messages[rank], names, arena, timeout_s=TIMEOUT_S, when_open=boxes.append)
+
+        def spread_name(name: str) -> str:
+            if name:
+                given[names[rank]].set_result(name)
+            return given[names[rank]].result(TIMEOUT_S)
+
+        shared = share_memory(
+            messages[rank], names, arena, spread_name=spread_name, timeout_s=TIMEOUT_S, when_open=boxes.append
+        )
         messages[rank].gather(b"")
         assert list(arena.iterdir()) == [], "another generation could find the ballots of this one"
         return shared
@@ -190,8 +200,12 @@ def test_a_vote_has_many_bits(world: Ranks) -> None:
 
 
 def test_every_rank_gets_all_payloads(world: Ranks) -> None:
-    payloads = [bytes([rank]) * (rank * 1000) for rank in range(world.size)]
-    assert world(lambda transport: transport.gather(payloads[transport.rank])) == [payloads] * world.size
+    payloads = [[bytes([rank, turn]) * (rank * 1000 * (1 + turn)) for rank in range(world.size)] for turn in range(5)]
+
+    def body(transport: Transport) -> list[list[bytes]]:
+        return [transport.gather(of_turn[transport.rank]) for of_turn in payloads]
+
+    assert world(body) == [payloads] * world.size
 
 
 def test_empty_payloads_can_be_gathered(world: Ranks) -> None:

@@ -12,6 +12,7 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.rendezvous.generation import join_generation
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.transport import gather_json
 from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
@@ -162,13 +163,10 @@ class Session:
         assert self._members is not None, "this rank has not met the others yet"
         return self._members
 
-    def connect(self) -> GroupTransport:
-        """Connect the ranks of the generation."""
-        return GroupTransport(self.world.connected(), self.rank)
-
-    def share_votes(self, transport: GroupTransport, _: object) -> GroupTransport:
-        """Votes take the same way as messages."""
-        return transport
+    def connect(self) -> tuple[GroupTransport, tuple[str, ...]]:
+        """Connect the ranks of the generation; returns also their nodes. All they exchange takes the same way."""
+        transport = GroupTransport(self.world.connected(), self.rank)
+        return transport, tuple(gather_json(transport, self.identity.node))
 
     def begin_generation(self, transport: GroupTransport, nodes: tuple[str, ...]) -> MemberSet:
         """Form the member set of a generation."""

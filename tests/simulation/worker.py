@@ -27,7 +27,6 @@ from lightning_ckptless.protocol.messages import (
 )
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.restore import choose, fetch
-from lightning_ckptless.replica.transport import gather_json
 from lightning_ckptless.trainer.recovery.exits import OwnProcess
 from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_restored
 from lightning_ckptless.trainer.recovery.recovery_loop import RecoveryLoop
@@ -158,8 +157,7 @@ class Worker:
     def _enter_together(self) -> Callable[[], None]:
         """See `trainer.session.entry`; returns what runs the loop."""
         self.groups.open(0, lambda: False, lambda: None)
-        transport = self.session.connect()
-        nodes = tuple(gather_json(transport, self.arena.node))
+        transport, nodes = self.session.connect()
         members = self.session.begin_generation(transport, nodes)
         found = choose(members.arena, transport, nodes)
         if isinstance(found, Complete):

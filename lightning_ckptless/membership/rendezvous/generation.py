@@ -31,7 +31,7 @@ from lightning_ckptless.membership.clock import Clock
 _COUNTER = "ckptless/generations"
 _CURRENT = "ckptless/current"
 _FIRST_PAUSE_S = 0.001
-_LONGEST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 0.003
 _QUESTIONS_PER_S = 2000
 _CLOCK = Clock()
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,6 +33,7 @@ from lightning_ckptless.internals.torch_internals import (
     open_fake_groups,
     process_groups,
     restart_group_names,
+    store_of_ranks,
     unchanged_excepthook,
 )
 from lightning_ckptless.membership.rendezvous.generation import join_generation
@@ -39,6 +42,8 @@ from lightning_ckptless.membership.worker.nccl import ENDS_THE_PROCESS
 from lightning_ckptless.membership.worker.placeholder_group import open_alone
 
 JOIN_TIMEOUT_S = 600.0
+_FIRST_PAUSE_S = 0.0005
+_LONGEST_PAUSE_S = 0.01
 
 
 class MeetingStore:
@@ -96,6 +101,8 @@ class World:
         self._own: set[int] = set()
         self._retired: list[Any] = []
         self._waits: WeakSet[Wait] = WeakSet()
+        self._shared: Counter[str] = Counter()
+        self._is_over: Callable[[], bool] = lambda: False
 
     def open(
         self,
@@ -131,6 +138,8 @@ class World:
             # A second trainer of the same script, in a membership that the first one has joined.
             self.generation = int(os.environ.get(environment.GENERATION, "1"))
             return self.generation
+        self._shared.clear()
+        self._is_over = is_over
         store = self._meeting_store.connect(rank, world_size, reconnect=device is not None)
         if regrouping:
             store = PrefixStore(f"ckptless/regrouping-{regrouping}", store)
@@ -141,6 +150,7 @@ class World:
                 self._meeting_store = MeetingStore()
             raise
         when_joined()
+        _ask_the_store_once()
         restart_group_names()
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
@@ -175,8 +185,55 @@ class World:
         os.environ[environment.GENERATION] = str(generation)
         self.generation = generation
 
-    def host_group(self, timeout_s: float) -> dist.ProcessGroup | None:
-        """Create a gloo group over all ranks for state in host memory, separate from the training's own collectives."""
+    @property
+    def is_on_one_node(self) -> bool:
+        """Whether one agent has started all ranks."""
+        return os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size())
+
+    def share(self, name: str, text: str) -> str:
+        """Pass a text from one rank to others.
+
+        Args:
+            name: what the text is; those who share it call this together.
+            text: empty on all ranks but one.
+
+        Returns:
+            The text of that one.
+
+        Raises:
+            TransportError: a newer regrouping was announced, the store is lost, or the text does not come.
+        """
+        store, key = store_of_ranks(), f"ckptless/{name}/{self._shared[name]}"
+        self._shared[name] += 1
+        try:
+            if text:
+                store.set(key, text)
+                return text
+            return self._await(store, key)
+        except dist.DistError as error:
+            raise TransportError(f"lost the store in which the ranks have met: {error}") from error
+
+    def _await(self, store: Store, key: str) -> str:
+        deadline, pause_s = time.monotonic() + JOIN_TIMEOUT_S, _FIRST_PAUSE_S
+        while not store.check([key]):
+            if self._is_over():
+                raise TransportError("another fault was reported while the ranks were meeting")
+            if time.monotonic() > deadline:
+                raise TransportError(f"no rank of this node has set {key!r} within {JOIN_TIMEOUT_S:g} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return store.get(key).decode()
+
+    def host_group(self, timeout_s: float, *, may_be_of_training: bool = False) -> dist.ProcessGroup | None:
+        """Create a gloo group over all ranks for state in host memory.
+
+        Args:
+            timeout_s: longest wait for another rank, in seconds.
+            may_be_of_training: whether it may be the training's own group, because it carries nothing but a few
+                messages.
+        """
+        if may_be_of_training and dist.get_backend() == "gloo":
+            return world_group()
         with self.making():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         return group if isinstance(group, dist.ProcessGroup) else None
@@ -253,6 +310,12 @@ def keep_through_device_errors() -> None:
     """
     for name in ENDS_THE_PROCESS:
         os.environ.setdefault(name, "0")
+
+
+def _ask_the_store_once() -> None:
+    """Let gloo read the addresses of all ranks in one request, and not in one per rank, and read short ones."""
+    for name in ("GLOO_ENABLE_STORE_V2_API", "GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER"):
+        os.environ.setdefault(name, "1")
 
 
 def world_group() -> dist.ProcessGroup:

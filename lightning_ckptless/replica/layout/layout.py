@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -75,6 +75,7 @@ class Chunk:
         return not self.holders or rank in self.holders
 
 
+@cache
 def dtype_of(name: str) -> torch.dtype:
     """The dtype with a name such as `torch.float32`.
 

@@ -110,12 +110,12 @@ class Regrouping:
         )
         # The agent names a rank that has created fewer groups than the others, which wait for it.
         self._tell(CreatedGroup(assignment.number, 1))
-        transport = session.connect()
+        transport, nodes = session.connect()
         self._tell(CreatedGroup(assignment.number, 2))
         arrival, self._arrival = self._arrival, None
-        facts: list[Any] = [session.identity.node, self._data.has_moved, None if arrival is None else astuple(arrival)]
-        nodes, has_moved, arrivals = zip(*gather_json(transport, facts), strict=True)
-        members = session.begin_generation(session.share_votes(transport, nodes), nodes)
+        facts: list[Any] = [self._data.has_moved, None if arrival is None else astuple(arrival)]
+        has_moved, arrivals = zip(*gather_json(transport, facts), strict=True)
+        members = session.begin_generation(transport, nodes)
         world.renumber(members.generation)
         session.loggers.identify_as_noted(members)
         return Meeting(any(has_moved), [Arrival(*figures) for figures in arrivals if figures is not None])

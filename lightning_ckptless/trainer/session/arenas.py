@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.arena_notes import ArenaNotes
-from lightning_ckptless.replica.transport import Transport, gather_json
 from lightning_ckptless.system.reaper import start_reaper
 from lightning_ckptless.trainer.session.identity import Identity
 
@@ -24,40 +24,39 @@ def open_arena(
     identity: Identity,
     fit_index: int,
     options: CkptlessOptions,
-    transport: Transport,
+    share: Callable[[str, str], str],
     *,
     opens: bool,
     origin: str | None,
-) -> tuple[Arena, tuple[str, ...]]:
+) -> Arena:
     """Open the arena of this node, on one rank first, then on the others.
 
     Args:
         identity: identity of this worker.
         fit_index: number of earlier calls of `fit` in this process; each call has its own arena.
         options: where arenas are stored and how long those of dead runs are kept.
-        transport: connects all ranks.
+        share: passes a text under a name from one rank to others; see `World.share`.
         opens: whether this rank creates the arena of its node.
         origin: checkpoint path that the script passed to `fit`.
-
-    Returns:
-        The arena, and the node names of all ranks in rank order.
     """
     folder, run_id = _folder(options), _run_id(identity, fit_index)
     arena = _make(folder, run_id, identity, options.arena_keep_s, origin) if opens else None
-    facts = {"node": identity.node, "path": str(arena.path) if arena else ""}
-    everyone = gather_json(transport, facts)
-    nodes = tuple(str(fact["node"]) for fact in everyone)
-    if arena is None:
-        arena = Arena.attach(Path(next(f["path"] for f in everyone if f["node"] == identity.node and f["path"])))
-    return arena, nodes
+    path = share(f"arena/{identity.node}", str(arena.path) if arena else "")
+    return Arena.attach(Path(path)) if arena is None else arena
+
+
+def find_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena | None:
+    """Return the arena that the node's other workers use; None if the node is new to the run."""
+    for info in find_arenas(_folder(options), _run_id(identity, fit_index)):
+        if info.node == identity.node and info.owner.pid == identity.agent_pid:
+            return Arena.attach(info.path)
+    return None
 
 
 def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena:
     """Return the arena that the node's other workers use, or a new one if the node is new to the run."""
-    for info in find_arenas(_folder(options), _run_id(identity, fit_index)):
-        if info.node == identity.node and info.owner.pid == identity.agent_pid:
-            return Arena.attach(info.path)
-    return _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
+    found = find_arena(identity, fit_index, options)
+    return found or _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
 
 
 def register_with_reaper(arena: Arena, identity: Identity) -> None:

@@ -45,9 +45,8 @@ def enter_together(
         WorldSizeError: another number of ranks wrote the state, and these cannot continue from it.
         OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
     """
-    transport = session.connect()
-    nodes = session.open(transport, ckpt_path)
-    transport = session.share_votes(transport, nodes)
+    session.open(ckpt_path)
+    transport, nodes = session.connect()
     relaunched, states = session.generation > 1, session.durable.states(transport)
     members = session.begin_generation(
         transport, nodes, after=max((state.snapshot.generation for state in states), default=0)

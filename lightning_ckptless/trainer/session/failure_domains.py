@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_ckptless.environment import FAILURE_DOMAIN, FAILURE_DOMAINS_FILE
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.failure_domains import (
     Domains,
     domains_of,
@@ -16,6 +17,7 @@ from lightning_ckptless.protocol.failure_domains import (
     missing_name_error,
     name_in_environment,
     name_in_file,
+    place_in,
 )
 from lightning_ckptless.replica.transport import Transport, gather_json
 
@@ -45,6 +47,22 @@ def find_domains(
     if problem := next((each["problem"] for each in received if each["problem"]), ""):
         raise OptionsError(problem)
     return domains_of(level, nodes, given=[each["name"] for each in received])
+
+
+def keeps_within_a_node(options: CkptlessOptions, ranks: int, mesh: tuple[int, int] | None) -> bool:
+    """Whether ranks of one node keep each other's shards.
+
+    Args:
+        options: the user's settings.
+        ranks: number of ranks, which are all on one node.
+        mesh: ranks in each dimension of the device mesh; None without a mesh.
+
+    Raises:
+        OptionsError: replicas cannot be placed.
+    """
+    level = options.failure_domain
+    # A domain that the user names contains whole nodes.
+    return not is_given(level) and place_in(domains_of(level, ("",) * ranks, mesh=mesh), options.copies).copies > 0
 
 
 def own_domain(level: str, node: str, env: Mapping[str, str] = os.environ) -> str:

@@ -30,8 +30,8 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
-from lightning_ckptless.replica.node_transport import share_votes
-from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
+from lightning_ckptless.replica.node_transport import share_memory
+from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport, gather_json
 from lightning_ckptless.system.reaper import MARKER
 from lightning_ckptless.trainer.commit.durable import DurableRung
 from lightning_ckptless.trainer.outputs.checkpoint_files import CheckpointFiles
@@ -48,6 +48,7 @@ from lightning_ckptless.trainer.session.arenas import (
     register_with_reaper,
     use_agent_memory,
 )
+from lightning_ckptless.trainer.session.failure_domains import keeps_within_a_node
 from lightning_ckptless.trainer.session.health_watch import MODULE, HealthOrder
 from lightning_ckptless.trainer.session.identity import Identity, identify
 from lightning_ckptless.trainer.session.member_set import GenerationFile, MemberSet, form_member_set
@@ -110,26 +111,33 @@ class Session:
         """Whether this rank acts for its node."""
         return is_first_of_node(local_rank())
 
-    def connect(self) -> Transport:
-        """Connect the ranks of the generation."""
-        if self.trainer.world_size == 1:
-            return SoloTransport()
-        return GlooTransport(self.world.host_group(COMMIT_TIMEOUT_S))
-
-    def share_votes(self, transport: Transport, nodes: tuple[str, ...]) -> Transport:
-        """Let the ranks of each node vote in the memory of its arena. All ranks call it together.
-
-        Args:
-            transport: connects all ranks.
-            nodes: node name of each rank.
+    def connect(self) -> tuple[Transport, tuple[str, ...]]:
+        """Connect the ranks of the generation. All ranks call it together.
 
         Returns:
-            The transport for the generation.
+            The transport, and the node names of all ranks.
         """
-        if transport.world_size == 1:
-            return transport
-        waits = self.world.abort_with_groups
-        return share_votes(transport, nodes, self.arena.path, timeout_s=COMMIT_TIMEOUT_S, when_open=waits)
+        node, world = self.identity.node, self.world
+        if self.trainer.world_size == 1:
+            return SoloTransport(), (node,)
+        messages = GlooTransport(world.host_group(COMMIT_TIMEOUT_S, may_be_of_training=self._sends_little))
+        nodes = (node,) * messages.world_size if world.is_on_one_node else tuple(gather_json(messages, node))
+        transport = share_memory(
+            messages,
+            nodes,
+            self.arena.path,
+            spread_name=lambda name: world.share(f"memory/{node}", name),
+            timeout_s=COMMIT_TIMEOUT_S,
+            when_open=world.abort_with_groups,
+        )
+        return transport, nodes
+
+    @property
+    def _sends_little(self) -> bool:
+        """Whether messages between ranks are few, because none keeps replicas for another."""
+        if not self.world.is_on_one_node or self._device_tier is not None:
+            return False
+        return not keeps_within_a_node(self.options, self.trainer.world_size, self._mesh_sizes())
 
     @property
     def device_tier(self) -> DeviceTier | None:
@@ -159,24 +167,18 @@ class Session:
         """The arena of this rank's node; None if `fit` has failed before it was opened."""
         return self._arena
 
-    def open(self, transport: Transport, origin: str | None) -> tuple[str, ...]:
-        """Open the arena together with the other ranks.
+    def open(self, origin: str | None) -> None:
+        """Open the arena together with the other ranks of this node.
 
         Args:
-            transport: connects all ranks.
             origin: checkpoint path that the script passed to `fit`.
-
-        Returns:
-            The node names of all ranks.
         """
         opens = self.acts_for_node
-        self._arena, nodes = open_arena(
-            self.identity, self.fit_index, self.options, transport, opens=opens, origin=origin
-        )
+        share = self.world.share if self.trainer.world_size > 1 else lambda _, text: text
+        self._arena = open_arena(self.identity, self.fit_index, self.options, share, opens=opens, origin=origin)
         use_agent_memory(self._arena, self._channel)
         if opens and not self.identity.own_agent:
             register_with_reaper(self._arena, self.identity)
-        return nodes
 
     def open_alone(self) -> None:
         """Open the arena in a process that has not joined the other ranks."""

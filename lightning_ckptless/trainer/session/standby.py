@@ -9,20 +9,28 @@ from typing import Any
 import torch
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.variables import with_variables
 from lightning_ckptless.internals.lightning.metrics import metrics_of
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
+from lightning_ckptless.trainer.session.arenas import find_arena
+from lightning_ckptless.trainer.session.identity import fits_before, identify
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 
-def wait_for_rank(channel: AgentChannel, strategy: Any) -> None:
+def wait_for_rank(channel: AgentChannel, strategy: Any, trainer: Any) -> None:
     """Wait until the agent assigns a rank to this process, and adopt it. Exits if the agent has exited.
 
     Args:
         channel: channel to the agent.
         strategy: strategy of the trainer, set up for a placeholder rank.
+        trainer: the trainer, in the call that the process waits in; None if that is none of a trainer's.
     """
     warm_up(strategy.root_device)
+    if trainer is not None:
+        arena = find_arena(identify(trainer), fits_before(), with_variables(strategy.options))
+        if arena is not None:
+            arena.read_layouts()
     channel.send(StandbyReady())
     received = channel.receive()
     if received is None:

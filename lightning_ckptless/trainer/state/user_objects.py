@@ -145,8 +145,10 @@ def _is_users_module(name: str) -> bool:
 
 def _is_reference(value: Any) -> bool:
     cls: Any = type(value)
-    is_object = bool(cls.__dictoffset__) and not isinstance(value, _NO_STATE) and not is_plain(value)
-    return is_object and not is_part_of_a_run(value) and not _is_of(cls, (*_CLIENTS, *_OF_LIGHTNING))
+    is_object = bool(cls.__dictoffset__) and not isinstance(value, _NO_STATE)
+    # In this order: a new process has not seen the classes yet, and asks each of their bases.
+    is_of_user = is_object and not _is_of(cls, (*_CLIENTS, *_OF_LIGHTNING)) and not is_plain(value)
+    return is_of_user and not is_part_of_a_run(value)
 
 
 def _is_of(cls: type, packages: Collection[str]) -> bool:

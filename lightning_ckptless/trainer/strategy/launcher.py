@@ -65,7 +65,7 @@ class FitGuard:
         self.strategy.check_world()
         if is_standby():
             assert channel is not None, "a standby has a channel to its agent"
-            wait_for_rank(channel, self.strategy)
+            wait_for_rank(channel, self.strategy, trainer)
         if trainer is None:
             self._refuse_replacement(function)
             return function(*args, **kwargs)

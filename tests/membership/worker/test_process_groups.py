@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
+from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.worker.process_groups import World, keep_through_device_errors
 
 NAMES = (
@@ -50,3 +54,45 @@ def test_waits_are_aborted_with_the_groups_of_their_generation() -> None:
     # The next generation has waits of its own.
     world.abort()
     assert wait.aborted == 3
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """The store of a default group with one rank."""
+    found = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=found, rank=0, world_size=1)
+    yield found
+    dist.destroy_process_group()
+
+
+def test_a_text_is_passed_from_one_rank_to_others(store: Store) -> None:
+    giver, taker = World(), World()
+    for text in ("one", "two"):
+        assert giver.share("name", text) == text
+        assert giver.share("other name", f"other {text}") == f"other {text}"
+        assert [taker.share(name, "") for name in ("name", "other name")] == [text, f"other {text}"]
+
+
+def test_a_wait_for_a_text_ends_with_the_next_fault(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, looks = World(), iter([False, True])
+    monkeypatch.setattr(world, "_is_over", lambda: next(looks))
+    with pytest.raises(TransportError, match="another fault was reported while the ranks were meeting"):
+        world.share("name", "")
+
+
+def test_only_few_messages_use_the_group_of_the_training(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    assert world.host_group(60.0, may_be_of_training=True) is dist.group.WORLD
+    assert world.host_group(60.0) is not dist.group.WORLD
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    assert world.host_group(60.0, may_be_of_training=True) is not dist.group.WORLD
+
+
+@pytest.mark.parametrize(("local", "expected"), [("1", True), ("2", False), (None, False)])
+def test_ranks_are_on_one_node_if_one_agent_has_started_them(
+    local: str | None, *, expected: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert World().is_on_one_node == expected

@@ -14,7 +14,7 @@ from lightning_ckptless.protocol.failure_domains import Domains
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.transport import LoopbackTransport, SoloTransport
-from lightning_ckptless.trainer.session.failure_domains import find_domains, own_domain
+from lightning_ckptless.trainer.session.failure_domains import find_domains, keeps_within_a_node, own_domain
 from lightning_ckptless.trainer.session.member_set import GenerationFile, MemberSet, form_member_set
 from tests.replica.conftest import arena, owner
 
@@ -111,3 +111,20 @@ def test_generation_numbers_do_not_repeat_after_all_arenas_are_lost(arena: Arena
     assert form() == 4
     record.write_text("damaged")
     assert form() == 5
+
+
+@pytest.mark.parametrize(
+    ("level", "copies", "mesh", "expected"),
+    [
+        ("node", 1, None, False),
+        ("rack", 1, None, False),
+        ("rank", 1, None, True),
+        ("rank", 0, None, False),
+        ("tensor_parallel", 1, (2, 2), False),
+    ],
+)
+def test_ranks_of_one_node_keep_each_others_shards_if_each_fails_alone(
+    level: str, copies: int, mesh: tuple[int, int] | None, *, expected: bool
+) -> None:
+    options = CkptlessOptions(failure_domain=level, copies=copies)
+    assert keeps_within_a_node(options, 4, mesh) == expected
