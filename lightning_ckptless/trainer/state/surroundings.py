@@ -60,7 +60,7 @@ class Surroundings:
         state = {
             "settings": self._settings.capture(),
             "validation": self._waiting or [changes.capture() for changes in self._validation],
-            "objects": {} if self._objects is None else self._objects.capture(),
+            "objects": self.objects(),
         }
         for name in () if self._objects is None else self._objects.lost():
             self._tell(name)
@@ -69,6 +69,15 @@ class Surroundings:
                 for name in changes.lost():
                     self._tell(f"{stage} dataloader {index}: {name}")
         return state
+
+    def objects(self) -> Changed:
+        """Return what has changed in the user's objects."""
+        return {} if self._objects is None else self._objects.capture()
+
+    def put_back_objects(self, saved: Changed) -> None:
+        """Restore what `objects` returned."""
+        if self._objects is not None:
+            self._objects.apply(saved)
 
     def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
         """Restore what was captured; validation dataloaders as soon as they exist.
@@ -79,8 +88,7 @@ class Surroundings:
         """
         if with_settings:
             self._settings.apply(saved["settings"])
-        if self._objects is not None:
-            self._objects.apply(saved["objects"])
+        self.put_back_objects(saved["objects"])
         self._look_for_validation_data()
         self._waiting, self._waiting_settings = saved["validation"], saved["settings"]
         if self._validation_data is not None:
