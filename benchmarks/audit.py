@@ -31,8 +31,8 @@ from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment
 
 RANKS = 3
 FIRST_STEP, EVERY_STEPS = 4, 3
-FLIPS_OF_A_RUN = 250
-"""Flips of one process: the list of all faults is an environment variable, which the kernel limits."""
+FLIPS_OF_A_RUN, WRONG_OF_A_RUN = 250, 25
+"""Faults of one run: the list of all of them is an environment variable, which the kernel limits."""
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 FLIPS_TARGET = 0.999
 STEPS_PER_CHECK, STEPS_PER_WRONG = 2, 6
@@ -147,13 +147,14 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
     draw, tensors = random.Random(args.seed), tensors_of(args.size)
     results.update(faults=[], rewind_s=[], differing_steps=0, steps=0, unexpected=0, took_s={"flip": 0.0, "wrong": 0.0})
     steps.expect(args.flips + args.wrong)
-    left = args.flips
-    while left:
-        flips = random_flips(min(left, FLIPS_OF_A_RUN), tensors, draw)
-        left -= len(flips)
-        _measure_run(args.size, flips, results, steps)
-    if args.wrong:
-        _measure_run(args.size, random_wrongs(args.wrong, draw), results, steps)
+    for count in _parts(args.wrong, WRONG_OF_A_RUN):
+        _measure_run(args.size, random_wrongs(count, draw), results, steps)
+    for count in _parts(args.flips, FLIPS_OF_A_RUN):
+        _measure_run(args.size, random_flips(count, tensors, draw), results, steps)
+
+
+def _parts(total: int, most: int) -> list[int]:
+    return [min(most, total - done) for done in range(0, total, most)]
 
 
 def _measure_run(size: str, faults: list[Fault], results: Results, steps: Steps) -> None:
@@ -220,7 +221,7 @@ def options(parser: ArgumentParser) -> None:
     add_count(parser, "--wrong", Default(100, 3), "number of ranks that compute wrongly")
 
 
-PROGRAM = Program(__doc__, measure, tables, options)
+PROGRAM = Program(__doc__, measure, tables, options, shows_parts=True)
 
 if __name__ == "__main__":
     PROGRAM.main()

@@ -31,7 +31,7 @@ from torch.utils.data.dataloader import (
 _version_of = attrgetter("_version")
 
 
-class AroundOperators(TorchDispatchMode):
+class AroundOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context in which a function is called in place of every torch operator of this thread.
 
     Args:
@@ -40,7 +40,7 @@ class AroundOperators(TorchDispatchMode):
     """
 
     def __init__(self, around: Callable[[str, Callable[[], Any]], Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._around = around
 
     def __torch_dispatch__(

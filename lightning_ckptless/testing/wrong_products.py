@@ -6,6 +6,7 @@ Apart from `fault_injector`, because tests use it without one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ def wrong_products() -> AroundOperators:
 
 def compute_wrongly() -> Callable[[], None]:
     """Enter the context; returns a function that leaves it."""
-    context = wrong_products()
-    context.__enter__()
-    return lambda: context.__exit__(None, None, None)
+    entered = ExitStack()
+    entered.enter_context(wrong_products())
+    return entered.close
 
 
 def _spoiled(operator: str, call: Callable[[], Any]) -> Any:

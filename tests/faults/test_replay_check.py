@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import DrillReport
 from lightning_ckptless.testing.starters import Ladder
+from tests.faults.cluster import END_S, Cluster
 from tests.faults.conftest import Drill, Run, events_of
 from tests.faults.matrix import BASE, Cell
 
@@ -98,6 +102,19 @@ def test_ranks_that_have_never_agreed_end_the_run(run: Run) -> None:
     assert ended.exit_code != 0
     assert [event.fields["consequence"] for event in events_of(ended, "divergence")] == ["end"]
     assert "by majority rank 2 is wrong (in the first check)" in ended.tail()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_micro_batches_are_handed_to_other_nodes(tmp_path: Path, stack: ExitStack) -> None:
+    options = replace(BASE, devices=1, num_nodes=2, strategy_options=str(CHECKED | {"failure_domain": "node"}))
+    cluster = Cluster(tmp_path, stack, options)
+    cluster.arenas.mkdir()
+    agents = [cluster.start_agent("wrong:rank=1:step=5") for _ in range(2)]
+    assert all(agent.wait(timeout=END_S) for agent in agents), cluster.output()
+    events = list(read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl", only="divergence"))
+    found = [(event.fields["found_by"], event.fields["ranks"], event.fields["consequence"]) for event in events]
+    assert found == [("replay_check", [0, 1], "go_back"), ("replay_check", [0, 1], "end")], cluster.output()
 
 
 @pytest.mark.long

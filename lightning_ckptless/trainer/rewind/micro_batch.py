@@ -134,7 +134,7 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        kept = [each for module in modules for each in (vars(module), *parameter_dicts(module))]
+        kept: list[Any] = [each for module in modules for each in (vars(module), *parameter_dicts(module))]
         kept += [each for module in modules for each in vars(module).values() if type(each) in (dict, list)]
         self._containers = [(each, copy(each)) for each in kept]
         tensors = [*model.parameters(), *model.buffers()]
