@@ -83,7 +83,7 @@ class RewindError(CkptlessError, RuntimeError):
 
 
 class DivergenceError(CkptlessError, RuntimeError):
-    """Replicas that should be equal bit for bit differ, and the run cannot continue."""
+    """Replicas or gradients that should be equal bit for bit differ, and the run cannot continue."""
 
 
 class UnevenStepsError(CkptlessError, RuntimeError):

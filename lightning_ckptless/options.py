@@ -65,9 +65,9 @@ class MirrorOptions(Options):
     )
     on_divergence: OnDivergence = option(
         "heal",
-        "what to do if replicas that were compared differ: `rewind` goes back to the last version on which all agreed "
-        "and replays, `heal` does too and replaces a rank that is wrong again, `raise` ends the run, `warn` continues "
-        "and sends replicas from then on",
+        "what to do if replicas, or gradients in a replay check, differ: `rewind` goes back to the last version on "
+        "which all agreed and replays, `heal` does too and replaces a rank that is wrong again, `raise` ends the run, "
+        "`warn` continues, and sends replicas that differ from then on",
     )
     history: int = option(
         0,
@@ -79,6 +79,14 @@ class MirrorOptions(Options):
         1, "optimizer steps between two versions of the history", integer(least=1), unit="optimizer steps"
     )
 
+    replay_check_every: int | None = option(
+        None,
+        "optimizer steps between two replay checks, in which another rank runs each rank's micro-batch again and "
+        "compares the gradients",
+        integer(least=1),
+        unit="optimizer steps",
+        none="no check",
+    )
     device_tier: DeviceTierMode = option(
         "off",
         "whether every version is also kept in device memory, in the ranks' processes; the arenas then need a version "
@@ -96,6 +104,18 @@ class MirrorOptions(Options):
             raise OptionsError(
                 "replicas='verify' compares checksums, but checksum='none' computes none: choose another checksum, or "
                 "replicas='send'"
+            )
+        if self.replay_check_every is not None and self.on_divergence in ("heal", "rewind"):
+            self._require_reach(self.replay_check_every)
+
+    def _require_reach(self, steps: int) -> None:
+        """Refuse a history that may lack the versions from before the last replay check."""
+        reach = (self.history - 1) * self.history_every + 2 if self.history else 0
+        if reach < steps:
+            raise OptionsError(
+                f"replay_check_every={steps} with on_divergence='{self.on_divergence}' goes back to the last check "
+                f"that agreed, {steps} steps ago, but history={self.history} and history_every={self.history_every} "
+                f"reach back {reach} steps: set history=2 and history_every={steps}, or on_divergence='raise'"
             )
 
     @property

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 from torch.distributed import HashStore, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store, _get_default_store, _world
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -28,6 +29,25 @@ from torch.utils.data.dataloader import (
 )
 
 _version_of = attrgetter("_version")
+
+
+class AroundOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context in which a function is called in place of every torch operator of this thread.
+
+    Args:
+        around: called with the name of the operator, such as `aten.mm` or `c10d.allreduce_`, and a function that calls
+            it; returns the result.
+    """
+
+    def __init__(self, around: Callable[[str, Callable[[], Any]], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._around = around
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for each operator."""
+        return self._around(str(func.overloadpacket), lambda: func(*args, **(kwargs or {})))
 
 
 def version_counter(tensor: torch.Tensor) -> int:
@@ -182,6 +202,11 @@ def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, 
 def child_dict(module: torch.nn.Module) -> dict[str, Any]:
     """Return the live dictionary of a module's own children."""
     return module._modules
+
+
+def gradient_hooks(tensor: torch.Tensor) -> int:
+    """Return how many functions are called with the gradient of a tensor before it is accumulated."""
+    return len(tensor._backward_hooks or ())
 
 
 def start_tails(workers: Any) -> None:

@@ -12,7 +12,7 @@ _SHARDED = "torch.distributed.fsdp._fully_shard"
 
 WORKER = {
     "torch": "_foreach_copy_",
-    "torch:Tensor": "_version",
+    "torch:Tensor": "_backward_hooks _version",
     "torch.storage:TypedStorage": "_untyped_storage",
     "torch.cuda": "_is_in_bad_fork",
     "torch.nn:Module": "_parameters _buffers _modules",
@@ -26,6 +26,7 @@ WORKER = {
     "torch.distributed.distributed_c10d": "_get_default_group _get_default_store _world",
     "torch.distributed.distributed_c10d:_World": "group_count pg_map",
     "torch._C._distributed_c10d": "_create_work_from_future",
+    "torch.utils._python_dispatch": "TorchDispatchMode",
     "torch.utils._pytree": "tree_leaves tree_map_only",
     "torch.utils.data._utils.pin_memory": "pin_memory",
     "torch.utils.data:DataLoader": """

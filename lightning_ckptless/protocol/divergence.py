@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 from lightning_ckptless.protocol.versions import Version
 
@@ -36,6 +37,18 @@ TIMES_UNTIL_SENT = 3
 """Differences in a row, from the beginning of a run, that show replicas to be legitimately different."""
 MOST_IN_A_ROW = 3
 """Differences without a newly committed version in between that all ranks go back from."""
+
+
+def outvoted(digests: Mapping[int, str]) -> frozenset[int]:
+    """The ranks that differ from the majority; empty without a majority.
+
+    Args:
+        digests: what each rank has found.
+    """
+    digest, votes = Counter(digests.values()).most_common(1)[0]
+    if 2 * votes <= len(digests):
+        return frozenset()
+    return frozenset(rank for rank, found in digests.items() if found != digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +74,7 @@ class Piece:
     @property
     def wrong(self) -> frozenset[int]:
         """The ranks that differ from the majority; empty without a majority."""
-        digest, votes = Counter(self.digests.values()).most_common(1)[0]
-        if 2 * votes <= len(self.digests):
-            return frozenset()
-        return frozenset(rank for rank, found in self.digests.items() if found != digest)
+        return outvoted(self.digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +181,19 @@ class Finding:
     @property
     def _now(self) -> Difference:
         return Difference(self.difference.version, different_pieces(self.live))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The finding as fields of an event."""
+        return {
+            "step": self.difference.version.optimizer_step,
+            "version": str(self.difference.version),
+            "committed": -1 if self.committed is None else self.committed.optimizer_step,
+            "tensors": [str(piece) for piece in self.pieces[:MOST_NAMED]],
+            "ranks": list(self.ranks),
+            "wrong": list(self.wrong),
+            "found_by": "comparison",
+        }
 
     def __str__(self) -> str:
         named = " and ".join(f"rank {rank}" for rank in self.wrong)

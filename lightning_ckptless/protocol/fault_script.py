@@ -3,6 +3,7 @@
     kind:rank=R:step=S[:at=MOMENT][:times=N]        several faults are separated by commas
     rewind:step=S:to=T[:skip=B][:rank=R][:times=N]
     flip:rank=R:step=S:tensor=NAME[:element=E][:bit=K][:at=MOMENT][:times=N]
+    wrong:rank=R:step=S[:times=N]
 
     kill:rank=1:step=7                              SIGKILL to rank 1 during optimizer step 7
     raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
@@ -10,6 +11,8 @@
     rewind:step=20:to=12                            rank 0 requests after step 20 that all ranks go back to step 12
     flip:rank=1:step=7:tensor=parameter/fc.bias:bit=30
                                                     a bit of a parameter on rank 1 changes after step 7
+    wrong:rank=1:step=7                             from step 7 on, matrix products of rank 1 are wrong, until its
+                                                    process ends
 
 Tensors are named like `parameter/fc.weight`, `buffer/norm.running_mean` and `optimizer/0/fc.weight/exp_avg`. Steps are
 counted from 1: `step=7` is the one after which `global_step` is 7.
@@ -28,6 +31,7 @@ from lightning_ckptless.errors import OptionsError
 GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N]"
 GRAMMAR_OF_REWIND = "rewind:step=S:to=T[:skip=B][:rank=R][:times=N]"
 GRAMMAR_OF_FLIP = "flip:rank=R:step=S:tensor=NAME[:element=E][:bit=K][:at=MOMENT][:times=N]"
+GRAMMAR_OF_WRONG = "wrong:rank=R:step=S[:times=N]"
 
 ALL: Literal["all"] = "all"
 """Every rank."""
@@ -46,6 +50,7 @@ class FaultKind(StrEnum):
     NODE = "node"
     REWIND = "rewind"
     FLIP = "flip"
+    WRONG = "wrong"
 
 
 class Moment(StrEnum):
@@ -163,6 +168,7 @@ _USUAL_NAMES = 2, ("rank", "step", "at", "times")
 _NAMES = {
     FaultKind.REWIND: (2, ("step", "to", "skip", "rank", "times")),
     FaultKind.FLIP: (3, ("rank", "step", "tensor", "element", "bit", "at", "times")),
+    FaultKind.WRONG: (2, ("rank", "step", "times")),
 }
 """Number of required parts, which come first, and all parts."""
 _Word = TypeVar("_Word", bound=StrEnum)
@@ -193,6 +199,7 @@ def _error(text: str, problem: str) -> OptionsError:
         f"expected {GRAMMAR}\n"
         f"      or {GRAMMAR_OF_REWIND}\n"
         f"      or {GRAMMAR_OF_FLIP}\n"
+        f"      or {GRAMMAR_OF_WRONG}\n"
         f"  kind    {', '.join(FaultKind)}\n"
         f"  R       a rank or {ALL!r}\n"
         f"  S       an optimizer step, counted from 1\n"

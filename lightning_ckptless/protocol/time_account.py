@@ -37,7 +37,7 @@ class Bucket(StrEnum):
     | `validation` | validation between training steps |
     | `checkpoint_wait` | writing checkpoint files |
     | `data_wait` | waiting for the next batch |
-    | `mirror_stall` | waiting for copies, and handing versions over |
+    | `mirror_stall` | waiting for copies, handing versions over, and replay checks |
     | `detect` | from a fault to its detection |
     | `abort` | from then until all survivors have stopped |
     | `regroup` | from then until the ranks have regrouped, including failed attempts |

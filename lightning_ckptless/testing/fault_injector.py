@@ -41,6 +41,7 @@ from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, p
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.testing.bit_flip import flip, require_tensor
 from lightning_ckptless.testing.fault_marks import FaultMarks
+from lightning_ckptless.testing.wrong_products import compute_wrongly
 from lightning_ckptless.trainer.state.sharding import sharded_modules
 from lightning_ckptless.trainer.state.tensors import StateIndex
 from lightning_ckptless.trainer.strategy.world_size import range_of_nodes
@@ -134,6 +135,7 @@ class Injection:
         self._newest_step = 0
         self._ask_to_rewind: Callable[..., None] = _no_ledger
         self._flip: Callable[[Fault], None] = _no_ledger
+        self._is_wrong = False
 
     def open(self, trainer: Any) -> None:
         """Select the faults of this rank, and register for the moments of mirroring and recovery.
@@ -182,6 +184,9 @@ class Injection:
         self.disarm()
         step = trainer.global_step + 1
         strike = self.strike
+        self._is_wrong = self._is_wrong or self._becomes_wrong(step)
+        if self._is_wrong:
+            self._removers.append(compute_wrongly())
         if self._due(Moment.TRAINING_STEP, step):
             self._removers.append(after_training_step(pl_module, lambda: strike(Moment.TRAINING_STEP, step)))
         if self._due(Moment.BACKWARD, step) and not sharded_modules(pl_module):
@@ -226,14 +231,25 @@ class Injection:
             self.strike(Moment(moment), self._newest_step)
 
     def _due(self, moment: Moment, step: int) -> list[tuple[int, Fault]]:
-        return [(i, fault) for i, fault in self._mine if fault.at == moment and fault.step <= step]
+        due = ((i, fault) for i, fault in self._mine if fault.at == moment and fault.step <= step)
+        return [(i, fault) for i, fault in due if fault.kind is not FaultKind.WRONG]
+
+    def _becomes_wrong(self, step: int) -> bool:
+        """Whether this process computes wrongly from the batch on that starts."""
+        due = [(i, fault) for i, fault in self._mine if fault.kind is FaultKind.WRONG and fault.step <= step]
+        return any(self._is_to_be_injected(index, fault, "batch", step) for index, fault in due)
+
+    def _is_to_be_injected(self, index: int, fault: Fault, moment: str, step: int) -> bool:
+        assert self._marks is not None
+        if not self._marks.claim(index, fault):
+            return False
+        self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=moment, step=step)
+        return True
 
     def strike(self, moment: Moment, step: int) -> None:
         """Inject the faults that are due at a moment of a step and have not been injected yet."""
         for index, fault in self._due(moment, step):
-            assert self._marks is not None
-            if self._marks.claim(index, fault):
-                self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=str(moment), step=step)
+            if self._is_to_be_injected(index, fault, str(moment), step):
                 if fault.kind is FaultKind.REWIND:
                     self._ask_to_rewind("injected", to_step=fault.to, steps=None, skip_batches=fault.skip)
                 elif fault.kind is FaultKind.FLIP:

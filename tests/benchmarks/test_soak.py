@@ -51,8 +51,8 @@ def test_a_seed_always_gives_the_same_scenario() -> None:
 def test_every_kind_and_moment_and_phase_is_drawn() -> None:
     injected = [fault for drawn in SCENARIOS for fault in drawn.injected]
     outside = [fault for drawn in SCENARIOS for fault in drawn.outside]
-    # Flipped bits of the training state are injected by `benchmarks.audit`.
-    assert {fault.kind for fault in injected} == set(FaultKind) - {FaultKind.REWIND, FaultKind.FLIP}
+    # Flipped bits of the training state and wrong products are injected by `benchmarks.audit`.
+    assert {fault.kind for fault in injected} == set(FaultKind) - {FaultKind.REWIND, FaultKind.FLIP, FaultKind.WRONG}
     assert {fault.at for fault in injected} == set(Moment) - {Moment.REWIND, Moment.GO_BACK}
     assert {fault.kind for fault in outside} == set(OutsideKind)
     assert {fault.phase for fault in outside} == {None, *Phase}

@@ -35,6 +35,21 @@ def test_foreach_copy_copies_and_counts() -> None:
     assert torch_internals.version_counter(targets[0]) > before
 
 
+def test_operators_are_called_through_a_function_in_forward_and_backward() -> None:
+    names: list[str] = []
+
+    def noted(name: str, call: Callable[[], Any]) -> Any:
+        names.append(name)
+        return call()
+
+    weight = torch.ones(2, 2, requires_grad=True)
+    with torch_internals.AroundOperators(noted):
+        torch.autograd.grad((torch.ones(3, 2) @ weight).sum(), weight)
+    assert names.count("aten.mm") == 2
+    names.clear()
+    assert torch.ones(2).sum() == 2 and names == []
+
+
 def test_leaves_of_nested_data() -> None:
     thing = object()
     assert torch_internals.leaves_of({"a": [1, (2,)], "b": thing}) == [1, 2, thing]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,15 +99,28 @@ class Following(nn.Module):
         return x + y
 
 
+class Exchanging(nn.Module):
+    """Adds the mean over all ranks, as normalization over the whole batch does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of shape [batch, width] to the same."""
+        mean = x.detach().mean(0)
+        if self.training:
+            dist.all_reduce(mean)
+        return x + mean
+
+
 def block_of(kind: str, width: int) -> nn.Module:
     """Return the middle block of a model.
 
     Args:
-        kind: `adapted`, `compiled:BACKEND`, `following:HOW`, or empty for the identity.
+        kind: `adapted`, `compiled:BACKEND`, `exchanging`, `following:HOW`, or empty for the identity.
         width: width of input and output.
     """
     if kind == "adapted":
         return Adapted(width)
+    if kind == "exchanging":
+        return Exchanging()
     if kind.startswith("following:"):
         return Following(width, kind.removeprefix("following:"))
     if kind.startswith("compiled:"):

@@ -65,7 +65,7 @@ class Options:
             tied weights, and a head that is not sharded), `mixed` (computed in bf16), `offloaded` (parameters on the
             CPU) or `compiled` (each layer, before it is sharded).
         block: middle block of a model that is not sharded: `adapted` (frozen, with low-rank adapters),
-            `compiled:BACKEND` or `following:HOW` (a layer with a moving average).
+            `compiled:BACKEND`, `exchanging` (with the other ranks) or `following:HOW` (a layer with a moving average).
         callback: `averaging` (StochasticWeightAveraging), `finetuning` (a parameter group for the body from epoch 1
             on), `searching` (LearningRateFinder before training and before epoch 1), `dying` (rank 0 dies in the
             start hook of its second process), `dragging` (the first process of rank 1 is slow), `spiking` (the loss

@@ -11,7 +11,7 @@ from lightning_ckptless.protocol.fault_script import GRAMMAR, Fault, FaultKind, 
 
 faults = st.builds(
     Fault,
-    kind=st.sampled_from(sorted(set(FaultKind) - {FaultKind.REWIND, FaultKind.FLIP})),
+    kind=st.sampled_from(sorted(set(FaultKind) - {FaultKind.REWIND, FaultKind.FLIP, FaultKind.WRONG})),
     rank=st.just("all") | st.integers(0, 10**6),
     step=st.integers(1, 10**9),
     at=st.sampled_from(Moment),
@@ -40,8 +40,15 @@ flips = st.builds(
     st.integers(0, 63),
 )
 
+wrongs = st.builds(
+    lambda rank, step, times: Fault(FaultKind.WRONG, rank, step, times=times),
+    st.just("all") | st.integers(0, 10**6),
+    st.integers(1, 10**9),
+    st.integers(1, 100),
+)
 
-@given(st.lists(faults | rewinds | flips, max_size=5))
+
+@given(st.lists(faults | rewinds | flips | wrongs, max_size=5))
 def test_a_script_is_parsed_back_from_its_text(script: list[Fault]) -> None:
     assert parse_faults(",".join(str(fault) for fault in script)) == tuple(script)
 
@@ -69,6 +76,12 @@ def test_a_flip_needs_a_tensor_and_defaults_to_the_first_bit_after_the_step() ->
     for text in ("flip:rank=1:step=7", "flip:rank=1:step=7:tensor="):
         with pytest.raises(OptionsError, match="tensor missing"):
             parse_faults(text)
+
+
+def test_wrong_products_have_no_moment() -> None:
+    assert parse_faults("wrong:rank=1:step=7") == (Fault(FaultKind.WRONG, 1, 7),)
+    with pytest.raises(OptionsError, match="unknown part 'at=backward'"):
+        parse_faults("wrong:rank=1:step=7:at=backward")
 
 
 def test_several_faults_with_surrounding_blanks() -> None:

@@ -42,6 +42,11 @@ class FitLoops:
         return not self.epoch._should_accumulate()
 
     @property
+    def begins_step(self) -> bool:
+        """Whether the batch that has just begun is the first of an optimizer step."""
+        return (int(self.epoch.batch_progress.current.ready) - 1) % int(self.trainer.accumulate_grad_batches) == 0
+
+    @property
     def ranks_agree_on_validation(self) -> bool:
         """Whether validation follows the same batches on all ranks; with a time-based interval, each has its clock."""
         return not validates_by_clock(self.trainer)

@@ -81,9 +81,10 @@ def logs_kept(trainer: Any) -> Iterator[None]:
     metrics = metrics_of(trainer.lightning_module.named_modules())
     logged = copy.deepcopy(dump_results(trainer))
     gathered = {name: copy.deepcopy(dump_metric(metric)) for name, metric in metrics.items()}
-    hook = trainer.lightning_module._current_fx_name
+    hook, batch = trainer.lightning_module._current_fx_name, current_batch(trainer)
     yield
     load_results(trainer, logged)
+    trainer._results.batch = batch
     trainer.lightning_module._current_fx_name = hook
     for name, state in gathered.items():
         load_metric(metrics[name], state)

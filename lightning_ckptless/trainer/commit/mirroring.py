@@ -130,6 +130,16 @@ class Mirroring:
         return self._mirror
 
     @property
+    def plan(self) -> Planned | None:
+        """The current plan; another object after each restoration and each change of the layout. None before both."""
+        return self._planned
+
+    @property
+    def newest(self) -> Version | None:
+        """The newest version that the ranks could restore now: committed in this generation, or restored from."""
+        return self.committed or self._protected
+
+    @property
     def committed(self) -> Version | None:
         """The newest version that this rank knows to be committed on all ranks."""
         return self._mirror.committed if self._mirror is not None else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,10 @@ class RunLoggers:
         """Deliver all rows: nothing that was logged will be logged again."""
         if self._outbox is not None:
             self._outbox.flush()
+
+    def silenced(self) -> AbstractContextManager[None]:
+        """Context in which rows are dropped: the step that logs them does not count."""
+        return nullcontext() if self._outbox is None else self._outbox.silenced()
 
     def release(self) -> None:
         """Deliver all rows and restore the loggers' own methods."""

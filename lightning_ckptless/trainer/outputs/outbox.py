@@ -17,8 +17,8 @@ import os
 import pickle
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -113,10 +113,12 @@ class Box:
     Attributes:
         counted: rows that have been logged in the run.
         delivered: rows that the logger has received.
+        is_silent: whether rows are dropped, because the step that logs them does not count.
     """
 
     def __init__(self, logger: Any, mark: Callable[[int], None]) -> None:
         self.logger = logger
+        self.is_silent = False
         self.counted = 0
         self.delivered = 0
         self._is_numbered = False
@@ -139,12 +141,16 @@ class Box:
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Hold a row back, or drop it if the logger has already received it."""
+        if self.is_silent:
+            return
         self.counted += 1
         if self.counted > self.delivered:
             self._held.append(Held(self.counted, (_frozen(args), _frozen(kwargs))))
 
     def save(self) -> None:
         """Save after the rows that are held; at once if there are none."""
+        if self.is_silent:
+            return
         if not self._held:
             self._own["save"]()
         elif self._held[-1].row is not None:
@@ -312,6 +318,17 @@ class Outbox:
     def start_over(self) -> None:
         """Forget all delivered rows: the run starts over from its first step."""
         self._marks.clear()
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Context in which rows are dropped."""
+        for box in self._boxes:
+            box.is_silent = True
+        try:
+            yield
+        finally:
+            for box in self._boxes:
+                box.is_silent = False
 
     def deliver(self, committed: Version | None) -> None:
         """Deliver the rows of all versions up to the committed one."""

@@ -16,7 +16,7 @@ from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.results import show_on_progress_bar
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
-from lightning_ckptless.protocol.divergence import MOST_NAMED, Finding, Judgement
+from lightning_ckptless.protocol.divergence import Judgement
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan
 from lightning_ckptless.protocol.mtbf import Mtbf, observed_mtbf
 from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases, phases_from
@@ -24,6 +24,7 @@ from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
 from lightning_ckptless.protocol.replacement_startup import Arrival, why_slow
+from lightning_ckptless.protocol.replay_check import ReplayJudgement
 from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.startup import StartPlan
 from lightning_ckptless.protocol.time_account import Bucket, Outage, TimeAccount
@@ -427,24 +428,19 @@ class RunReport:
             self.ledger.record("rewind_refused", reason=reason)
             self._say(f"not rewound: {reason}")
 
-    def diverged(self, finding: Finding, found: Judgement) -> None:
-        """Report that replicas differ, and what follows."""
+    def diverged(self, facts: Mapping[str, Any], found: Judgement | ReplayJudgement) -> None:
+        """Report that ranks differ where they should not.
+
+        Args:
+            facts: what was found, as fields of an event.
+            found: what follows.
+        """
         if self.is_reporter:
-            difference = finding.difference
-            self.ledger.record(
-                "divergence",
-                step=difference.version.optimizer_step,
-                version=str(difference.version),
-                committed=-1 if finding.committed is None else finding.committed.optimizer_step,
-                tensors=[str(piece) for piece in finding.pieces[:MOST_NAMED]],
-                ranks=list(finding.ranks),
-                wrong=list(finding.wrong),
-                consequence=found.consequence.name.lower(),
-                in_a_row=found.past.count,
-            )
+            consequence = found.consequence.name.lower()
+            self.ledger.record("divergence", **facts, consequence=consequence, in_a_row=found.past.count)
             if found.version is None:
                 # Otherwise the reason is that of the rewind.
-                self._say(f"replicas differ: {found.reason}")
+                self._say(f"ranks differ: {found.reason}")
 
     # ------------------------------------------------------------------ recoveries
 

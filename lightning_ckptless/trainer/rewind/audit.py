@@ -78,7 +78,7 @@ class Audit:
         if finding.has_vanished and not finding.torn and found.past.count > 1:
             self.stages_blocking = True
         self._past = found.past
-        self._session.report.diverged(finding, found)
+        self._session.report.diverged(finding.facts, found)
         if found.consequence is Consequence.END:
             raise DivergenceError(f"rank {self._session.rank}: {found.reason}")
         if found.consequence is Consequence.REPLACE:

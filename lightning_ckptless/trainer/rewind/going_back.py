@@ -64,7 +64,7 @@ class GoingBack:
         session, mirroring = self._session, self._running.mirroring
         session.report.rewinding(plan)
         self._running.progress.restore()
-        newest = mirroring.committed
+        newest = mirroring.newest
         assert newest is not None, "a rewind is decided after the first version"
         mirroring.abandon()
         members = session.begin_generation(session.members.transport, session.members.nodes)

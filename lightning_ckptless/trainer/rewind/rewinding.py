@@ -25,12 +25,14 @@ from lightning_ckptless.protocol.rewind import (
     RewindState,
     plan_rewind,
 )
-from lightning_ckptless.protocol.versions import complete_versions
+from lightning_ckptless.protocol.versions import Version, complete_versions
+from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.restore import gather_inventory
 from lightning_ckptless.trainer.data.skipping import obstacle_to_skipping
 from lightning_ckptless.trainer.rewind.audit import Audit
+from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.session.session import Session
 
 
@@ -161,10 +163,7 @@ class Rewinding:
         asked = [RewindAsked(**each) for told in members.gather([asdict(each) for each in mine]) for each in told]
         if not asked:
             return
-        inventory = gather_inventory(members.arena, members.transport, reads=members.rank == members.ranks_of_node[0])
-        kept = complete_versions(inventory, world_size=members.world_size, layout=layout.digest)
-        committed = mirror.committed
-        kept = [version for version in kept if committed is not None and version <= committed]
+        kept = kept_versions(members, layout, mirror.committed)
         found = plan_rewind(asked, kept, int(self._session.trainer.global_step), self.past)
         for each in asked:
             if each.request:
@@ -190,6 +189,19 @@ class Rewinding:
         state = RewindState.from_dict(saved)
         self._asked = [*state.asked, *(each for each in self._asked if each.request)]
         self.past, self._audit.sends = state.past, state.sends_replicas and self._audit.may_send
+
+
+def kept_versions(members: MemberSet, layout: Layout, newest: Version | None) -> list[Version]:
+    """The versions that all ranks can go back to. All ranks call it together.
+
+    Args:
+        members: the ranks.
+        layout: the current layout.
+        newest: the newest version that is committed; None if there is none.
+    """
+    inventory = gather_inventory(members.arena, members.transport, reads=members.rank == members.ranks_of_node[0])
+    kept = complete_versions(inventory, world_size=members.world_size, layout=layout.digest)
+    return [version for version in kept if newest is not None and version <= newest]
 
 
 def carried_out(saved: dict[str, Any], plan: RewindPlan) -> dict[str, Any]:

@@ -176,10 +176,10 @@ class Engine:
         if self.running is not None:
             self.running.note_start()
 
-    def at_batch_start(self) -> None:
-        """Record which step has begun."""
+    def at_batch_start(self, batch: Any) -> None:
+        """Record which step has begun, and run the replay check if it is due."""
         if self.running is not None:
-            self.running.at_batch_start()
+            self.running.at_batch_start(batch)
 
     def beat(self, point: Point) -> None:
         """Report this rank's position in the step, which identifies hung ranks; raises if the agent has aborted it."""

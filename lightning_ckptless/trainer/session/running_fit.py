@@ -22,6 +22,8 @@ from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
 from lightning_ckptless.trainer.rewind.audit import Audit
+from lightning_ckptless.trainer.rewind.micro_batch import MicroBatches
+from lightning_ckptless.trainer.rewind.replay_check import ReplayCheck
 from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.rate_search import RateSearches
 from lightning_ckptless.trainer.session.session import Session
@@ -79,6 +81,7 @@ class RunningFit:
             after_batch=mirroring.end_if_asked,
             training=self.end.show_signal,
         )
+        self._replay_check = self._make_replay_check(session)
         self.has_started = False
         self._session = session
         self._trainer = trainer
@@ -94,6 +97,13 @@ class RunningFit:
         loops.around_fetches(lambda: clock.enter(Bucket.DATA_WAIT), clock.leave)
         loops.around_validation(lambda: clock.spending(Bucket.VALIDATION))
 
+    def _make_replay_check(self, session: Session) -> ReplayCheck | None:
+        every_n_steps = session.options.replay_check_every
+        if every_n_steps is None:
+            return None
+        micro_batches = MicroBatches(session.trainer, lambda: self.rank_state.host_state, session.loggers.silenced)
+        return ReplayCheck(session, every_n_steps, micro_batches, self.mirroring, self.rewinding)
+
     # ------------------------------------------------------------------ the points of a step
 
     def note_start(self) -> None:
@@ -105,8 +115,8 @@ class RunningFit:
         self._session.report.begin_training()
         self.batches.watch(fetcher)
 
-    def at_batch_start(self) -> None:
-        """Record which step has begun."""
+    def at_batch_start(self, batch: Any) -> None:
+        """Record which step has begun, and run the replay check if it is due."""
         self._session.report.time.begin_batch()
         self._begun.stamp(self._session.rank, self._trainer.global_step + 1)
         with self._session.report.time.spending(Bucket.DATA_WAIT):
@@ -114,6 +124,8 @@ class RunningFit:
         self.deliver_rows()
         self.mirroring.mirror_interval.begin_step(self._trainer.global_step)
         self.progress.beat(Point.BATCH)
+        if self._replay_check is not None:
+            self._replay_check.run_if_due(batch)
 
     def _commit(self, version: Version) -> None:
         self.progress.beat(Point.COMMIT)

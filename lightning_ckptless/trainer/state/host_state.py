@@ -237,6 +237,28 @@ class HostState:
         for owner, generators in zip((self.module, *self._callbacks), saved["generators"], strict=True):
             set_owned_generators(owner, generators)
 
+    # ------------------------------------------------------------------ what a training step may change
+
+    def of_step(self) -> dict[str, Any]:
+        """Return what a training step may change besides tensors, metrics and logs. It refers to live objects."""
+        return {
+            "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
+            "plain": self._attributes.plain(),
+            "generators": self._attributes.generators(),
+            "submodules": self._submodules.capture(),
+            "objects": self._surroundings.objects(),
+            "training": [m.training for m in self._modules],
+        }
+
+    def put_back(self, saved: dict[str, Any]) -> None:
+        """Restore what `of_step` returned, here or on another rank; the values then belong to this trainer."""
+        set_plain_attributes(self.module, saved["plain"])
+        set_owned_generators(self.module, saved["generators"])
+        self._submodules.apply(saved["submodules"])
+        self._apply_extra_state(saved["extra_state"])
+        self._surroundings.put_back_objects(saved["objects"])
+        self._apply_modes(saved["training"])
+
     # ------------------------------------------------------------------ apply
 
     def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
@@ -270,8 +292,7 @@ class HostState:
         load_results(trainer, saved["results"])
         for name, state in saved["metrics"].items():
             load_metric(self._metrics[name], copy.deepcopy(state))
-        for m, training in zip(self._modules, saved["training"], strict=True):
-            m.training = training
+        self._apply_modes(saved["training"])
         trainer.should_stop = saved["should_stop"]
         if saved["gradients"] is not None:
             self._apply_gradients(saved["gradients"])
@@ -284,10 +305,17 @@ class HostState:
         self._attributes.put(copy.deepcopy(of_module["plain"]), of_module["held"], of_module["others"])
         set_hyperparameters(self.module, copy.deepcopy(saved["module"]["hyperparameters"]))
         set_owned_generators(self.module, saved["module"]["generators"])
-        for name, state in saved["module"]["extra_state"].items():
+        self._apply_extra_state(saved["module"]["extra_state"])
+        self._submodules.apply(copy.deepcopy(saved["module"]["submodules"]))
+
+    def _apply_extra_state(self, saved: dict[str, Any]) -> None:
+        for name, state in saved.items():
             if not is_same(self._extra_state[name].get_extra_state(), state):
                 self._extra_state[name].set_extra_state(copy.deepcopy(state))
-        self._submodules.apply(copy.deepcopy(saved["module"]["submodules"]))
+
+    def _apply_modes(self, saved: list[bool]) -> None:
+        for m, training in zip(self._modules, saved, strict=True):
+            m.training = training
 
     def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
         if saved is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import pathlib
+import struct
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection
@@ -150,9 +151,11 @@ def _is_mapping(value: Any) -> bool:
 
 
 def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
-    """Restore saved attributes."""
-    if saved:
-        vars(owner).update(saved)
+    """Restore saved attributes. An object that has its value keeps it: others may refer to the same object."""
+    attributes = vars(owner)
+    for name, value in saved.items():
+        if name not in attributes or not is_same(attributes[name], value):
+            attributes[name] = value
 
 
 def is_same(left: Any, right: Any) -> bool:
@@ -167,4 +170,6 @@ def is_same(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(is_same, left, right))
     if isinstance(left, set | frozenset):
         return bool(left == right)
+    if isinstance(left, float):
+        return struct.pack("d", left) == struct.pack("d", right)
     return pack(left) == pack(right)

@@ -68,7 +68,7 @@ class Surroundings:
         state = {
             "settings": self._settings.capture(),
             "validation": self._waiting or [changes.capture() for changes in self._validation],
-            "objects": {} if self._objects is None else self._objects.capture(),
+            "objects": self.objects(),
         }
         for name in () if self._objects is None else self._objects.lost():
             self.note_loss(name)
@@ -77,6 +77,15 @@ class Surroundings:
                 for name in changes.lost():
                     self._tell(f"{stage} dataloader {index}: {name}")
         return state
+
+    def objects(self) -> dict[str, Any]:
+        """Return what has changed in the user's objects."""
+        return {} if self._objects is None else self._objects.capture()
+
+    def put_back_objects(self, saved: dict[str, Any]) -> None:
+        """Restore what `objects` returned."""
+        if self._objects is not None and saved:
+            self._objects.apply(saved)
 
     def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
         """Restore what was captured; validation dataloaders as soon as they exist.
@@ -87,8 +96,7 @@ class Surroundings:
         """
         if with_settings:
             self._settings.apply(saved["settings"])
-        if self._objects is not None and saved["objects"]:
-            self._objects.apply(saved["objects"])
+        self.put_back_objects(saved["objects"])
         self._look_for_validation_data()
         self._waiting, self._waiting_settings = saved["validation"], saved["settings"]
         if self._validation_data is not None:

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.ddp import model_averaging_period
-from lightning_ckptless.internals.torch_internals import leaves_of, map_tensors
+from lightning_ckptless.internals.lightning.virtual_ranks import hands_over_the_iterator
+from lightning_ckptless.internals.torch_internals import gradient_hooks, leaves_of, map_tensors
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.data.loader import iterates_in_its_own_way
 from lightning_ckptless.trainer.state.plain_values import is_plain
@@ -34,6 +35,8 @@ def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
     for finding in _refusals(trainer):
         raise OptionsError(finding)
     _require_known(options.stateless_callbacks, trainer.callbacks)
+    if options.replay_check_every is not None and (obstacle := _obstacle_to_replay(trainer)):
+        raise OptionsError(f"replay_check_every={options.replay_check_every}: {obstacle}, or leave out the option")
     if options.drain_stragglers_after_s is not None and _waits_in_forward(trainer.strategy.model):
         raise OptionsError(
             "drain_stragglers_after_s: the model has buffers, which DDP sends from rank 0 to all ranks before each "
@@ -58,6 +61,25 @@ def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
 def _may_keep_gradients(cls: type) -> bool:
     defined_by = getattr(getattr(cls, "optimizer_zero_grad", None), "__module__", None)
     return defined_by is not None and defined_by.partition(".")[0] not in ("lightning", "pytorch_lightning", "unittest")
+
+
+def _obstacle_to_replay(trainer: Any) -> str:
+    """Why another rank cannot run this rank's micro-batch again, and what to change; empty if it can."""
+    model = trainer.lightning_module
+    if trainer.world_size == 1:
+        return "there is no other rank to run a micro-batch again: start two ranks or more"
+    if not trainer.strategy.replicates:
+        return "no other rank has the weights of a sharded model: use CkptlessStrategy"
+    if not model.automatic_optimization:
+        return "the training step changes the weights itself (automatic_optimization=False): let Lightning do it"
+    if hands_over_the_iterator(trainer):
+        return "training_step takes an iterator of batches (dataloader_iter): let it take a batch"
+    hooked = [name for name, parameter in model.named_parameters() if gradient_hooks(parameter)]
+    if hooked:
+        return f"{hooked[0]} has a gradient hook, which would run more often: move it to on_after_backward"
+    if model.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return "the device may round sums differently each time: set Trainer(deterministic=True)"
+    return ""
 
 
 def _waits_in_forward(model: Any) -> bool:

@@ -88,6 +88,7 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         replicas: Replicas | None = None,
         on_divergence: OnDivergence = "heal",
         device_tier: DeviceTierMode = "off",
+        replay_check_every: int | None = None,
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

@@ -101,6 +101,7 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         replicas: Replicas | None = None,
         on_divergence: OnDivergence = "heal",
         device_tier: DeviceTierMode = "off",
+        replay_check_every: int | None = None,
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,

@@ -77,6 +77,7 @@ class CkptlessMixin(LightningStrategy):
         self.watcher: ThreadedWatcher | None = None
         self.joins_alone = False
         self._acts_alone = False
+        self._is_replaying = False
         self.obstacle_of_calls: str | None = None
         self.is_in_call = False
         self.probes: list[Callable[[str, Version], None]] = []
@@ -275,9 +276,9 @@ class CkptlessMixin(LightningStrategy):
         return obj if self.is_alone else super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reduce a tensor over all ranks; returns it unchanged while this rank acts alone."""
+        """Reduce a tensor over all ranks; returns it unchanged while this rank acts alone or runs a step again."""
         self._require_call("reduce")
-        return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+        return tensor if self.is_alone or self._is_replaying else super().reduce(tensor, *args, **kwargs)
 
     def _require_call(self, operation: str) -> None:
         """Refuse a collective that the script requests while the other ranks do not take part."""
@@ -308,7 +309,7 @@ class CkptlessMixin(LightningStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Record which step has begun."""
         if self.engine is not None:
-            self.engine.at_batch_start()
+            self.engine.at_batch_start(batch)
         super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -336,6 +337,15 @@ class CkptlessMixin(LightningStrategy):
     def runs_for_nothing(self) -> bool:
         """Whether the current training step only keeps ranks in step, and its samples do not count."""
         return self.engine is not None and self.engine.virtual_ranks.is_running_for_nothing
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Context in which this rank runs a training step by itself: not wrapped, and without reducing what it logs."""
+        wrapped, self.model, self._is_replaying = self.model, self.lightning_module, True
+        try:
+            yield
+        finally:
+            self.model, self._is_replaying = wrapped, False
 
     def _others(self) -> VirtualRanks | None:
         """The virtual ranks, if this micro-batch is the rank's own; None otherwise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,49 @@ def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
         OptionsError, match=r"optimizer 1 is a ZeroRedundancyOptimizer.*use the optimizer that it wraps"
     ):
         check_trainer(trainer, CkptlessOptions())
+
+
+def trainer_to_check(**settings: Any) -> Any:
+    """A trainer of two ranks whose training step could be run again, except for some settings."""
+    model = tiny_module()
+    facts = {"world_size": 2, "replicates": True, "hooked": False, "automatic": True, "takes": "batch"} | settings
+    model.automatic_optimization = facts["automatic"]
+    if facts["hooked"]:
+        model.layer.weight.register_hook(lambda gradient: gradient)
+    if facts["takes"] == "iterator":
+        model.training_step = lambda dataloader_iter: None
+    strategy = SimpleNamespace(replicates=facts["replicates"], model=model)
+    return SimpleNamespace(
+        world_size=facts["world_size"], strategy=strategy, lightning_module=model, optimizers=[], callbacks=[]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"world_size": 1}, "start two ranks or more"),
+        ({"replicates": False}, "use CkptlessStrategy"),
+        ({"automatic": False}, r"automatic_optimization=False\): let Lightning do it"),
+        ({"takes": "iterator"}, "let it take a batch"),
+        ({"hooked": True}, "layer.weight has a gradient hook, .*move it to on_after_backward"),
+    ],
+    ids=str,
+)
+def test_training_steps_that_cannot_run_again_are_refused(settings: dict[str, Any], reason: str) -> None:
+    options = CkptlessOptions(replay_check_every=4, on_divergence="raise")
+    check_trainer(trainer_to_check(), options)
+    with pytest.raises(OptionsError, match=rf"replay_check_every=4: .*{reason}, or leave out the option"):
+        check_trainer(trainer_to_check(**settings), options)
+    check_trainer(trainer_to_check(**settings), CkptlessOptions())
+
+
+def test_devices_that_round_differently_each_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, options = trainer_to_check(), CkptlessOptions(replay_check_every=4, on_divergence="raise")
+    monkeypatch.setattr(type(trainer.lightning_module), "device", torch.device("cuda"), raising=False)
+    with pytest.raises(OptionsError, match=r"set Trainer\(deterministic=True\), or leave out the option"):
+        check_trainer(trainer, options)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    check_trainer(trainer, options)
 
 
 class SlowWeights(torch.optim.SGD):

@@ -51,6 +51,16 @@ def test_a_device_tier_of_a_sharded_model_is_refused(tmp_path: Path) -> None:
         strategy.check_options()
 
 
+@pytest.mark.parametrize("policy", ["heal", "rewind"])
+@pytest.mark.parametrize(("history", "every", "reach"), [(0, 1, 0), (1, 20, 2), (2, 7, 9)])
+def test_a_history_too_short_for_the_replay_check_is_refused(policy: Any, history: int, every: int, reach: int) -> None:
+    options: dict[str, Any] = {"history": history, "history_every": every, "on_divergence": policy}
+    with pytest.raises(OptionsError, match=rf"reach back {reach} steps: set history=2 and history_every=10, or on_"):
+        CkptlessStrategy(replay_check_every=10, **options)
+    CkptlessStrategy(replay_check_every=max(1, reach), **(options | {"history": max(1, history)}))
+    CkptlessStrategy(replay_check_every=10, **(options | {"on_divergence": "raise"}))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
