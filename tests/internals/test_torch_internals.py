@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_ckptless.internals import torch_internals
@@ -266,7 +267,7 @@ def test_group_names_restart_after_a_failed_creation() -> None:
 
 def test_ranks_have_a_store_in_common() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=0, world_size=1)
     torch_internals.store_of_ranks().set("key", "value")
     dist.destroy_process_group()
     keys = [key for key in store.list_keys() if key.endswith("key")]
