@@ -160,7 +160,9 @@ def share_memory(
         try:
             memory = NodeMemory(folder / MEMORY_NAME(name, "name"), len(ranks))
         except OSError as error:
-            raise TransportError(f"rank {rank}: rank {ranks[0]} of this node has left the meeting: {error}") from error
+            raise TransportError(
+                f"rank {rank}: rank {ranks[0]} of this node has left the rendezvous: {error}"
+            ) from error
         box = BallotBox(memory, ranks, rank, is_led=len(ranks) < len(nodes), timeout_s=timeout_s)
         when_open(box)
         shared = NodeTransport(box, nodes, messages)

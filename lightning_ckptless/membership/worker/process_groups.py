@@ -46,12 +46,12 @@ _FIRST_PAUSE_S = 0.0005
 _LONGEST_PAUSE_S = 0.01
 
 
-class MeetingStore:
-    """The store in which the ranks meet, over a connection that is kept as long as it works.
+class RendezvousStore:
+    """The store in which the ranks rendezvous, over a connection that is kept as long as it works.
 
-    It is not aborted with the groups of a generation that has ended, because the next meeting needs it. For each new
+    It is not aborted with the groups of a generation that has ended, because the next rendezvous needs it. For each new
     connection torch resolves addresses in the domain name system, and a lost query costs 5 s. With one connection per
-    rank and meeting, that happened in every recovery of 32 ranks.
+    rank and rendezvous, that happened in every recovery of 32 ranks.
 
     Attributes:
         sockets: of the connection, as returned by `new_sockets`.
@@ -96,7 +96,7 @@ class World:
     def __init__(self) -> None:
         self.generation = 0
         self._connections = Connections()
-        self._meeting_store = MeetingStore()
+        self._rendezvous_store = RendezvousStore()
         self._leaving = threading.Lock()
         self._own: set[int] = set()
         self._retired: list[Any] = []
@@ -140,14 +140,14 @@ class World:
             return self.generation
         self._shared.clear()
         self._is_over = is_over
-        store = self._meeting_store.connect(rank, world_size, reconnect=device is not None)
+        store = self._rendezvous_store.connect(rank, world_size, reconnect=device is not None)
         if regrouping:
             store = PrefixStore(f"ckptless/regrouping-{regrouping}", store)
         try:
             generation = join_generation(store, rank, world_size, JOIN_TIMEOUT_S, is_over)
         except TransportError as error:
             if isinstance(error.__cause__, dist.DistError):
-                self._meeting_store = MeetingStore()
+                self._rendezvous_store = RendezvousStore()
             raise
         when_joined()
         _ask_the_store_once()
@@ -155,7 +155,7 @@ class World:
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
             with (
-                self._connections.opening(world_size, self._meeting_store.sockets),
+                self._connections.opening(world_size, self._rendezvous_store.sockets),
                 unchanged_excepthook(enabled=bool(regrouping)),
             ):
                 dist.init_process_group(
@@ -217,7 +217,7 @@ class World:
         deadline, pause_s = time.monotonic() + JOIN_TIMEOUT_S, _FIRST_PAUSE_S
         while not store.check([key]):
             if self._is_over():
-                raise TransportError("another fault was reported while the ranks were meeting")
+                raise TransportError("another fault was reported while the ranks were regrouping")
             if time.monotonic() > deadline:
                 raise TransportError(f"no rank of this node has set {key!r} within {JOIN_TIMEOUT_S:g} s")
             time.sleep(pause_s)
@@ -260,7 +260,9 @@ class World:
         """
         before = set(map(id, process_groups()))
         try:
-            with self._connections.opening(dist.get_world_size() if self.is_open else 0, self._meeting_store.sockets):
+            with self._connections.opening(
+                dist.get_world_size() if self.is_open else 0, self._rendezvous_store.sockets
+            ):
                 yield
         finally:
             # Another fault may end the block when only some of its groups have been created.
@@ -286,8 +288,8 @@ class World:
                 dist.destroy_process_group()
             self._own.clear()
             self._waits.clear()
-            if self._connections.has_aborted(self._meeting_store.sockets):
-                self._meeting_store = MeetingStore()
+            if self._connections.has_aborted(self._rendezvous_store.sockets):
+                self._rendezvous_store = RendezvousStore()
             self._connections.forget()
 
     def release(self) -> None:

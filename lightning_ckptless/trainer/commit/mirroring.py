@@ -24,13 +24,13 @@ from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
+from lightning_ckptless.trainer.audit.replica_audit import Audit
 from lightning_ckptless.trainer.commit.device_versions import DeviceVersions, packed_once
 from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rank_state import RankState
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
 from lightning_ckptless.trainer.commit.run_end import RunEnd
-from lightning_ckptless.trainer.rewind.audit import Audit
 from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.checkpoint_recipe import recipe_of

@@ -25,8 +25,8 @@ Fetch = Callable[[Complete, Complete | None], Restoration]
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """What the ranks have told each other when they met.
+class RegroupResult:
+    """What the ranks have told each other after they had regrouped.
 
     Args:
         moved: whether any process has changed its rank.
@@ -38,7 +38,7 @@ class Meeting:
 
 
 class Regrouping:
-    """Meets the other ranks and restores a version, in any number of attempts.
+    """Regroups with the other ranks and restores a version, in any number of attempts.
 
     Args:
         strategy: strategy of the trainer.
@@ -73,14 +73,14 @@ class Regrouping:
         self._arrival: Arrival | None = None
 
     def report_arrival(self, arrival: Arrival) -> None:
-        """Report the startup figures of this process in the first meeting that it takes part in."""
+        """Report the startup figures of this process in the first regrouping that it takes part in."""
         self._arrival = arrival
 
-    def meet(self, assignment: Assignment) -> Meeting:
+    def regroup(self, assignment: Assignment) -> RegroupResult:
         """Leave the ended generation and form the next one.
 
         Args:
-            assignment: where to meet, and the rank of this process from now on.
+            assignment: the rendezvous, and the rank of this process from now on.
 
         Raises:
             CannotRecoverInPlaceError: this process has not run all hooks of a starting fit, or the script has process
@@ -118,14 +118,14 @@ class Regrouping:
         members = session.begin_generation(transport, nodes)
         world.renumber(members.generation)
         session.loggers.identify_as_noted(members)
-        return Meeting(any(has_moved), [Arrival(*figures) for figures in arrivals if figures is not None])
+        return RegroupResult(any(has_moved), [Arrival(*figures) for figures in arrivals if figures is not None])
 
-    def restore(self, assignment: Assignment, meeting: Meeting, *, survivor: bool) -> Version:
-        """Restore the newest complete version together with the ranks that were met.
+    def restore(self, assignment: Assignment, found: RegroupResult, *, survivor: bool) -> Version:
+        """Restore the newest complete version together with the ranks that have regrouped.
 
         Args:
-            assignment: where they have met.
-            meeting: what they have told each other.
+            assignment: their rendezvous.
+            found: what they have told each other.
             survivor: whether this process has trained before.
 
         Raises:
@@ -136,13 +136,13 @@ class Regrouping:
         progress.restore()
         self._tell(Regrouped(assignment.number))
         session.durable.assign_writer(session.members)
-        session.report.regrouped(meeting.arrivals)
+        session.report.regrouped(found.arrivals)
         found, host = self._choose()
         progress.restore()
         restoration = self._fetch(found, host)
         progress.restore()
         self._probe("restore")
-        return self._procedure.apply(restoration, survivor=survivor, moved=meeting.moved)
+        return self._procedure.apply(restoration, survivor=survivor, moved=found.moved)
 
     def _choose(self) -> tuple[Complete, Complete | None]:
         """The newest complete version, and the newest one in the arenas, which may be older."""

@@ -1,8 +1,8 @@
 """Requests for rewinds on one rank, and the decision of all ranks.
 
-    any rank    requests a rewind, in any hook, and votes for it in the next round all ranks   stop at the same point
-    between two steps (`CoordinatedStop`), gather the requests, and decide with a pure function (`protocol.rewind`): go
-    back, train on, or end the run with an error
+    any rank    requests a rewind, in any hook, and votes for it in the next round
+    all ranks   stop at the same point between two steps (`CoordinatedStop`), gather the requests, and decide with a
+                pure function (`protocol.rewind`): go back, train on, or end the run with an error
 
 The script's requests are part of the versions: a fault before the decision does not lose them.
 """
@@ -30,8 +30,8 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.restore import gather_inventory
+from lightning_ckptless.trainer.audit.replica_audit import Audit
 from lightning_ckptless.trainer.data.skipping import obstacle_to_skipping
-from lightning_ckptless.trainer.rewind.audit import Audit
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.session.session import Session
 

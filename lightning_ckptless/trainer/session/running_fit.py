@@ -13,6 +13,9 @@ from lightning_ckptless.protocol.messages import Rewind, RewindDecided, StepComm
 from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_notes import ArenaNotes
+from lightning_ckptless.trainer.audit.micro_batch import MicroBatches
+from lightning_ckptless.trainer.audit.replay_check import ReplayCheck
+from lightning_ckptless.trainer.audit.replica_audit import Audit
 from lightning_ckptless.trainer.commit.begun_step import BegunStep
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
 from lightning_ckptless.trainer.commit.rank_state import RankState
@@ -21,9 +24,6 @@ from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
-from lightning_ckptless.trainer.rewind.audit import Audit
-from lightning_ckptless.trainer.rewind.micro_batch import MicroBatches
-from lightning_ckptless.trainer.rewind.replay_check import ReplayCheck
 from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.rate_search import RateSearches
 from lightning_ckptless.trainer.session.session import Session

@@ -76,7 +76,7 @@ def test_a_text_is_passed_from_one_rank_to_others(store: Store) -> None:
 def test_a_wait_for_a_text_ends_with_the_next_fault(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     world, looks = World(), iter([False, True])
     monkeypatch.setattr(world, "_is_over", lambda: next(looks))
-    with pytest.raises(TransportError, match="another fault was reported while the ranks were meeting"):
+    with pytest.raises(TransportError, match="another fault was reported while the ranks were regrouping"):
         world.share("name", "")
 
 

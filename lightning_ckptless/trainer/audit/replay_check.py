@@ -34,9 +34,9 @@ from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.replica.checksum import digest
 from lightning_ckptless.replica.transport import receive_buffer, tensor_of
+from lightning_ckptless.trainer.audit.micro_batch import ALGORITHM, MicroBatches
 from lightning_ckptless.trainer.commit.mirroring import Mirroring, Planned
 from lightning_ckptless.trainer.recovery.exits import leave_process
-from lightning_ckptless.trainer.rewind.micro_batch import ALGORITHM, MicroBatches
 from lightning_ckptless.trainer.rewind.rewinding import GoBackError, Rewinding, kept_versions
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.trust import how_to_trust

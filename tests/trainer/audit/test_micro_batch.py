@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.testing.wrong_products import wrong_products
-from lightning_ckptless.trainer.rewind.micro_batch import MicroBatches
+from lightning_ckptless.trainer.audit.micro_batch import MicroBatches
 from tests.lab import parts
 from tests.trainer.interrupted import OneProcess, Outcome, fit
 from tests.trainer.test_habits import HABITS, OPTIONS, Habits
