@@ -215,9 +215,9 @@ class RecoveryLoop:
             self._move(WorkerEvent.FAULT)
 
     def _restore_once(self, assignment: Assignment) -> Version:
-        found = self._regrouping.regroup(assignment)
+        ranks = self._regrouping.regroup(assignment)
         self._move(WorkerEvent.JOIN)
-        version = self._regrouping.restore(assignment, found, survivor=self._has_trained)
+        version = self._regrouping.restore(assignment, ranks, survivor=self._has_trained)
         self._has_trained = True
         self._move(WorkerEvent.RESTORE)
         return version

@@ -125,7 +125,7 @@ class Regrouping:
 
         Args:
             assignment: their rendezvous.
-            found: what they have told each other.
+            ranks: what they have told each other.
             survivor: whether this process has trained before.
 
         Raises:
@@ -136,13 +136,13 @@ class Regrouping:
         progress.restore()
         self._tell(Regrouped(assignment.number))
         session.durable.assign_writer(session.members)
-        session.report.regrouped(found.arrivals)
+        session.report.regrouped(ranks.arrivals)
         found, host = self._choose()
         progress.restore()
         restoration = self._fetch(found, host)
         progress.restore()
         self._probe("restore")
-        return self._procedure.apply(restoration, survivor=survivor, moved=found.moved)
+        return self._procedure.apply(restoration, survivor=survivor, moved=ranks.moved)
 
     def _choose(self) -> tuple[Complete, Complete | None]:
         """The newest complete version, and the newest one in the arenas, which may be older."""
