@@ -120,7 +120,7 @@ class Regrouping:
         session.loggers.identify_as_noted(members)
         return RegroupResult(any(has_moved), [Arrival(*figures) for figures in arrivals if figures is not None])
 
-    def restore(self, assignment: Assignment, found: RegroupResult, *, survivor: bool) -> Version:
+    def restore(self, assignment: Assignment, ranks: RegroupResult, *, survivor: bool) -> Version:
         """Restore the newest complete version together with the ranks that have regrouped.
 
         Args:
