@@ -152,6 +152,9 @@ def _is_mapping(value: Any) -> bool:
 
 def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
     """Restore saved attributes. An object that has its value keeps it: others may refer to the same object."""
+    if not saved:
+        # It may have no attributes at all.
+        return
     attributes = vars(owner)
     for name, value in saved.items():
         if name not in attributes or not is_same(attributes[name], value):
@@ -165,11 +168,12 @@ def is_same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(is_same(value, right[key]) for key, value in left.items())
+        # In order, which is part of the value.
+        return len(left) == len(right) and all(map(is_same, [*left, *left.values()], [*right, *right.values()]))
     if isinstance(left, list | tuple | deque):
         return len(left) == len(right) and all(map(is_same, left, right))
     if isinstance(left, set | frozenset):
-        return bool(left == right)
+        return {(type(item), item) for item in left} == {(type(item), item) for item in right}
     if isinstance(left, float):
         return struct.pack("d", left) == struct.pack("d", right)
     return pack(left) == pack(right)

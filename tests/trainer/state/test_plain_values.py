@@ -9,6 +9,7 @@ import math
 import pathlib
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
+from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -23,7 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.formats.packing import pack, unpack
-from lightning_ckptless.trainer.state.plain_values import MAX_DEPTH, is_plain, plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.state.plain_values import (
+    MAX_DEPTH,
+    is_plain,
+    is_same,
+    plain_attributes,
+    set_plain_attributes,
+)
 
 
 class Phase(enum.Enum):
@@ -271,3 +278,19 @@ def test_attributes_are_captured_and_restored() -> None:
 def test_an_object_without_attributes_has_no_plain_attributes() -> None:
     assert plain_attributes([1, 2]) == {}
     set_plain_attributes([1, 2], {})
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ({1}, {1.0}),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({1: 0}, {True: 0}),
+        ([0.0], [-0.0]),
+        ({"a": [1]}, {"a": [True]}),
+    ],
+)
+def test_values_that_are_equal_but_not_the_same_are_told_apart(left: Any, right: Any) -> None:
+    assert left == right
+    assert not is_same(left, right)
+    assert is_same(left, deepcopy(left))
