@@ -60,7 +60,7 @@ def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
 
 def _may_keep_gradients(cls: type) -> bool:
     defined_by = getattr(getattr(cls, "optimizer_zero_grad", None), "__module__", None)
-    return defined_by is not None and defined_by.partition(".")[0] not in ("lightning", "pytorch_lightning", "unittest")
+    return defined_by is not None and defined_by.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _obstacle_to_replay(trainer: Any) -> str:

@@ -68,7 +68,12 @@ def trainer_to_check(**settings: Any) -> Any:
         model.training_step = lambda dataloader_iter: None
     strategy = SimpleNamespace(replicates=facts["replicates"], model=model)
     return SimpleNamespace(
-        world_size=facts["world_size"], strategy=strategy, lightning_module=model, optimizers=[], callbacks=[]
+        world_size=facts["world_size"],
+        is_global_zero=True,
+        strategy=strategy,
+        lightning_module=model,
+        optimizers=[],
+        callbacks=[],
     )
 
 
