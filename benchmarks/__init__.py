@@ -3,6 +3,7 @@
 | Program | What it measures |
 |---|---|
 | `steady_state` | the cost of mirroring every step while nothing fails, with DDP or FSDP2, on CPUs or a device |
+| `fixed_cost` | which files the fixed cost of a version is spent in |
 | `staging` | copying a shard into shared memory, against memcpy |
 | `vote` | a vote in shared memory, between nodes, and over gloo |
 | `durable` | the cost of durable states, and when they are on disk, with `async_save` for comparison |

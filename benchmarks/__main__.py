@@ -9,6 +9,7 @@ from pathlib import Path
 
 PROGRAMS = (
     "steady_state",
+    "fixed_cost",
     "vote",
     "recovery",
     "growth",
