@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_ckptless
 
 BATCH = 3
-PACE_GROWTH = 1.2
-LONGEST_PACE_S = 10.0
+PACE_GROWTH = 1.15
+LONGEST_PACE_S = 2.0
 
 
 class Indexed(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
