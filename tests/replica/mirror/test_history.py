@@ -66,7 +66,7 @@ def test_going_back_leaves_no_version_of_the_abandoned_branch(world: MakeWorld) 
     assert ranks.newest(without=[1]) == 8
 
 
-@pytest.mark.parametrize("stopped_at", range(1, 5))
+@pytest.mark.parametrize("stopped_at", [1, 2, *(pytest.param(count, marks=pytest.mark.long) for count in (3, 4))])
 def test_a_fault_on_the_way_back_leaves_the_newest_version_or_the_target(world: MakeWorld, stopped_at: int) -> None:
     ranks = world(2).begin(slots=6)
     write(ranks, range(1, 9))
