@@ -46,14 +46,14 @@ KILLED_RANK = "kill:rank=1:step=8"
     ("faults", "recoveries"),
     [
         pytest.param("", [], id="no fault", marks=pytest.mark.long),
-        pytest.param(KILLED_RANK, [("in place", 1, "step 7")], id="rank 1"),
-        pytest.param("kill:rank=0:step=8", [("in place", 0, "step 7")], id="rank 0", marks=pytest.mark.long),
+        pytest.param(KILLED_RANK, [("in place", 1)], id="rank 1"),
+        pytest.param("kill:rank=0:step=8", [("in place", 0)], id="rank 0", marks=pytest.mark.long),
     ],
 )
 def test_the_notebook_gets_identical_results_after_a_fault(
     undisturbed: dict[str, Any],
     faults: str,
-    recoveries: list[tuple[str, int, str]],
+    recoveries: list[tuple[str, int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -67,8 +67,10 @@ def test_the_notebook_gets_identical_results_after_a_fault(
     assert equal(weights(model), undisturbed["weights"])
     assert {name: value.item() for name, value in trainer.callback_metrics.items()} == undisturbed["metrics"]
     assert (trainer.global_step, trainer.current_epoch) == (2 * STEPS_PER_EPOCH, 2)
-    found = [(event["rung"], event["culprit_rank"], event["version"]) for event in events(tmp_path, "recovery")]
-    assert found == recoveries
+    found = events(tmp_path, "recovery")
+    assert [(event["rung"], event["culprit_rank"]) for event in found] == recoveries
+    # The last step before the fault, or the one before: its version may not be committed yet on a busy machine.
+    assert {event["version"] for event in found} <= {"step 7", "step 6"}
 
 
 def test_all_workers_are_relaunched(
