@@ -196,14 +196,19 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        named = " and ".join(f"rank {rank}" for rank in self.wrong)
         what = str(self.difference)
         if not self.difference.pieces:
             now = str(self._now) if self._now.pieces else f"parts of {self.difference.version} differed for a while"
             what = f"{now}, found when their turn came, so that the steps before may follow from it"
-        if named:
-            return f"{what}; by majority {named} {'is' if len(self.wrong) == 1 else 'are'} wrong"
-        return f"{what}; which of them is wrong is unknown"
+        return f"{what}; {verdict_on(self.wrong)}"
+
+
+def verdict_on(wrong: Collection[int]) -> str:
+    """Say which ranks a majority shows to be wrong, if any."""
+    if not wrong:
+        return "which of them is wrong is unknown"
+    named = " and ".join(f"rank {rank}" for rank in sorted(wrong))
+    return f"by majority {named} {'is' if len(wrong) == 1 else 'are'} wrong"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckptless.protocol.divergence import MOST_IN_A_ROW, MOST_NAMED, Consequence, outvoted
+from lightning_ckptless.protocol.divergence import MOST_IN_A_ROW, MOST_NAMED, Consequence, outvoted, verdict_on
 from lightning_ckptless.protocol.versions import Version
 
 
@@ -129,7 +129,7 @@ class ReplayFinding:
         tensors = ", ".join(self.tensors[:MOST_NAMED]) + (f" and {more} more tensors" if more > 0 else "")
         ranks = ", ".join(map(str, self.ranks))
         what = f"ranks {ranks} compute different gradients from the same micro-batch in step {self.step + 1}"
-        return f"{what}, of {tensors}; {_named(self.wrong)}"
+        return f"{what}, of {tensors}; {verdict_on(self.wrong)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def judge_replay(finding: ReplayFinding, policy: str, past: PastMismatches) -> R
     """
     named = past.excluded | finding.wrong
     if finding.is_clean and past.excluded:
-        reason = f"{_named(named)} again after a replay{_IT}"
+        reason = f"{verdict_on(named)} again after a replay{_IT}"
         return ReplayJudgement(Consequence.REPLACE, reason, PastMismatches(), named)
     if not finding.comparisons:
         return ReplayJudgement(Consequence.NOTHING, "", past if finding.step < past.step else PastMismatches())
@@ -193,13 +193,6 @@ def judge_replay(finding: ReplayFinding, policy: str, past: PastMismatches) -> R
 
 
 _IT = ": it is replaced"
-
-
-def _named(wrong: Collection[int]) -> str:
-    if not wrong:
-        return "which of them is wrong is unknown"
-    named = " and ".join(f"rank {rank}" for rank in sorted(wrong))
-    return f"by majority {named} {'is' if len(wrong) == 1 else 'are'} wrong"
 
 
 def _consequence(finding: ReplayFinding, policy: str, past: PastMismatches) -> Consequence:

@@ -67,7 +67,7 @@ def join_generation(
         world_size: number of ranks.
         timeout_s: time for all ranks to arrive, in seconds.
         is_over: polled while waiting: whether this membership is over before it has begun.
-        clock: of this process.
+        clock: clock of this process.
 
     Raises:
         TransportError: not all ranks arrived in time, the store is lost, or the membership is over. The message names

@@ -54,7 +54,7 @@ class RendezvousStore:
     rank and rendezvous, that happened in every recovery of 32 ranks.
 
     Attributes:
-        sockets: of the connection, as returned by `new_sockets`.
+        sockets: sockets of the connection, as returned by `new_sockets`.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class World:
         Args:
             rank: this worker's rank.
             world_size: number of ranks.
-            backend: of the default group, e.g. `gloo` or `nccl`.
+            backend: backend of the default group, e.g. `gloo` or `nccl`.
             timeout: for collectives; None for torch's default.
             device: bound to the group where the backend needs it; None on the host.
             regrouping: number under which survivors and replacements meet; 0 where all ranks start together.
@@ -211,7 +211,7 @@ class World:
                 return text
             return self._await(store, key)
         except dist.DistError as error:
-            raise TransportError(f"lost the store in which the ranks have met: {error}") from error
+            raise TransportError(f"lost the store of the ranks: {error}") from error
 
     def _await(self, store: Store, key: str) -> str:
         deadline, pause_s = time.monotonic() + JOIN_TIMEOUT_S, _FIRST_PAUSE_S

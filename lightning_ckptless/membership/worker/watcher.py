@@ -87,7 +87,7 @@ class Watcher:
             repeatedly from the news of a fault until `release`.
         number: regrouping that this worker belongs to; 0 before the first.
         monitor: protects what both threads use; None for a condition of this process.
-        clock: of this process.
+        clock: clock of this process.
 
     Attributes:
         rewind: called with a rewind requested from another terminal.

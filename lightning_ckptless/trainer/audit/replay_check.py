@@ -12,12 +12,11 @@ Nothing of this remains: the step then begins as if there had been no check.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
-from lightning_ckptless.errors import DivergenceError, OptionsError, TransportError
+from lightning_ckptless.errors import DivergenceError, OptionsError
 from lightning_ckptless.formats.pickles import Packed, UntrustedError, admit
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.protocol.divergence import Consequence
@@ -25,7 +24,6 @@ from lightning_ckptless.protocol.replay_check import (
     Comparison,
     PastMismatches,
     ReplayFinding,
-    ReplayJudgement,
     compare,
     judge_replay,
     runner_of,
@@ -35,13 +33,12 @@ from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.replica.checksum import digest
 from lightning_ckptless.replica.transport import receive_buffer, tensor_of
 from lightning_ckptless.trainer.audit.micro_batch import ALGORITHM, MicroBatches
+from lightning_ckptless.trainer.audit.replica_audit import exclude
 from lightning_ckptless.trainer.commit.mirroring import Mirroring, Planned
-from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.rewind.rewinding import GoBackError, Rewinding, kept_versions
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.trust import how_to_trust
 
-log = logging.getLogger(__name__)
 _TAG = 0
 _Digests = dict[str, str]
 _Run = Callable[[Packed], _Digests]
@@ -117,7 +114,7 @@ class ReplayCheck:
         if found.consequence is Consequence.END:
             raise DivergenceError(f"rank {self._session.rank}: {found.reason}")
         if found.consequence is Consequence.REPLACE:
-            self._replace(found)
+            exclude(self._session, found.wrong, found.reason)
         if found.version is not None:
             self._agreed_at = found.version.optimizer_step
             step, past_rewinds = finding.step, self._rewinding.past
@@ -181,13 +178,6 @@ class ReplayCheck:
                 f"rank {members.rank}: replay_check_every: the batch of rank {owner}, on another node: {error}"
                 f"{how_to_trust(error)}"
             ) from error
-
-    def _replace(self, found: ReplayJudgement) -> None:
-        """End this process if its rank is wrong, so that the agent replaces it; the others wait for the new one."""
-        if self._session.rank in found.wrong:
-            log.error("ckptless: rank %d: %s", self._session.rank, found.reason)
-            leave_process()
-        raise TransportError(f"rank {self._session.rank}: {found.reason}")
 
 
 def _whole(digests: _Digests) -> str:

@@ -8,9 +8,9 @@ between two steps, compare these pieces of their tensors as well, and decide wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -82,7 +82,7 @@ class Audit:
         if found.consequence is Consequence.END:
             raise DivergenceError(f"rank {self._session.rank}: {found.reason}")
         if found.consequence is Consequence.REPLACE:
-            self._replace(finding, found)
+            exclude(self._session, finding.wrong, found.reason)
         self.sends = self.sends or found.consequence is Consequence.SEND
         return found
 
@@ -106,12 +106,22 @@ class Audit:
         )
         return finding, [_past_of(each) for _, _, each in told]
 
-    def _replace(self, finding: Finding, found: Judgement) -> None:
-        """End this process if its rank is wrong, so that the agent replaces it; the others wait for the new one."""
-        if self._session.rank in finding.wrong:
-            log.error("ckptless: rank %d: %s", self._session.rank, found.reason)
-            leave_process()
-        raise TransportError(f"rank {self._session.rank}: {found.reason}")
+
+def exclude(session: Session, wrong: Collection[int], reason: str) -> NoReturn:
+    """End this process if its rank is wrong, so that the agent replaces it; the others wait for the new one.
+
+    Args:
+        session: session of this rank.
+        wrong: the ranks that are wrong.
+        reason: explanation, one sentence.
+
+    Raises:
+        TransportError: this rank is not one of them.
+    """
+    if session.rank in wrong:
+        log.error("ckptless: rank %d: %s", session.rank, reason)
+        leave_process()
+    raise TransportError(f"rank {session.rank}: {reason}")
 
 
 def _past_of(told: Mapping[str, Any]) -> PastDifferences:
