@@ -35,6 +35,14 @@ def test_gradients_are_wrong_too_and_other_operators_are_not() -> None:
     assert torch.equal(sums, x.sum()) and torch.equal(gradient(), right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, -0.1, 0.1, -3.0, 200.0])
+def test_every_value_becomes_a_wrong_one(value: float, dtype: torch.dtype) -> None:
+    one, factor = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), value, dtype=dtype)
+    with wrong_products():
+        assert (one @ factor) != factor
+
+
 def test_products_of_integers_and_empty_ones_stay() -> None:
     whole, empty = torch.ones(2, 2, dtype=torch.int64), torch.ones(0, 2)
     with wrong_products():
