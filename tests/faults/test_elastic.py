@@ -16,7 +16,7 @@ from tests.faults.cluster import END_S
 from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import BOUND, Nodes, run_undisturbed, rungs, start
 
-SAMPLES = 720
+SAMPLES = 360
 PACED = ("--samples", str(SAMPLES), "--pace", "0.25")
 SCALE = ("--strategy-options", "{'elastic_batch': 'scale'}")
 
