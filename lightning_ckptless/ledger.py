@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.formats.events import read_line, seal_line
+from lightning_ckptless.formats.ledger_events import read_line, seal_line
 from lightning_ckptless.formats.schema import SchemaError
 
 log = logging.getLogger(__name__)

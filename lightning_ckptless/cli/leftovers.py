@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_ckptless.replica import arena_metadata as arena_facts
+from lightning_ckptless.replica import arena_metadata
 from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.replica.arena_space import taken_bytes
 from lightning_ckptless.replica.slot import SlotName
@@ -38,7 +38,7 @@ def find_leftovers(folder: Path, run_id: str | None) -> tuple[list[Leftover], li
 def remove_leftover(path: Path) -> bool:
     """Remove an arena unless an agent has adopted it in the meantime; returns whether it is removed."""
     try:
-        with arena_facts.locked(path, wait=False) as held:
+        with arena_metadata.locked(path, wait=False) as held:
             if not held or _owner_lives(path):
                 return False
             shutil.rmtree(path, ignore_errors=True)
@@ -50,7 +50,7 @@ def remove_leftover(path: Path) -> bool:
 def _arena_folders(folder: Path) -> list[Path]:
     """Return this user's arena folders, whatever their format and however damaged."""
     found = []
-    for path in folder.glob(f"{arena_facts.FOLDER_PREFIX}*"):
+    for path in folder.glob(f"{arena_metadata.FOLDER_PREFIX}*"):
         # A run may remove its own arena at any time.
         with suppress(FileNotFoundError):
             facts = path.lstat()
@@ -60,11 +60,11 @@ def _arena_folders(folder: Path) -> list[Path]:
 
 
 def _holds_state(path: Path) -> bool:
-    return arena_facts.exists(path) or any(SlotName.parse(file.name) is not None for file in path.iterdir())
+    return arena_metadata.exists(path) or any(SlotName.parse(file.name) is not None for file in path.iterdir())
 
 
 def _owner_lives(path: Path) -> bool:
-    return arena_facts.living_owner(path) is not None
+    return arena_metadata.living_owner(path) is not None
 
 
 def _size(path: Path) -> int:

@@ -31,7 +31,7 @@ from lightning_ckptless.durable.parts import Part
 from lightning_ckptless.durable.places import Place, read_places, write_places
 from lightning_ckptless.durable.recipe import Recipe, seal_recipe
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
-from lightning_ckptless.formats.events import seal_line
+from lightning_ckptless.formats.ledger_events import seal_line
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import UntrustedError, admit
 from lightning_ckptless.formats.schema import SchemaError
@@ -40,7 +40,7 @@ from lightning_ckptless.ledger import LEDGER_NAME, Ledger, read_ledger
 from lightning_ckptless.protocol.durable_schedule import Share
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
-from lightning_ckptless.replica import arena_metadata as arena_facts
+from lightning_ckptless.replica import arena_metadata
 from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.replica.arena_metadata import ArenaMetadata
 from lightning_ckptless.replica.arena_notes import (
@@ -117,7 +117,7 @@ def through(path: Path, read: Callable[[Path], Any]) -> Callable[[bytes], Any]:
 
 
 def test_arena_metadata(memory: Path) -> None:
-    folder = memory / f"{arena_facts.FOLDER_PREFIX}run-node"
+    folder = memory / f"{arena_metadata.FOLDER_PREFIX}run-node"
     folder.mkdir()
     facts = ArenaMetadata("run", "node0", Owner(os.getpid(), 1e9), 1.7e9, "last.ckpt")
     facts.write(folder)
@@ -131,7 +131,7 @@ def test_arena_metadata(memory: Path) -> None:
     assert require_contained(read_all, resealed(data, 2), ArenaError) > HALF / 4
     for other in resealed(data, 3):
         (folder / "arena.json").write_bytes(other.replace(b"digest", b"unknown"))
-        arena_facts.living_owner(folder)
+        arena_metadata.living_owner(folder)
     assert find_arenas(memory) == ()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_ckptless.cli.view.drill import ProgressView, short_cause, show_report
 from lightning_ckptless.errors import TimeLimitError
-from lightning_ckptless.formats.events import seal_line
+from lightning_ckptless.formats.ledger_events import seal_line
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing import starters
 from lightning_ckptless.testing.drill import DrillReport, Recovery, Variant, report_on, run_drill, run_variant
