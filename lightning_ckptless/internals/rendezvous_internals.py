@@ -166,6 +166,10 @@ class PromptRendezvous(_Unrecorded, DynamicRendezvousHandler):
         state = self._state_holder.state
         return len(state.wait_list) + len(state.redundancy_list)
 
+    def waiting_nodes(self) -> set[Node]:
+        """The nodes that wait for the next round, as of the last synchronization."""
+        return set(self._state_holder.state.wait_list)
+
     def leave(self) -> None:
         """Leave the round, so that the other nodes can complete the next one without this node."""
         self._stop_heartbeats()

@@ -400,11 +400,11 @@ class SimulatedNode:
         parts = _parts(settings, run, self.reports, self.heartbeat, Machine(start), events.report, clock)
         self.agent = NodeAgent(settings, run, parts, events, clock)
 
-    def poll(self, others_wait: Callable[[], bool], meet: Callable[[], None]) -> None:
+    def poll(self, others_wait: Callable[[bool], bool], meet: Callable[[], None]) -> None:
         """Let the agent react, and do what torch elastic does next.
 
         Args:
-            others_wait: whether other nodes wait in a rendezvous.
+            others_wait: whether other nodes wait in a rendezvous, given whether those that join the run count.
             meet: called when this node begins to.
         """
         if self.meets or self.is_over or not self.agent.has_started:
@@ -427,7 +427,7 @@ class SimulatedNode:
             if not self.agent.workers.running:
                 self.is_over = True
         found = self.agent.poll_nodes()
-        if found is Found.NODES_CHANGED or (not self.is_over and others_wait()):
+        if found is Found.NODES_CHANGED or (not self.is_over and others_wait(self.agent.admits_nodes)):
             self._begin_rendezvous(meet)
         elif found is Found.NOT_NEEDED:
             self.is_over, self.has_trained = True, False

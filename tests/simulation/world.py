@@ -221,9 +221,9 @@ class World:
         self.poll_soon(self.nodes[process.node], 0.02)
 
     def kill_one(self) -> None:
-        """Kill a random process, unless all have made their last step."""
+        """Kill a random process, unless all that train have made their last step."""
         living = [process for process in self.newest().values() if process.alive]
-        if living and min(process.step for process in living) < self.steps:
+        if living and any(process.step < self.steps for process in living if process.generation):
             self.die(self.scheduler.chance.choice(living), "")
 
     def die(self, process: Process, moment: str) -> None:
@@ -252,11 +252,14 @@ class World:
         self._changed = False
         if node is not self.nodes[node.number] or node.number in self._silent:
             return
-        node.poll(lambda: bool(self._meeting), lambda: self._meet(node))
+        node.poll(self._others_wait, lambda: self._meet(node))
         if node.is_over:
             self._complete_meeting()
         if self._changed:
             self._poll_others(node)
+
+    def _others_wait(self, admits_nodes: bool) -> bool:
+        return any(admits_nodes or self.nodes[number].rank >= 0 for number in self._meeting)
 
     def _poll_others(self, node: SimulatedNode) -> None:
         for other in self.nodes.values():
@@ -348,7 +351,7 @@ class World:
         if node.meets or not node.agent.has_started:
             node.end(RendezvousConnectionError("the rendezvous is lost"))
         else:
-            node.poll(lambda: False, lambda: None)
+            node.poll(lambda _: False, lambda: None)
         self.scheduler.later(0.5, partial(self._join, node.number, node.size))
 
     def _fall_silent(self, node: SimulatedNode) -> None:

@@ -278,6 +278,11 @@ class NodeAgent:
         self._events.report(WorldChanged(current.plan.reason, current.rendezvous.world_size))
         return True
 
+    @property
+    def admits_nodes(self) -> bool:
+        """Whether nodes may join the run: not while it ends, which would stop workers that are about to finish."""
+        return not self.workers.are_done
+
     # ---------------------------------------------------------------- starting workers
 
     def start_workers(self, made: Callable[[WorkerContext], None]) -> None:
@@ -458,7 +463,7 @@ class NodeAgent:
         """Stop the workers that run, for a new round."""
         workers = self.workers
         self._in_place.end_round()
-        if workers.running:
+        if workers.running or not workers.failed():
             # No worker failed: nodes joined or left. The state is in the arenas, so there is nothing to wait for.
             at = self._clock.wall()
             workers.stop(signal.SIGKILL, 0)

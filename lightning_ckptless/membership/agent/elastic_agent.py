@@ -17,6 +17,7 @@ from lightning_ckptless.internals.torch_internals import forbid_restarts
 from lightning_ckptless.membership.agent.agent import Found, NodeAgent
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
+from lightning_ckptless.membership.rendezvous.node_membership import NodeMembership
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.reconfiguration import MovePlan
 
@@ -36,6 +37,7 @@ class CkptlessAgent(LocalElasticAgent):
     def __init__(self, spec: api.WorkerSpec, logs: LogFiles, agent: NodeAgent, stop_grace_s: float) -> None:
         super().__init__(spec, logs)
         self._agent = agent
+        self._membership: NodeMembership = spec.rdzv_handler  # type: ignore[assignment]
         self._stop_grace_s = stop_grace_s
         self._plan = MovePlan((), (), (), 0, "the nodes have not completed a rendezvous yet")
 
@@ -118,6 +120,7 @@ class CkptlessAgent(LocalElasticAgent):
             self._agent.note_success()
         elif result.state is not api.WorkerState.HEALTHY:
             return result
+        self._membership.admits_nodes = self._agent.admits_nodes
         match self._agent.poll_nodes():
             case Found.NODES_CHANGED:
                 return self._meet_again(worker_group)

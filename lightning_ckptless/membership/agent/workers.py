@@ -252,6 +252,7 @@ class WorkerGroup:
         match message:
             case EnteredLoop():
                 self.inside.add(rank)
+                self._reset_end(rank)
             case AskToLeave(number, step, why):
                 self.at_end[rank] = Ending(number, AtEnd(step, WhyEnded(why)))
             case ReleasedGroups():
@@ -284,6 +285,12 @@ class WorkerGroup:
     def all_at_end(self) -> bool:
         """Whether every worker in the training loop has completed its last step."""
         return bool(self.at_end) and self.inside <= self.at_end.keys() | self.ending
+
+    @property
+    def are_done(self) -> bool:
+        """Whether a worker has completed its last step, and has not entered the training loop of another fit."""
+        is_past_fit = any(stage is Stage.PAST for stage in self.stages.values())
+        return bool(self.at_end) or bool(self.ending) or is_past_fit
 
     # ------------------------------------------------------------------ exits
 

@@ -134,6 +134,7 @@ class SingleNode(RendezvousHandler):
         return self.settings.run_id
 
     hosts = True
+    admits_nodes = True
     address = LOOPBACK
 
     def leave(self) -> None:
@@ -163,9 +164,11 @@ class DataRendezvous(PromptRendezvous):
 
     Attributes:
         hosts: whether this process hosts the nodes' store.
+        admits_nodes: whether nodes that were not in the last round may begin a new one. Otherwise they wait.
     """
 
     hosts = False
+    admits_nodes = True
     _has_left = False
     _number = -1
 
@@ -185,8 +188,11 @@ class DataRendezvous(PromptRendezvous):
         self.remove(self._number, [node for node, place in self._places.items() if place in places])
 
     def num_nodes_waiting(self) -> int:
-        """Number of nodes that wait for the next round; 0 for a node that has left."""
-        return 0 if self._has_left else super().num_nodes_waiting()
+        """Number of nodes that wait for the next round, and may begin it; 0 for a node that has left."""
+        if self._has_left:
+            return 0
+        waiting: int = super().num_nodes_waiting()
+        return waiting if self.admits_nodes or not waiting else len(self.waiting_nodes() & self._places.keys())
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Rendezvous with the other nodes; see `RendezvousHandler`."""

@@ -11,9 +11,11 @@ class NodeMembership(Protocol):
 
     Attributes:
         hosts: whether this node hosts the rendezvous.
+        admits_nodes: whether nodes that were not in the last round may begin a new one.
     """
 
     hosts: bool
+    admits_nodes: bool
 
     @property
     def address(self) -> str:

@@ -115,3 +115,18 @@ def test_nodes_learn_of_each_other_without_reading_the_state_again(monkeypatch: 
         until(lambda: first.num_nodes_waiting() == 1)
         assert first.next_rendezvous().world_size == joined.result(SOON_S).world_size == 2
         lost.shutdown()
+
+
+def test_a_new_node_waits_while_none_is_admitted() -> None:
+    """A node of the last round that rendezvouses again does not wait: its workers are lost."""
+    with three_nodes() as nodes:
+        first, second, third = nodes.handlers
+        third.leave()
+        first.admits_nodes = second.admits_nodes = False
+        nodes.handlers.append(nodes.make(3))
+        joined = nodes.begin(nodes.handlers[-1])
+        until(lambda: (first.num_nodes_waiting(), first.spare_nodes()) == (0, 1))
+        again = nodes.begin(second)
+        until(lambda: first.num_nodes_waiting() == 1)
+        found = [future.result(SOON_S) for future in (nodes.begin(first), again, joined)]
+        assert {info.world_size for info in found} == {3}

@@ -1,0 +1,75 @@
+"""Where the workers of a node are, as their messages tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from lightning_ckptless.membership.agent.workers import WorkerGroup
+from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.worker.startup import Job
+from lightning_ckptless.protocol.messages import AskToLeave, EnteredLoop, FitReturned, LeftLoop, Message, ReachedFit
+from lightning_ckptless.protocol.uneven_steps import WhyEnded
+from tests.simulation.node import Machine, SimulatedChannel, SimulatedProcess
+
+ENTERED = EnteredLoop(True, 0, True, None, 10, 60, None, "none", "", 2.0, None)
+RANKS = (0, 1)
+
+
+class Workers:
+    """Two workers and what they say."""
+
+    def __init__(self) -> None:
+        self.channels: list[SimulatedChannel] = []
+        job, outputs = Job(Program("script", "train.py", ()), {}, ""), dict.fromkeys(RANKS, "")
+        jobs = dict.fromkeys(RANKS, job)
+        self.group = WorkerGroup(Machine(self._start), jobs, stdouts=outputs, stderrs=outputs)
+        self.group.start()
+
+    def _start(self, _: Mapping[str, str]) -> SimulatedProcess:
+        self.channels.append(SimulatedChannel(lambda _: None))
+        return SimulatedProcess(len(self.channels), self.channels[-1], lambda _: None, lambda: None)
+
+    def say(self, message: Message, *ranks: int) -> None:
+        for rank in ranks or RANKS:
+            self.channels[rank].arrive(message)
+        self.group.receive()
+
+    def fit(self) -> None:
+        """Train to the end and return from `fit`."""
+        self.say(ReachedFit())
+        self.say(ENTERED)
+        self.say(AskToLeave(0, 12, str(WhyEnded.NO_DATA)))
+        self.group.allow_leave()
+        self.say(LeftLoop())
+        self.say(FitReturned())
+
+
+def test_workers_are_done_from_their_last_step_until_another_fit_trains() -> None:
+    workers = Workers()
+    done = [workers.group.are_done]
+    for message in (ReachedFit(), ENTERED, AskToLeave(0, 12, str(WhyEnded.NO_DATA))):
+        workers.say(message)
+        done.append(workers.group.are_done)
+    workers.group.allow_leave()
+    for message in (LeftLoop(), FitReturned()):
+        workers.say(message)
+        done.append(workers.group.are_done)
+    workers.say(ReachedFit())
+    workers.say(ENTERED)
+    assert [*done, workers.group.are_done] == [False, False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 2])
+def test_workers_train_and_leave_together_in_every_fit(calls_before: int) -> None:
+    workers = Workers()
+    for _ in range(calls_before):
+        workers.fit()
+    workers.say(ReachedFit())
+    workers.say(ENTERED)
+    assert workers.group.all_train
+    workers.say(AskToLeave(0, 24, str(WhyEnded.NO_DATA)), 0)
+    assert not workers.group.all_at_end
+    workers.say(AskToLeave(0, 24, str(WhyEnded.NO_DATA)), 1)
+    assert workers.group.all_at_end
