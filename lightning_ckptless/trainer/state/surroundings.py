@@ -6,7 +6,8 @@ dataloaders may be created long after a version is restored: their state is kept
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
 from lightning_ckptless.trainer.state.schedulers import Schedulers
 from lightning_ckptless.trainer.state.user_objects import UserObjects
+from lightning_ckptless.trainer.state.watch import Watched
 
 _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
 
@@ -61,6 +63,11 @@ class Surroundings:
         if whole not in self._told:
             self._told.add(whole)
             self._tell(whole)
+
+    def watched(self) -> Iterator[Watched]:
+        """Yield the objects that are watched now, except those of the training data."""
+        every = (self._settings, *self._validation, *(() if self._objects is None else self._objects.changes))
+        return chain.from_iterable(changes.watched for changes in every)
 
     def capture(self) -> dict[str, Any]:
         """Return what has changed so far."""
