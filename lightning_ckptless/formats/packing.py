@@ -31,9 +31,7 @@ class SmallTensorPickler(pickle.Pickler):
         if kind in _BY_DEFAULT:
             return NotImplemented
         if kind is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-            host = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
-            return rebuild_tensor, (data, value.dtype, tuple(value.shape), value.device.type)
+            return rebuild_tensor, (_bytes_of(value), value.dtype, tuple(value.shape), value.device.type)
         if kind in (torch.TypedStorage, torch.UntypedStorage):
             # Torch would write a pickle inside the pickle.
             return rebuild_storage, storage_bytes(value)
@@ -46,6 +44,16 @@ class SmallTensorPickler(pickle.Pickler):
             if kind is not torch.Tensor and not issubclass(kind, enum.Enum):
                 _BY_DEFAULT.add(kind)
         return NotImplemented
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    try:
+        data: bytes = tensor.detach().numpy().tobytes()
+    except (TypeError, RuntimeError):
+        # On a device, of a type that NumPy lacks, or conjugated or negated only when it is read.
+        host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
+    return data
 
 
 def pack(value: Any) -> Packed:

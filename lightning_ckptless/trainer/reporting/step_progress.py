@@ -48,7 +48,7 @@ class StepProgress:
             return
         self._watcher.heed()
         out_of_data = done and self._loops.is_out_of_data
-        step = trainer.global_step + (not done)
+        step = self._loops.step + (not done)
         rank = session.members.rank
         self._writer.beat(step, point, trainer.current_epoch, out_of_data=out_of_data, rank=rank)
 

@@ -6,6 +6,7 @@ that are containers whose contents have changed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ class AttributeReader:
         self.has_marks = False
         self._tell = tell
         self._owner = owner
-        self.owner = lambda: owner
+        self.owner = _reference_to(owner)
         self._leave = frozenset(leave)
         self.seen = Seen(self._leave)
         self._plain: dict[str, Any] = {}
@@ -120,6 +121,14 @@ class AttributeReader:
         """Return whether an attribute has become plain or ceased to be, or was or is a generator."""
         is_other = is_plain(value) != (name in self._plain)
         return is_other or name in self._generators or isinstance(value, GENERATORS)
+
+
+def _reference_to(owner: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(owner)
+    except TypeError:
+        # Its class has slots.
+        return lambda: owner
 
 
 def _is_lost(value: Any) -> bool:

@@ -113,7 +113,10 @@ class Changes:
 
     def lost(self) -> list[str]:
         """Return, once each, the attributes whose change `capture` saw but could not save, as `path.name`."""
-        return [f"{path}.{name}" for path, owner in self._owners.items() if owner.has_lost for name in owner.lost()]
+        found = [f"{path}.{name}" for path, owner in self._owners.items() for name in owner.lost]
+        for owner in self._owners.values() if found else ():
+            owner.lost.clear()
+        return found
 
 
 class _Owner:
@@ -122,7 +125,7 @@ class _Owner:
     Attributes:
         owner: returns the object; None if it no longer exists. The reference is weak: the object may hold this one.
         seen: the attributes that are not marked, as of the last look.
-        has_lost: whether the change of an attribute could not be captured since the last call of `lost`.
+        lost: names whose change could not be captured.
     """
 
     def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
@@ -134,11 +137,7 @@ class _Owner:
         self.seen = Seen(leave | self._marked.keys())
         self._changed: dict[str, Any] = {}
         self._is_known = False
-        self._lost: list[str] = []
-
-    @property
-    def has_lost(self) -> bool:
-        return bool(self._lost)
+        self.lost: list[str] = []
 
     @property
     def has_marks(self) -> bool:
@@ -182,7 +181,7 @@ class _Owner:
             if size is not Size.FITS or not self._policy.captures_plain:
                 if size in self._policy.names:
                     # Reported once, then ignored.
-                    self._lost.append(name)
+                    self.lost.append(name)
                     self._leave |= {name}
                     self._marked.pop(name, None)
                     self.seen = Seen(self._leave | self._marked.keys())
@@ -193,11 +192,6 @@ class _Owner:
         if not changed and not gone:
             return {}
         return {"set": changed, "gone": dict.fromkeys(gone)}
-
-    def lost(self) -> list[str]:
-        """Return the names whose change could not be captured since the last call."""
-        new, self._lost = self._lost, []
-        return new
 
     def put(self, saved: dict[str, Any]) -> None:
         """Make the object differ from its original state by exactly what was saved."""

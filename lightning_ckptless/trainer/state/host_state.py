@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.internals.lightning.results import dump_results, load_results
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.trainer.data.position import data_position
+from lightning_ckptless.trainer.data.position import data_position, watched_in_data
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
@@ -126,12 +126,12 @@ class HostState:
     # ------------------------------------------------------------------ capture
 
     def capture(
-        self, data: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+        self, position: Callable[[], dict[str, Any]] | None = None, tensors: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:
         """Return the current state. It refers to live objects: pack it before training continues.
 
         Args:
-            data: position of the training data; None to look it up.
+            position: returns the position of the training data; None to look it up.
             tensors: the tensors that are part of the version anyway, by name, so that the rest may refer to them.
         """
         trainer, groups = self.trainer, self._groups.now()
@@ -142,7 +142,6 @@ class HostState:
             "checkpoint": self.hooks.capture(tensors or {}),
             "late_modules": self._late_modules.capture(),
             "counters": self.loops.counters(),
-            "data": data_position(self.loops) if data is None else data,
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "schedulers": self._surroundings.schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
@@ -167,6 +166,8 @@ class HostState:
                 "gradients": self._gradients(),
                 "buffers_are_due": self._buffers_are_due(),
                 "buckets": self._buckets.settled(trainer.strategy.model),
+                # Last, as it may call code of a dataloader that keeps its own position.
+                "data": data_position(self.loops) if position is None else position(),
                 "rng": capture_rng(),
             }
         finally:
@@ -191,6 +192,7 @@ class HostState:
         yield from self._submodules.readers
         yield from (owner.reader for owner in self._own_states.values())
         yield from self._surroundings.watched()
+        yield from watched_in_data(self.loops)
 
     def _gradients(self) -> dict[str, Any] | None:
         """Return the last step's gradients in the rare case that another step uses them, else None."""

@@ -11,33 +11,35 @@ from __future__ import annotations
 import marshal
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter, call, getitem, is_, methodcaller
+from operator import attrgetter, call, getitem, is_
 from typing import Any, Protocol
 
+from lightning_ckptless.trainer.state.plain_values import is_record
 from lightning_ckptless.trainer.state.seen import Seen, has_items
 
 _FIRST_WAIT = 4
 _LONGEST_WAIT = 1024
 """Captures until an object that has changed is expected not to change any more."""
 _CHANGES = attrgetter("changes")
-_VALUES = methodcaller("values")
 _SEQUENCES = (list, tuple, set, frozenset, deque)
-_MAPPINGS = (dict, OrderedDict)
 
 
 class Watched(Protocol):
-    """An object that is looked at.
+    """An object that is looked at."""
 
-    Attributes:
-        owner: returns the object; None if it no longer exists.
-        seen: its attributes as of the last look.
-        has_marks: whether some of its values are compared by other means.
-    """
+    @property
+    def owner(self) -> Callable[[], Any]:
+        """Returns the object; None if it no longer exists."""
 
-    owner: Callable[[], Any]
-    seen: Seen
-    has_marks: bool
+    @property
+    def seen(self) -> Seen:
+        """Its attributes as of the last look."""
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether some of its values are compared by other means."""
 
     def is_as_marked(self) -> bool:
         """Return whether these values are as they were when the object was first seen."""
@@ -53,7 +55,8 @@ class Watch:
     def __init__(self, watched: Callable[[], Iterable[Watched]]) -> None:
         self._watched = watched
         self._captures = 0
-        self._next = 0
+        self._is_same = True
+        self._due = 0
         self._waits: dict[Seen, tuple[int, int]] = {}
         self._flat = _Flat(())
 
@@ -63,31 +66,28 @@ class Watch:
         Called once per capture, which then looks at each object that is not quiet.
         """
         self._captures += 1
-        if self._flat.is_same():
+        self._is_same = self._flat.is_same()
+        if self._is_same:
             for seen in self._flat.seen:
                 seen.is_quiet = True
-        else:
-            self._next = 0
 
     def end(self) -> None:
         """End the capture."""
         for seen in self._flat.seen:
             seen.is_quiet = False
-        if self._captures > self._next:
-            self._arrange(failed=self._next == 0 and self._captures > 1)
+        if not self._is_same or self._captures >= self._due:
+            self._arrange()
 
-    def _arrange(self, *, failed: bool) -> None:
+    def _arrange(self) -> None:
         """Choose the objects that are compared from now on, by what they were at their last look."""
         watched = list(self._watched())
-        if failed:
-            # None has if it is only to `marshal` that they differ, which depends on how often an item is referred to.
-            for seen in self._flat.changed() or self._flat.seen:
-                wait = min(max(_FIRST_WAIT, 2 * self._waits.get(seen, (0, 0))[0]), _LONGEST_WAIT)
-                self._waits[seen] = wait, self._captures + wait
+        for seen in () if self._is_same else self._flat.differing():
+            wait = min(max(_FIRST_WAIT, 2 * self._waits.get(seen, (0, 0))[0]), _LONGEST_WAIT)
+            self._waits[seen] = wait, self._captures + wait
         self._waits = {each.seen: self._waits[each.seen] for each in watched if each.seen in self._waits}
-        due = {seen: at for seen, (_, at) in self._waits.items() if at > self._captures}
-        self._flat = _Flat([each for each in watched if each.seen not in due and _can_be_compared(each)])
-        self._next = min(due.values(), default=self._captures + _LONGEST_WAIT)
+        waiting = {seen: due for seen, (_, due) in self._waits.items() if due > self._captures}
+        self._flat = _Flat(each for each in watched if each.seen not in waiting and _can_be_compared(each))
+        self._due = min(waiting.values(), default=self._captures + _LONGEST_WAIT)
 
 
 def _can_be_compared(watched: Watched) -> bool:
@@ -99,7 +99,7 @@ class _Flat:
     """What is compared, of all objects together."""
 
     def __init__(self, watched: Iterable[Watched]) -> None:
-        every = list(watched)
+        every = self._every = list(watched)
         self.seen = [each.seen for each in every]
         self._changes = list(map(_CHANGES, self.seen))
         self._marked = [each for each in every if each.has_marks]
@@ -116,9 +116,14 @@ class _Flat:
         self._bytes = [seen.bytes for seen in with_text]
         self._items = _Items(chain.from_iterable(seen.items.values() for seen in self.seen))
 
-    def changed(self) -> list[Seen]:
-        """Return those in which a look has found a change since."""
-        return [seen for seen, changes in zip(self.seen, self._changes, strict=True) if seen.changes != changes]
+    def differing(self) -> list[Seen]:
+        """Return those that have changed."""
+        pairs = zip(self.seen, self._changes, strict=True)
+        changed = [seen for seen, changes in pairs if seen.changes != changes]
+        if changed or not all(map(_can_be_compared, self._every)):
+            return changed
+        # Only `marshal` writes something else: it depends on how often an item is referred to.
+        return self.seen
 
     def is_same(self) -> bool:
         """Return whether nothing has changed, so that a look at any of them would find nothing."""
@@ -146,22 +151,35 @@ class _Items:
     def __init__(self, containers: Iterable[tuple[Any, tuple[Any, ...]]]) -> None:
         every = list(containers)
         sequences = [(held, items) for held, items in every if type(held) in _SEQUENCES]
-        mappings = [(held, items) for held, items in every if type(held) in _MAPPINGS]
-        self._others = [(held, items) for held, items in every if type(held) not in (*_SEQUENCES, *_MAPPINGS)]
-        # Of a mapping, the keys and then the values.
+        mappings = [(held, items) for held, items in every if isinstance(held, dict) or _is_namespace(held)]
+        known = {id(held) for held, _ in (*sequences, *mappings)}
+        self._others = [(held, items) for held, items in every if id(held) not in known]
+        self._records = [held for held, _ in mappings if _is_namespace(held)]
+        self._attributes = list(map(vars, self._records))
+        self._sequences = [held for held, _ in sequences]
+        held_items = [(vars(held) if _is_namespace(held) else held) for held, _ in mappings]
+        self._keys = [partial(_base_of(held).keys, held) for held in held_items]
+        self._values = [partial(_base_of(held).values, held) for held in held_items]
+        # Of a mapping, first all keys.
         halves = [(items[: len(items) // 2], items[len(items) // 2 :]) for _, items in mappings]
-        self._sequences, self._mappings = [held for held, _ in sequences], [held for held, _ in mappings]
-        self._sizes = [*(len(items) for _, items in sequences), *(len(keys) for keys, _ in halves)]
-        self._parts = list(chain(*(items for _, items in sequences), *(keys for keys, _ in halves)))
-        self._parts += chain(*(values for _, values in halves))
+        parts = [*(items for _, items in sequences), *(keys for keys, _ in halves), *(values for _, values in halves)]
+        self._sizes, self._parts = list(map(len, parts)), list(chain.from_iterable(parts))
 
     def are_same(self) -> bool:
         """Return whether all containers still have these items."""
-        containers = [*self._sequences, *self._mappings]
-        parts = list(chain(chain.from_iterable(containers), chain.from_iterable(map(_VALUES, self._mappings))))
+        views = [*self._sequences, *map(call, self._keys), *map(call, self._values)]
         return (
-            list(map(len, containers)) == self._sizes
-            and len(parts) == len(self._parts)
-            and all(map(is_, parts, self._parts))
+            list(map(len, views)) == self._sizes
+            and all(map(is_, chain.from_iterable(views), self._parts))
+            and all(map(is_, map(vars, self._records), self._attributes))
             and all(has_items(held, items) for held, items in self._others)
         )
+
+
+def _is_namespace(held: Any) -> bool:
+    return is_record(held) and not isinstance(held, tuple) and hasattr(held, "__dict__")
+
+
+def _base_of(mapping: Any) -> Any:
+    # A class of the script may have methods of its own.
+    return OrderedDict if isinstance(mapping, OrderedDict) else dict
