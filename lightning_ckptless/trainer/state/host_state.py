@@ -149,7 +149,7 @@ class HostState:
         extra_state = {name: m.get_extra_state() for name, m in self._extra_state.items()}
         self._watch.begin()
         try:
-            return {
+            captured = {
                 **of_script,
                 **self._of_owners([owner.capture(state) for owner, state in zip(owners, states, strict=True)]),
                 "ages": ages_of(trainer),
@@ -172,6 +172,8 @@ class HostState:
             }
         finally:
             self._watch.end()
+        self._surroundings.report_training_data()
+        return captured
 
     @property
     def _owners(self) -> list[Any]:

@@ -6,7 +6,7 @@ dataloaders may be created long after a version is restored: their state is kept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -79,11 +79,17 @@ class Surroundings:
         }
         for name in () if self._objects is None else self._objects.lost():
             self.note_loss(name)
-        for stage, watched in (("val", self._validation), ("train", self._training())):
-            for index, changes in enumerate(watched):
-                for name in changes.lost():
-                    self._tell(f"{stage} dataloader {index}: {name}")
+        self._report("val", self._validation)
         return state
+
+    def report_training_data(self) -> None:
+        """Report what has changed in the training data and cannot be captured. Called when its position was read."""
+        self._report("train", self._training())
+
+    def _report(self, stage: str, watched: Iterable[Changes]) -> None:
+        for index, changes in enumerate(watched):
+            for name in changes.lost():
+                self._tell(f"{stage} dataloader {index}: {name}")
 
     def objects(self) -> dict[str, Any]:
         """Return what has changed in the user's objects."""
