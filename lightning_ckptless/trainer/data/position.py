@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
@@ -10,7 +9,6 @@ from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.trainer.data.loader import resume_at, tracker_of
 from lightning_ckptless.trainer.data.skipping import continue_skipping
 from lightning_ckptless.trainer.state.changes import Changed
-from lightning_ckptless.trainer.state.watch import Watched
 
 
 def data_position(loops: FitLoops) -> dict[str, Any]:
@@ -57,13 +55,6 @@ def attributes_now(loops: FitLoops) -> list[Changed | None]:
     """Return what has changed in each dataloader since it was created."""
     trackers = [tracker_of(loader) for loader in stand_ins(loops.combined_loader)]
     return [tracker.attributes.capture() if tracker else None for tracker in trackers]
-
-
-def watched_in_data(loops: FitLoops) -> Iterator[Watched]:
-    """Yield the objects whose attributes are part of the position, unless reading it may change them."""
-    for loader in stand_ins(loops.combined_loader):
-        if (tracker := tracker_of(loader)) is not None and not tracker.states_itself:
-            yield from tracker.attributes.watched
 
 
 def apply_attributes(loops: FitLoops, attributes: list[Changed | None]) -> None:

@@ -25,7 +25,7 @@ from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.internals.lightning.results import dump_results, load_results
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.trainer.data.position import data_position, watched_in_data
+from lightning_ckptless.trainer.data.position import data_position
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
@@ -166,7 +166,7 @@ class HostState:
                 "gradients": self._gradients(),
                 "buffers_are_due": self._buffers_are_due(),
                 "buckets": self._buckets.settled(trainer.strategy.model),
-                # Last, as it may call code of a dataloader that keeps its own position.
+                # Last, as it may call code of a dataloader.
                 "data": data_position(self.loops) if position is None else position(),
                 "rng": capture_rng(),
             }
@@ -194,7 +194,6 @@ class HostState:
         yield from self._submodules.readers
         yield from (owner.reader for owner in self._own_states.values())
         yield from self._surroundings.watched()
-        yield from watched_in_data(self.loops)
 
     def _gradients(self) -> dict[str, Any] | None:
         """Return the last step's gradients in the rare case that another step uses them, else None."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.settings import kept_elsewhere, optimizer_wrappers, settings_of
-from lightning_ckptless.trainer.data.loader import tracker_of, watch_attributes
+from lightning_ckptless.trainer.data.loader import LoaderTracker, tracker_of, watch_attributes
 from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
 from lightning_ckptless.trainer.state.schedulers import Schedulers
@@ -54,7 +54,7 @@ class Surroundings:
 
     def watch_objects(self) -> None:
         """Start watching the user's objects: the start hooks of the fit have created them."""
-        known = {identity for changes in self._training() for identity in changes.identities()}
+        known = {identity for tracker in self._trackers() for identity in tracker.attributes.identities()}
         self._objects = UserObjects(self._trainer, known)
 
     def note_loss(self, path: str, name: str = "") -> None:
@@ -65,9 +65,11 @@ class Surroundings:
             self._tell(whole)
 
     def watched(self) -> Iterator[Watched]:
-        """Yield the objects that are watched now, except those of the training data."""
-        every = (self._settings, *self._validation, *(() if self._objects is None else self._objects.changes))
-        return chain.from_iterable(changes.watched for changes in every)
+        """Yield the objects that are watched now."""
+        # To read the position of a dataloader that keeps it by itself calls code that may change attributes.
+        of_data = [tracker.attributes for tracker in self._trackers() if not tracker.states_itself]
+        objects = () if self._objects is None else self._objects.changes
+        return chain.from_iterable(each.watched for each in (self._settings, *self._validation, *of_data, *objects))
 
     def capture(self) -> dict[str, Any]:
         """Return what has changed so far."""
@@ -84,7 +86,7 @@ class Surroundings:
 
     def report_training_data(self) -> None:
         """Report what has changed in the training data and cannot be captured. Called when its position was read."""
-        self._report("train", self._training())
+        self._report("train", [tracker.attributes for tracker in self._trackers()])
 
     def _report(self, stage: str, watched: Iterable[Changes]) -> None:
         for index, changes in enumerate(watched):
@@ -137,7 +139,7 @@ class Surroundings:
         self._validation = [watch_attributes(loader) for loader in loaders if isinstance(loader, DataLoader)]
         return True
 
-    def _training(self) -> list[Changes]:
+    def _trackers(self) -> list[LoaderTracker]:
         combined = self._loops.combined_loader
         loaders = [] if combined is None else stand_ins(combined)
-        return [tracker.attributes for loader in loaders if (tracker := tracker_of(loader)) is not None]
+        return [tracker for loader in loaders if (tracker := tracker_of(loader)) is not None]
