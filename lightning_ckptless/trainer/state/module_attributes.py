@@ -65,7 +65,8 @@ class ModuleAttributes:
     @property
     def changes(self) -> int:
         """Number of captures that differed, or may have differed, from the one before."""
-        return self._own_changes + sum(map(_CHANGES, self._readers.values()))
+        of_readers: int = sum(map(_CHANGES, self._readers.values()))
+        return self._own_changes + of_readers
 
     def capture(self) -> dict[str, Any]:
         """Return the current attributes. They refer to live objects: pack them before training continues."""
