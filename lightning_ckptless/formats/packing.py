@@ -18,6 +18,8 @@ from lightning_ckptless.internals.torch_internals import storage_bytes, storage_
 KINDS: set[Any] = set()
 """Classes and functions that this process has packed so far, except the most common ones. A pickle needs a new check
 only if it adds to them."""
+_BY_DEFAULT: set[type] = set()
+"""Those of them whose instances are all written in the default way."""
 
 
 class SmallTensorPickler(pickle.Pickler):
@@ -26,17 +28,32 @@ class SmallTensorPickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         """Return how to write a value; `NotImplemented` for the default."""
         kind = type(value)
+        if kind in _BY_DEFAULT:
+            return NotImplemented
         if kind is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-            host = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
-            return rebuild_tensor, (data, value.dtype, tuple(value.shape), value.device.type)
+            return rebuild_tensor, (_bytes_of(value), value.dtype, tuple(value.shape), value.device.type)
         if kind in (torch.TypedStorage, torch.UntypedStorage):
             # Torch would write a pickle inside the pickle.
             return rebuild_storage, storage_bytes(value)
         if isinstance(value, enum.Enum) and found_in_program(kind.__module__, kind.__qualname__) is kind:
             return member, (kind.__module__, kind.__qualname__, value.value)
-        KINDS.add(value if isinstance(value, type | FunctionType) else kind)
+        if isinstance(value, type | FunctionType):
+            KINDS.add(value)
+        else:
+            KINDS.add(kind)
+            if kind is not torch.Tensor and not issubclass(kind, enum.Enum):
+                _BY_DEFAULT.add(kind)
         return NotImplemented
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    try:
+        data: bytes = tensor.detach().numpy().tobytes()
+    except (TypeError, RuntimeError):
+        # On a device, of a type that NumPy lacks, or conjugated or negated only when it is read.
+        host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
+    return data
 
 
 def pack(value: Any) -> Packed:

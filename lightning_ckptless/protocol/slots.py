@@ -120,6 +120,8 @@ def target_slot(headers: Sequence[SlotView], committed: Snapshot | None, history
         Index of the slot.
     """
     others = [index for index, view in enumerate(headers) if committed is None or view.snapshot != committed]
+    if len(others) == 1:
+        return others[0]
     for remains in ((SlotState.WRITING, SlotState.STAGED), (SlotState.EMPTY,)):
         if found := [index for index in others if headers[index].state in remains]:
             return found[0]

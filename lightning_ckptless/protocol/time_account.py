@@ -48,6 +48,9 @@ class Bucket(StrEnum):
     | `idle` | after the end of training, and while no agent of the run exists |
     """
 
+    __hash__ = str.__hash__
+    """An enumeration's own is a function in Python, and each second of a run is added up by these keys."""
+
     START = "start"
     TRAINING = "training"
     VALIDATION = "validation"

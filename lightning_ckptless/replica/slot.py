@@ -18,7 +18,7 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +36,7 @@ from lightning_ckptless.system.memory_files import open_file
 FORMAT = 3
 HEADER_BYTES = 4096
 _MAGIC = b"ckptless"
+_quoted = json.encoder.encode_basestring_ascii
 _SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 _PREFIX = struct.Struct("<8sHHI")
 """Magic, format number, length of the JSON in bytes, crc32 of the JSON."""
@@ -63,11 +64,15 @@ class SlotHeader:
 
     def encode(self) -> bytes:
         """The header as one page."""
-        stamp = self.stamp
-        version = {"optimizer_step": stamp.version.optimizer_step, "validation_done": stamp.version.validation_done}
-        # Not `dataclasses.asdict`: it takes three times as long, and a round writes half a dozen headers.
-        fields = vars(self) | {"stamp": vars(stamp) | {"version": version}, "state": self.state.value}
-        body = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
+        stamp, version = self.stamp, self.stamp.version
+        # Not `json.dumps` of all fields: it takes several times as long, and a round writes half a dozen headers.
+        body = (
+            f'{{"blob_bytes":{self.blob_bytes},"bulk_bytes":{self.bulk_bytes},"checksum":{_quoted(self.checksum)},'
+            f'"run_id":{_quoted(self.run_id)},"stamp":{{"generation":{stamp.generation},"holder":{stamp.holder},'
+            f'"layout":{_quoted(stamp.layout)},"shard":{stamp.shard},"version":{{"optimizer_step":'
+            f'{version.optimizer_step},"validation_done":{"true" if version.validation_done else "false"}}},'
+            f'"world_size":{stamp.world_size}}},"state":"{self.state}"}}'
+        ).encode()
         page = _PREFIX.pack(_MAGIC, FORMAT, len(body), zlib.crc32(body)) + body
         assert len(page) <= HEADER_BYTES, f"a slot header of {len(page)} bytes"
         return page.ljust(HEADER_BYTES, b"\0")
@@ -186,6 +191,7 @@ class Slot:
 
     Attributes:
         header: header of the slot; None if it is empty or torn.
+        view: the header as the commit protocol sees it.
         bulk: the tensor state, uint8 of shape [bulk_bytes], shared with every process that maps the file.
 
     Raises:
@@ -210,13 +216,7 @@ class Slot:
             fix = f": {MAKE_ROOM}" if error.errno == errno.ENOSPC else ""
             raise ArenaError(f"{path}: cannot reserve a slot of {needed_bytes} bytes: {error}{fix}") from error
         self.header = SlotHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
-
-    @property
-    def view(self) -> SlotView:
-        """The header as the commit protocol sees it."""
-        if self.header is None or self.header.state is SlotState.EMPTY:
-            return SlotView()
-        return SlotView(self.header.state, self.header.stamp.snapshot)
+        self.view = _view_of(self.header)
 
     def begin(self, stamp: Stamp) -> None:
         """Invalidate the contents of the slot, which may be overwritten from now on."""
@@ -234,7 +234,7 @@ class Slot:
         state = self._after(SlotEvent.SEAL, stamp)
         assert self.header is not None and self.header.stamp == stamp, f"{self.path}: sealed as {stamp}"
         _write_fully(self._fd, memoryview(blob), slot_file_bytes(self.bulk_bytes), self.path)
-        self._write_header(replace(self.header, state=state, blob_bytes=len(blob), checksum=checksum))
+        self._write_header(SlotHeader(self._run_id, stamp, state, self.bulk_bytes, len(blob), checksum))
 
     def commit(self) -> None:
         """Mark the version as committed."""
@@ -252,15 +252,23 @@ class Slot:
             self.bulk = torch.empty(0, dtype=torch.uint8)
 
     def _change(self, event: SlotEvent) -> None:
-        assert self.header is not None, f"{self.path}: event {event} in a slot without a header"
-        self._write_header(replace(self.header, state=self._after(event, self.header.stamp)))
+        old = self.header
+        assert old is not None, f"{self.path}: event {event} in a slot without a header"
+        state = self._after(event, old.stamp)
+        self._write_header(SlotHeader(old.run_id, old.stamp, state, old.bulk_bytes, old.blob_bytes, old.checksum))
 
     def _after(self, event: SlotEvent, stamp: Stamp) -> SlotState:
         return advance(self.view.state, event, shard=stamp.shard, rank=stamp.holder, version=stamp.version)
 
     def _write_header(self, header: SlotHeader) -> None:
         _write_fully(self._fd, memoryview(header.encode()), 0, self.path)
-        self.header = header
+        self.header, self.view = header, _view_of(header)
+
+
+def _view_of(header: SlotHeader | None) -> SlotView:
+    if header is None or header.state is SlotState.EMPTY:
+        return SlotView()
+    return SlotView(header.state, header.stamp.snapshot)
 
 
 def _open_to_read(path: Path) -> BinaryIO:

@@ -260,6 +260,7 @@ def test_counters_are_those_of_lightnings_own_state(distribution: str, tmp_path:
         own = trainer.fit_loop.state_dict()
         own["state_dict"].pop("combined_loader", None)
         assert loops.counters()["fit_loop"] == own
+        assert loops.step == trainer.global_step
         steps.append(trainer.global_step)
 
     hooks = callback(distribution, on_train_batch_end=compare, on_validation_batch_end=compare, on_fit_end=compare)
@@ -267,6 +268,29 @@ def test_counters_are_those_of_lightnings_own_state(distribution: str, tmp_path:
     loops = FitLoops(trainer)
     trainer.fit(tiny_module(distribution), tiny_loader(), tiny_loader())
     assert steps[-1] == 8
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_steps_of_manual_optimization_are_counted(distribution: str, tmp_path: Path) -> None:
+    module, found = tiny_module(distribution), list[tuple[int, int]]()
+    module.automatic_optimization = False
+    module.training_step = lambda *_: [module.optimizers().step() for _ in range(2)] and None
+    hooks = callback(distribution, on_train_batch_end=lambda *_: found.append((loops.step, trainer.global_step)))
+    trainer = tiny_trainer(tmp_path, distribution, callbacks=[hooks], max_epochs=1)
+    loops = FitLoops(trainer)
+    trainer.fit(module, tiny_loader())
+    assert found[:2] == [(2, 2), (4, 4)]
+
+
+def test_a_counter_whose_holder_is_replaced_is_read(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, DISTRIBUTIONS[0])
+    loops, epoch = FitLoops(trainer), trainer.fit_loop.epoch_loop
+    loops.counters()
+    epoch.batch_progress = type(epoch.batch_progress)()
+    epoch.batch_progress.total.ready = 7
+    assert loops.counters()["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 7
+    epoch.batch_progress.total = type(epoch.batch_progress.total)(ready=8)
+    assert loops.counters()["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 8
 
 
 def test_a_counter_that_appears_later_is_read(tmp_path: Path) -> None:

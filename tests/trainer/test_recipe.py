@@ -114,7 +114,7 @@ def capture_from(trainer: Any, options: CkptlessOptions) -> Captured:
         view.copy_(source)
     recipe = seal_recipe(pack(recipe_of(trainer, index.read(), host_state.callbacks)))
     snapshot = Snapshot(Version(trainer.global_step, True), 1, 1, layout.digest)
-    return Captured(snapshot, layout, (ShardCopy(bulk, pack({"state": host_state.capture({})}), ""),), recipe)
+    return Captured(snapshot, layout, (ShardCopy(bulk, pack({"state": host_state.capture(dict)}), ""),), recipe)
 
 
 def same(found: Any, expected: Any, where: str) -> None:

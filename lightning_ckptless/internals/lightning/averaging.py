@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
-from lightning_ckptless.internals.lightning.distribution import is_a
+from lightning_ckptless.internals.lightning.distribution import is_subclass
 
 AVERAGE_STATE = "average_model_state"
 """`state_dict` key of the averaged model, whose tensors are mirrored like those of the model."""
@@ -13,7 +14,12 @@ AVERAGE_STATE = "average_model_state"
 
 def averages_weights(callback: Any) -> bool:
     """Return whether a callback is a `StochasticWeightAveraging`."""
-    return is_a(callback, "callbacks", "StochasticWeightAveraging")
+    return _is_averaging(callback.__class__)
+
+
+@cache
+def _is_averaging(cls: type) -> bool:
+    return is_subclass(cls, "callbacks", "StochasticWeightAveraging")
 
 
 def steps_with_old_gradients(callbacks: Iterable[Any], trainer: Any) -> bool:

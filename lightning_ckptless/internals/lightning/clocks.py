@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lightning_ckptless.internals.lightning.distribution import is_a, is_subclass
+from lightning_ckptless.internals.lightning.distribution import is_subclass
 
 # Bound at import time, so that a script or test that patches `time` does not affect this module.
 CLOCKS: dict[str, Callable[[], float]] = {"monotonic": time.monotonic, "perf_counter": time.perf_counter}
@@ -78,8 +78,13 @@ def set_windows(callback: Any, saved: dict[Any, dict[str, list[Any]]]) -> None:
             values.extend(saved.get(stage, {}).get(name, ()))
 
 
+@cache
+def _measures_throughput(cls: type) -> bool:
+    return is_subclass(cls, "callbacks", "ThroughputMonitor")
+
+
 def _windows(callback: Any) -> list[tuple[Any, list[tuple[str, Any]]]]:
-    if not is_a(callback, "callbacks", "ThroughputMonitor"):
+    if not _measures_throughput(callback.__class__):
         return []
     return [
         (stage, [(name, values) for name, values in vars(throughput).items() if hasattr(values, "extend")])

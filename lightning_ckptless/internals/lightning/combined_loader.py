@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
+_FIRST, _SECOND = itemgetter(0), itemgetter(1)
 _STAND_INS = "_ckptless_stand_ins"
 _STAND_IN = "_ckptless_stand_in"
 _CLASSES: dict[type, type] = {}
@@ -31,10 +33,11 @@ def stand_ins(loader: Any) -> list[Any]:
     made = vars(loader).get(_STAND_INS)
     if made is None:
         return list(loader.flattened)
+    flattened = loader.flattened
+    if len(made) == len(flattened) and all(map(is_, map(_FIRST, made), flattened)):
+        return list(map(_SECOND, made))
     known, make = {id(original): stand_in for original, stand_in in made}, vars(loader)[_STAND_IN]
-    made[:] = [
-        (original, known[id(original)] if id(original) in known else make(original)) for original in loader.flattened
-    ]
+    made[:] = [(original, known[id(original)] if id(original) in known else make(original)) for original in flattened]
     return [stand_in for _, stand_in in made]
 
 

@@ -63,6 +63,14 @@ class FitLoops:
         return int(self.epoch._batches_that_stepped)
 
     @property
+    def step(self) -> int:
+        """The number of optimizer steps so far: `trainer.global_step`, in half the calls."""
+        epoch, module = self.epoch, self.trainer.strategy.lightning_module
+        if module is None or module.automatic_optimization:
+            return int(epoch.automatic_optimization.optim_progress.optimizer.step.total.completed)
+        return int(epoch.manual_optimization.optim_step_progress.total.completed)
+
+    @property
     def is_out_of_data(self) -> bool:
         """Whether the last batch was the last of its epoch."""
         return bool(self.epoch.batch_progress.is_last_batch)

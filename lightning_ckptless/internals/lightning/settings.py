@@ -18,7 +18,7 @@ _KEPT_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "trainer.fit_loop.epoch_loop.val_loop": (
         *_OF_EVERY_LOOP, "_has_run", "_last_val_dl_reload_epoch", "_logged_outputs", "_seen_batches_per_dataloader",
     ),
-    "trainer.fit_loop.epoch_loop.automatic_optimization": _OF_EVERY_LOOP,
+    "trainer.fit_loop.epoch_loop.automatic_optimization": (*_OF_EVERY_LOOP, "optim_progress"),
     "trainer.fit_loop.epoch_loop.manual_optimization": (*_OF_EVERY_LOOP, "_output"),
 }  # fmt: skip
 """By object: attributes that are not settings: counters, clocks and transient state, saved elsewhere in a version."""

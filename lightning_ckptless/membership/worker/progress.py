@@ -45,21 +45,6 @@ class _Record:
     pid: int
     rank: int
 
-    def encode(self) -> bytes:
-        return _FORMAT.pack(
-            self.step,
-            self.point,
-            self.count,
-            self.at,
-            self.longest_pause_s,
-            self.own_s,
-            self.epoch,
-            self.out_of_data,
-            self.begun,
-            self.pid,
-            self.rank,
-        )
-
     @classmethod
     def read(cls, path: Path) -> _Record | None:
         """Read a file; None if nothing has been written yet."""
@@ -182,11 +167,9 @@ class ProgressWriter:
         self._write(self._clock())
 
     def _write(self, now: float) -> None:
-        step, point = self._place
         # `pack_into` zeroes the memory first, so for a moment the agent would read a time of 0, i.e. that of the boot.
-        record = _Record(
-            step,
-            point,
+        self._memory[:] = _FORMAT.pack(
+            *self._place,
             self._count,
             now,
             self._longest_pause_s,
@@ -197,7 +180,6 @@ class ProgressWriter:
             self._pid,
             self._rank,
         )
-        self._memory[:] = record.encode()
 
     def close(self) -> None:
         """Release the memory and the signal."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +22,7 @@ import torch
 from lightning_ckptless.protocol.versions import Snapshot
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.device_tier.device_plan import DevicePlan, counters
+from lightning_ckptless.replica.mirror.moment import Moment
 from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
 _LENGTH = struct.Struct("!Q")
@@ -69,7 +69,7 @@ class LiveVersion:
     blob: bytes | Callable[[], bytes]
     ready: torch.cuda.Event | None
     parts: dict[int, HostPart] = field(default_factory=dict)
-    known: Future[None] = field(default_factory=Future)
+    known: Moment = field(default_factory=Moment)
 
     @property
     def rank(self) -> int:
@@ -79,7 +79,7 @@ class LiveVersion:
     @property
     def is_known(self) -> bool:
         """Whether this rank knows that all have voted."""
-        return self.known.done() and self.known.exception() is None
+        return self.known.is_reached and self.known.error is None
 
     def changed(self) -> str | None:
         """Name of a live tensor that was written to since the commit point; None if there is none."""
@@ -106,7 +106,7 @@ class Delivery:
         self._when_known = when_known
 
     @property
-    def ended(self) -> Future[None]:
+    def ended(self) -> Moment:
         """Done when this rank knows that all have voted."""
         return self._live.known
 
@@ -124,13 +124,13 @@ class Delivery:
         self._transport.agree(True)
         self._exchange(own)
         self._transport.agree(True)
-        live.known.set_result(None)
+        live.known.reach()
         self._when_known()
 
     def fail(self, error: BaseException) -> None:
         """Raise an error in the thread that waits for the round."""
-        if not self._live.known.done():
-            self._live.known.set_exception(error)
+        if not self._live.known.is_reached:
+            self._live.known.reach(error)
 
     def _exchange(self, own: HostPart) -> None:
         live, plan = self._live, self._live.plan

@@ -99,7 +99,7 @@ class DeviceTier:
         if live is None:
             return 0.0
         began_at = perf_counter()
-        live.known.result()
+        live.known.wait()
         waited_s = perf_counter() - began_at
         if (name := live.changed()) is None:
             self._copy(live)

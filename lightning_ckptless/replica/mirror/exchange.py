@@ -161,6 +161,8 @@ class ShardExchange:
         Raises:
             TransportError: a peer is lost or sends unexpected data.
         """
+        if not (self._to or self._rings or any(audits)):
+            return {}
         page = None
         sends: list[Message] = []
         if own is not None:

@@ -24,7 +24,6 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
@@ -41,6 +40,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.differences import locate_difference
 from lightning_ckptless.replica.mirror.exchange import ArrivedShard, KnownPrefix, OutgoingShard, ShardExchange
+from lightning_ckptless.replica.mirror.moment import Moment
 from lightning_ckptless.replica.mirror.rotation import NO_TURN, Rotation, Turn
 from lightning_ckptless.replica.mirror.round import Blob, Round
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
@@ -88,7 +88,7 @@ class Job(Protocol):
     """Work between two rounds, in the mirror thread, with exclusive use of the transport."""
 
     @property
-    def ended(self) -> Future[None]:
+    def ended(self) -> Moment:
         """Done when the work is over."""
 
     def run(self) -> None:
@@ -240,7 +240,7 @@ class Mirror:
     @property
     def busy(self) -> bool:
         """Whether a round is in progress, so that `submit` would wait for it."""
-        return self._last is not None and not self._last.ended.done()
+        return self._last is not None and not self._last.ended.is_reached
 
     def bind(self, early: Collection[str]) -> None:
         """Name tensors that every `submit` copies before it returns, in addition to its `blocking_names`."""
@@ -411,13 +411,13 @@ class Mirror:
         self._newest = item
         self._queue.put(item)
 
-    def _wait(self, moment: Future[None] | None, timeout_s: float | None = None) -> float:
+    def _wait(self, moment: Moment | None, timeout_s: float | None = None) -> float:
         self._raise_failure()
         if moment is None:
             return 0.0
         began_at = perf_counter()
         try:
-            moment.result(timeout_s)
+            moment.wait(timeout_s)
         except TimeoutError as error:
             what = "what was submitted" if self._last is None else self._last.version
             raise TransportError(f"rank {self._rank}: {what} was not committed within {timeout_s} s") from error
@@ -461,7 +461,9 @@ class Mirror:
         self.in_doubt = self.in_doubt or bool(differing)
         self._call_probe("agree", version)
         is_complete = written.keys() == self._rings.keys() and self.difference is None
-        vote = replace(self._vote(is_complete), no_difference=not differing and self.difference is None)
+        vote = self._vote(is_complete)
+        if differing or self.difference is not None:
+            vote = replace(vote, no_difference=False)
         outcome = vote.combine(self._transport.vote)
         if outcome.accepted_intervals is not None and self.interval_after is None:
             self.interval_after = version, outcome.accepted_intervals
@@ -476,7 +478,7 @@ class Mirror:
         if not (outcome.no_rewind and outcome.no_difference) and not self.rewind.is_agreed:
             self.rewind.agree(self._transport.gather)
         self.stats.last_round_s = perf_counter() - round_.began_at
-        round_.ended.set_result(None)
+        round_.ended.reach()
 
     def _rewrites_static(self) -> bool:
         slots = self._settings.slots
@@ -496,7 +498,7 @@ class Mirror:
         found = round_.audited.digest()
         torn = next((name for copy in copies if (name := copy.pending.changed()) is not None), None)
         self.stats.last_stage_s = perf_counter() - round_.began_at
-        round_.staged.set_result(None)
+        round_.staged.reach()
         if torn is not None:
             self.stats.torn += 1
             self.torn = version
@@ -508,7 +510,8 @@ class Mirror:
     def _seal_own(self, round_: Round, copy: ShardCopy | None, *, rewrites: bool) -> OutgoingShard | None:
         if copy is None:
             return None
-        blob, checksum, static = round_.pack(), *self._checksum_of(copy, round_.pack())
+        blob = round_.pack()
+        checksum, static = self._checksum_of(copy, blob)
         copy.slot.seal(self._stamp(round_.version, self._rank), blob, checksum)
         return OutgoingShard(copy.slot, blob, static, repeats_static=rewrites)
 
@@ -518,7 +521,7 @@ class Mirror:
         static = KnownPrefix(self._layout.static_bytes(copy.shard), copy.pending.static.digest)
         if self._settings.checksum == NO_CHECKSUM:
             return "", static
-        changed = bytes_of(copy.slot.bulk[static.length_bytes :]), blob
+        changed = bytes_of(copy.slot.bulk)[static.length_bytes :], blob
         rest = digest(self._settings.checksum, changed, threads=self._settings.threads)
         return joined(static.length_bytes, static.digest, rest), static
 

@@ -129,8 +129,9 @@ class Rotation:
             turn: the turn.
             found: digest of what this rank compares for another one; empty if it has none.
         """
-        told = tensor_of(found.encode().ljust(DIGEST_BYTES, b"\0"))
-        sends = [] if turn.shard is None else [(turn.shard, AUDIT, told)]
+        sends: list[Message] = []
+        if turn.shard is not None:
+            sends.append((turn.shard, AUDIT, tensor_of(found.encode().ljust(DIGEST_BYTES, b"\0"))))
         receives = [] if turn.auditor is None else [(turn.auditor, AUDIT, receive_buffer(DIGEST_BYTES))]
         return sends, receives
 

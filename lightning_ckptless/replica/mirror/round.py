@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.mirror.moment import Moment
 from lightning_ckptless.replica.mirror.rotation import NO_TURN, Audited, Turn
 from lightning_ckptless.replica.mirror.shard_copies import ShardCopy
 
@@ -37,8 +37,8 @@ class Round:
     turn: Turn = NO_TURN
     audited: Audited = field(default_factory=lambda: Audited((), ()))
     blob: Blob = b""
-    staged: Future[None] = field(default_factory=Future)
-    ended: Future[None] = field(default_factory=Future)
+    staged: Moment = field(default_factory=Moment)
+    ended: Moment = field(default_factory=Moment)
 
     def pack(self) -> bytes:
         """The host state, serialized at the first call."""
@@ -48,6 +48,6 @@ class Round:
 
     def fail(self, error: BaseException) -> None:
         """Raise an error in threads that wait for the round."""
-        for future in (self.staged, self.ended):
-            if not future.done():
-                future.set_exception(error)
+        for moment in (self.staged, self.ended):
+            if not moment.is_reached:
+                moment.reach(error)

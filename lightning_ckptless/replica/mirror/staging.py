@@ -61,6 +61,12 @@ class PendingCopy:
     own: Sequence[torch.Tensor]
     ready: torch.cuda.Event | None = None
 
+    def add(self, pairs: Sequence[Pair]) -> None:
+        """Copy further views late."""
+        if pairs:
+            self.targets = [*self.targets, *(target for target, _ in pairs)]
+            self.sources = [*self.sources, *(source for _, source in pairs)]
+
     def changed(self) -> str | None:
         """Name of a tensor that was modified since `take`, or is not what the sources are views of; None if none is."""
         now = version_counters(self.watched)
@@ -154,21 +160,22 @@ class Stager:
         """
         own = self._own(tensors)
         plan = self._plan(bulk, self._live(own, tensors), frozenset(early))
-        watched = [own[index] for index in plan.watched.values()]
+        watched = [own[index] for index in plan.watched.values()] if plan.now else own
         pending = PendingCopy(
             bulk,
             plan.names,
-            list(plan.targets),
-            list(plan.sources),
+            plan.targets,
+            plan.sources,
             watched,
-            plan.watched.keys(),
+            plan.watched.keys() if plan.now else self._names,
             version_counters(watched),
             plan.middle,
             plan.static,
             plan.live,
             own,
         )
-        self._copy_now(plan.now, pending)
+        if plan.now:
+            self._copy_now(plan.now, pending)
         if plan.on_device:
             pending.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             pending.ready.record()
@@ -213,13 +220,10 @@ class Stager:
 
     def _copy_now(self, pairs: list[Pair], pending: PendingCopy) -> None:
         host = [(target, source) for target, source in pairs if not source.is_cuda]
-        with torch.no_grad():
-            foreach_copy([target for target, _ in host], [source for _, source in host])
-        for target, source in pairs:
-            if source.is_cuda:
-                # A clone on the device preserves the value without waiting for the device.
-                pending.targets.append(target)
-                pending.sources.append(source.clone())
+        foreach_copy([target for target, _ in host], [source for _, source in host])
+        # A clone on the device preserves the value without waiting for the device.
+        device = [(target, source.clone()) for target, source in pairs if source.is_cuda]
+        pending.add(device)
 
     def finish(self, pending: PendingCopy, half_done: Callable[[], None] | None = None) -> int:
         """Fill the rest of a slot, in any thread.
@@ -232,8 +236,7 @@ class Stager:
             Number of bytes that the slot already contained and that were not written.
         """
         outdated = pending.static.outdated()
-        pending.targets += [target for target, _ in outdated]
-        pending.sources += [source for _, source in outdated]
+        pending.add(outdated)
         middle = pending.middle if half_done is not None else len(pending.sources)
         self._copy(pending, slice(0, middle))
         if half_done is not None:
@@ -247,12 +250,14 @@ class Stager:
             self._device_copier.close()
 
     def _copy(self, pending: PendingCopy, part: slice) -> None:
+        if pending.ready is None:
+            foreach_copy(pending.targets[part], pending.sources[part])
+            return
         pairs = list(zip(pending.targets[part], pending.sources[part], strict=True))
-        host = [pair for pair in pairs if pending.ready is None or not pair[1].is_cuda]
-        with torch.no_grad():
-            foreach_copy([target for target, _ in host], [source for _, source in host])
+        host = [pair for pair in pairs if not pair[1].is_cuda]
+        foreach_copy([target for target, _ in host], [source for _, source in host])
         device = [pair for pair in pairs if pair[1].is_cuda]
-        if device and pending.ready is not None:
+        if device:
             if self._device_copier is None:
                 self._device_copier = DeviceCopier(device[0][1].device)
             self._device_copier.copy(

@@ -268,8 +268,7 @@ class Mirroring:
         report = self._report
         with report.time.spending(Bucket.MIRROR_STALL):
             self._await_rereplication()
-        report.step_done()
-        with report.time.spending(Bucket.MIRROR_STALL):
+            report.step_done()
             self._capture(version)
 
     def _capture(self, version: Version) -> None:
@@ -287,7 +286,6 @@ class Mirroring:
             return
         is_mirrored = self._is_to_be_mirrored(version)
         stall_s = self._submit(version, planned, mirror, is_mirrored=is_mirrored)
-        self._rank_state.forget_before(mirror.committed)
         self.taken = version
         spent_s = perf_counter() - began
         self._report.taken(stall_s, spent_s, mirror)
@@ -320,6 +318,8 @@ class Mirroring:
     def _submit(self, version: Version, planned: Planned, mirror: Mirror, *, is_mirrored: bool = True) -> float:
         tensors = planned.index.read()
         blob = self._blob(version, tensors)
+        # Before the mirror thread is woken, which wants the interpreter lock as well.
+        self._rank_state.forget_before(mirror.committed)
         if self._device is not None:
             blob = packed_once(blob)
             self._device.take(version, tensors, blob, mirror)
@@ -375,7 +375,7 @@ class Mirroring:
 
     def _is_to_be_compared(self) -> bool:
         """Whether ranks may have just trained for the first time what was identical on all of them until then."""
-        return not self._has_replicas() and self._seen is not None and self._seen.optimizer_step == 0
+        return self._seen is not None and self._seen.optimizer_step == 0 and not self._has_replicas()
 
     def _has_replicas(self) -> bool:
         """Whether ranks are known to have equal tensors: the strategy sees to it, and every version is compared."""

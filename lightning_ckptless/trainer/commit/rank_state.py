@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -75,7 +76,7 @@ class RankState:
             interval: the mirror interval; None while it is being measured.
         """
         return {
-            "state": self.host_state.capture(self._batches.position_at(version), tensors),
+            "state": self.host_state.capture(partial(self._batches.position_at, version), tensors),
             "virtual_ranks": self._data.virtual_ranks.capture(),
             "data_hooks": dict(self._data.hooks.made),
             "report": self._session.report.state(),

@@ -104,13 +104,13 @@ class StepBoundaries:
 
     def _step_is_new(self) -> bool:
         last = self.last
-        step = self.loops.trainer.global_step
+        step = self.loops.step
         return self.loops.step_done() and (last is None or step > last.optimizer_step or not last.validation_done)
 
     def _is_due(self, *, pending: int) -> bool:
         return self.ends_here() or (self.loops.batches_that_stepped + pending) % self.every_n_steps() == 0
 
     def _take(self, *, validation_done: bool) -> None:
-        version = Version(self.loops.trainer.global_step, validation_done)
+        version = Version(self.loops.step, validation_done)
         self.commit(version)
         self.last = version

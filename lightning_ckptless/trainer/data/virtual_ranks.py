@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ class VirtualRanks:
         self._places = places
         self._loaders: dict[int, VirtualRankLoader] = {}
 
+    @cached_property
+    def _loops(self) -> FitLoops:
+        return FitLoops(self.trainer)
+
     @property
     def carried(self) -> tuple[int, ...]:
         """The virtual ranks that this rank runs in addition to its own."""
@@ -75,7 +80,7 @@ class VirtualRanks:
     def share(self) -> float:
         """Weight of a micro-batch's loss."""
         if self.repartition is not None:
-            return self.repartition.weight(self._place, FitLoops(self.trainer).fetcher.fetched - 1)
+            return self.repartition.weight(self._place, self._loops.fetcher.fetched - 1)
         return share_of(self._places, self.count)
 
     @property
@@ -104,7 +109,7 @@ class VirtualRanks:
     def capture(self) -> dict[str, Any]:
         """Return the number of virtual ranks, the positions of those that this rank runs, and any repartition."""
         carried = {number: self._loader_of(number).capture() for number in self.carried}
-        length = FitLoops(self.trainer).length if self.repartition is None else self.repartition.length
+        length = self._loops.length if self.repartition is None else self.repartition.length
         repartition = None if self.repartition is None else asdict(self.repartition)
         return {
             "count": self.count,
@@ -127,7 +132,7 @@ class VirtualRanks:
         self.repartition = None if saved["repartition"] is None else Repartition(**saved["repartition"])
         if self.repartition is None:
             return
-        loops = FitLoops(self.trainer)
+        loops = self._loops
         if len(loops.combined_loader.flattened) > 1:
             raise OptionsError(
                 "elastic_batch='scale' can repartition a single training dataloader, found "
@@ -144,7 +149,7 @@ class VirtualRanks:
         Args:
             saved: the result of `capture`.
         """
-        loops = FitLoops(self.trainer)
+        loops = self._loops
         if self.repartition is not None:
             loops.set_length(loops.batches_done + self.repartition.steps - loops.fetcher.fetched)
         elif saved["length"]:
@@ -159,7 +164,7 @@ class VirtualRanks:
         if self.repartition is not None and self.trainer.current_epoch != self._repartition_epoch:
             self.repartition, self.count = None, self._places
             self.opened_for = self.count
-            FitLoops(self.trainer).forget_training_data()
+            self._loops.forget_training_data()
 
     def _loader_of(self, virtual_rank: int) -> VirtualRankLoader:
         if virtual_rank not in self._loaders:

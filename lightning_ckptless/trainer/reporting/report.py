@@ -334,7 +334,7 @@ class RunReport:
             self._note_time()
         if self.time.is_note_of_rank_due:
             self.time.note_rank()
-        if self.is_reporter and self._taken is not None:
+        if self._taken is not None:
             self._log_values(self._taken)
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
@@ -345,12 +345,15 @@ class RunReport:
 
     def _log_values(self, taken: TakenVersion) -> None:
         trainer = self.trainer
+        stepped = trainer.fit_loop.epoch_loop.global_step
+        is_due = bool(trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0)
+        if not (self.recoveries or is_due) or not self.is_reporter:
+            return
         if self.recoveries:
             # Until the first recovery the bar shows the same metrics as under DDP.
             shown = {"goodput": round(self.account.goodput, 3), "recoveries": float(self.recoveries)}
             show_on_progress_bar(trainer, shown)
-        stepped = trainer.fit_loop.epoch_loop.global_step
-        if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
+        if is_due:
             if not self._is_laid_out:
                 self._is_laid_out = True
                 lay_out(trainer.loggers, PREFIX)

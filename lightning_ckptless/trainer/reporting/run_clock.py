@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import psutil
@@ -20,6 +20,20 @@ _NOTE_EVERY_SHARE = 1e-3
 _NOTE_RANK_EVERY_S = 60.0
 _NOTE_RANK_EVERY_SHARE = 0.1
 """The same for the notes of all ranks."""
+
+
+class _Spending(AbstractContextManager[None]):
+    """The context of one bucket. There are several in each step, so they are made once."""
+
+    def __init__(self, clock: RunClock, bucket: Bucket) -> None:
+        self._clock = clock
+        self._bucket = bucket
+
+    def __enter__(self) -> None:
+        self._clock.enter(self._bucket)
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.leave()
 
 
 class RunClock:
@@ -39,6 +53,7 @@ class RunClock:
         self._ledger = ledger
         self._clock = clock
         self._buckets = [Bucket.START]
+        self._contexts = {bucket: _Spending(self, bucket) for bucket in Bucket}
         self._noted_at = 0.0
         self._noted_rank_at = began_at
         self._own_s = 0.0
@@ -58,14 +73,9 @@ class RunClock:
         if len(self._buckets) > 1:
             self._buckets.pop()
 
-    @contextmanager
-    def spending(self, bucket: Bucket) -> Iterator[None]:
+    def spending(self, bucket: Bucket) -> AbstractContextManager[None]:
         """Context whose time is counted in a bucket."""
-        self.enter(bucket)
-        try:
-            yield
-        finally:
-            self.leave()
+        return self._contexts[bucket]
 
     def touch(self) -> None:
         """Account for the time until now."""

@@ -40,14 +40,17 @@ class StepProgress:
         Raises:
             TransportError: the generation has ended.
         """
-        trainer = self._session.trainer
-        if self._writer is None or self._watcher is None or not self._session.is_member or trainer.sanity_checking:
+        trainer, session = self._session.trainer, self._session
+        if self._writer is None or self._watcher is None or not session.is_member:
+            return
+        done = point is Point.COMMIT or point is Point.VALIDATION
+        if point is Point.VALIDATION and trainer.sanity_checking:
             return
         self._watcher.heed()
-        done = point in (Point.COMMIT, Point.VALIDATION)
         out_of_data = done and self._loops.is_out_of_data
-        step = trainer.global_step + (not done)
-        self._writer.beat(step, point, trainer.current_epoch, out_of_data=out_of_data, rank=trainer.global_rank)
+        step = self._loops.step + (not done)
+        rank = session.members.rank
+        self._writer.beat(step, point, trainer.current_epoch, out_of_data=out_of_data, rank=rank)
 
     def interrupt(self) -> None:
         """Report that a fault has ended the step and a recovery begins."""

@@ -178,11 +178,13 @@ class Rewinding:
 
     def capture(self) -> dict[str, Any]:
         """Return the state of rewinds for a version; the same object as long as nothing changes."""
-        asked = tuple(each for each in self._asked if not each.request)
-        state = RewindState(asked, self.past, self._audit.sends)
-        if state != self._captured[0]:
-            self._captured = state, state.to_dict()
-        return self._captured[1]
+        known, found = self._captured
+        if self._asked or self.past is not known.past or known.asked or self._audit.sends != known.sends_replicas:
+            asked = tuple(each for each in self._asked if not each.request)
+            state = RewindState(asked, self.past, self._audit.sends)
+            found = found if state == known else state.to_dict()
+            self._captured = state, found
+        return found
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Restore what `capture` returned; requests from another terminal stay."""

@@ -117,7 +117,7 @@ def _record(
 ) -> Record:
     private = StateIndex(trainer).private
     different = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in same}
-    state = host_state.capture(data={}) | dict.fromkeys(_NO_LONGER_USED)
+    state = host_state.capture(dict) | dict.fromkeys(_NO_LONGER_USED)
     return {
         "state": pack(state),
         "evaluations": evaluation_counters(trainer),

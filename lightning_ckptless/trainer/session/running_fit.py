@@ -85,6 +85,7 @@ class RunningFit:
         self.has_started = False
         self._session = session
         self._trainer = trainer
+        self._loops = loops
         self._virtual_ranks = data.virtual_ranks
         self._watcher = watcher
         if watcher is not None:
@@ -118,11 +119,13 @@ class RunningFit:
     def at_batch_start(self, batch: Any) -> None:
         """Record which step has begun, and run the replay check if it is due."""
         self._session.report.time.begin_batch()
-        self._begun.stamp(self._session.rank, self._trainer.global_step + 1)
-        with self._session.report.time.spending(Bucket.DATA_WAIT):
-            self._virtual_ranks.fetch()
+        done = self._loops.step
+        self._begun.stamp(self._session.members.rank, done + 1)
+        if self._virtual_ranks.carried:
+            with self._session.report.time.spending(Bucket.DATA_WAIT):
+                self._virtual_ranks.fetch()
         self.deliver_rows()
-        self.mirroring.mirror_interval.begin_step(self._trainer.global_step)
+        self.mirroring.mirror_interval.begin_step(done)
         self.progress.beat(Point.BATCH)
         if self._replay_check is not None:
             self._replay_check.run_if_due(batch)

@@ -6,6 +6,7 @@ that are containers whose contents have changed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -27,6 +28,9 @@ class AttributeReader:
         tell: called once with the name of each container that has changed and is not plain, such as a list of objects.
 
     Attributes:
+        owner: returns the object.
+        seen: its attributes as of the last look.
+        has_marks: see `watch.Watched`.
         changes: number of readings that differed, or may have differed, from the one before.
         held: names of the attributes that have been the same object since the first reading, as of the last one.
         others: names of the attributes that are not plain, as of the last reading.
@@ -36,10 +40,12 @@ class AttributeReader:
         self, owner: object, leave: Collection[str] = (), tell: Callable[[str], None] = lambda _: None
     ) -> None:
         self.changes = 0
+        self.has_marks = False
         self._tell = tell
         self._owner = owner
+        self.owner = _reference_to(owner)
         self._leave = frozenset(leave)
-        self._seen = Seen(self._leave)
+        self.seen = Seen(self._leave)
         self._plain: dict[str, Any] = {}
         self._generators: dict[str, Any] = {}
         first = plain_attributes(owner, leave=self._leave)
@@ -54,8 +60,10 @@ class AttributeReader:
 
     def plain(self) -> dict[str, Any]:
         """Return what `plain_attributes` returns, as a dictionary that later readings change."""
+        if self.seen.is_quiet:
+            return self._plain
         attributes = getattr(self._owner, "__dict__", {})
-        names = self._seen.look(attributes)
+        names = self.seen.look(attributes)
         if names is None or names:
             self._keep({name for name, value in self._first.items() if attributes.get(name) is value})
         if names is None or any(self._is_other(name, attributes[name]) for name in names):
@@ -70,6 +78,10 @@ class AttributeReader:
         self._plain.update(changed)
         self.changes += bool(changed)
         return self._plain
+
+    def is_as_marked(self) -> bool:
+        """See `watch.Watched`."""
+        return True
 
     def put(self, saved: Mapping[str, Any], held: Collection[str], others: Collection[str]) -> None:
         """Restore the plain attributes: in place where they are, and were then, the objects of the first reading.
@@ -109,6 +121,14 @@ class AttributeReader:
         """Return whether an attribute has become plain or ceased to be, or was or is a generator."""
         is_other = is_plain(value) != (name in self._plain)
         return is_other or name in self._generators or isinstance(value, GENERATORS)
+
+
+def _reference_to(owner: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(owner)
+    except TypeError:
+        # Its class has slots.
+        return lambda: owner
 
 
 def _is_lost(value: Any) -> bool:

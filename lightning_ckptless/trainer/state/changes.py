@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
 from lightning_ckptless.trainer.state.seen import Seen
+from lightning_ckptless.trainer.state.watch import Watched
 
 Changed = dict[str, dict[str, dict[str, Any]]]
 """By object path: changed values under `set`, names of deleted attributes under `gone`."""
@@ -31,6 +33,7 @@ KEPT_BYTES = 8_000_000
 `COMPARED_BYTES`."""
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ABSENT = object()
+_IS_QUIET = attrgetter("seen.is_quiet")
 
 
 class Size(Enum):
@@ -80,10 +83,18 @@ class Changes:
     ) -> None:
         left = leave or {}
         self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners}
+        self._captured: Changed = {}
+
+    @property
+    def watched(self) -> Collection[Watched]:
+        """The objects, for a watch."""
+        return self._owners.values()
 
     def capture(self) -> Changed:
         """Return copies of everything that differs from the first observation. See `lost` for what is not captured."""
-        return {path: changed for path, owner in self._owners.items() if (changed := owner.changed())}
+        if not all(map(_IS_QUIET, self._owners.values())):
+            self._captured = {path: changed for path, owner in self._owners.items() if (changed := owner.changed())}
+        return self._captured
 
     def apply(self, saved: Changed, *, only: str | None = None) -> None:
         """Restore the objects to a state captured here or in another process.
@@ -98,49 +109,68 @@ class Changes:
 
     def identities(self) -> set[int]:
         """Return the identities of the watched objects."""
-        return {id(owner.watched) for owner in self._owners.values()}
+        return {id(owner.owner()) for owner in self._owners.values()}
 
     def lost(self) -> list[str]:
         """Return, once each, the attributes whose change `capture` saw but could not save, as `path.name`."""
-        return [f"{path}.{name}" for path, owner in self._owners.items() for name in owner.lost()]
+        found = [f"{path}.{name}" for path, owner in self._owners.items() for name in owner.lost]
+        for owner in self._owners.values() if found else ():
+            owner.lost.clear()
+        return found
 
 
 class _Owner:
-    """One object with the original values of its attributes. The reference is weak: the object may hold this one."""
+    """One object with the original values of its attributes.
+
+    Attributes:
+        owner: returns the object; None if it no longer exists. The reference is weak: the object may hold this one.
+        seen: the attributes that are not marked, as of the last look.
+        lost: names whose change could not be captured.
+    """
 
     def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
-        self._object = weakref.ref(owner)
+        self.owner = weakref.ref(owner)
         self._leave = leave
         self._policy = policy
         self._first = {name: _Value(value) for name, value in vars(owner).items() if name not in leave}
         self._marked = {name: first for name, first in self._first.items() if first.is_marked}
-        self._seen = Seen(leave | self._marked.keys())
+        self.seen = Seen(leave | self._marked.keys())
         self._changed: dict[str, Any] = {}
         self._is_known = False
-        self._lost: list[str] = []
+        self.lost: list[str] = []
 
     @property
-    def watched(self) -> Any:
-        """The object; None if it no longer exists."""
-        return self._object()
+    def has_marks(self) -> bool:
+        """See `watch.Watched`."""
+        return bool(self._marked)
+
+    def is_as_marked(self) -> bool:
+        """See `watch.Watched`."""
+        attributes = self._attributes
+        return attributes is not None and self._is_known and self._are_unchanged(attributes)
+
+    def _are_unchanged(self, attributes: Mapping[str, Any]) -> bool:
+        return all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items())
 
     @property
     def _attributes(self) -> dict[str, Any] | None:
-        owner = self._object()
+        owner = self.owner()
         return None if owner is None else vars(owner)
 
     def changed(self) -> dict[str, Any]:
         """Return what differs from the original attributes; the same object as at the last call if nothing changed."""
+        if self.seen.is_quiet:
+            return self._changed
         attributes = self._attributes
         if attributes is None:
             return {}
-        names = self._seen.look(attributes)
+        names = self.seen.look(attributes)
         is_same = self._is_known and names is not None and not names
-        if is_same and all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items()):
+        if is_same and self._are_unchanged(attributes):
             return self._changed
         self._changed = self._find(attributes)
         # A marked value that has changed may change again in a way that its mark does not show.
-        self._is_known = all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items())
+        self._is_known = self._are_unchanged(attributes)
         return self._changed
 
     def _find(self, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +181,10 @@ class _Owner:
             if size is not Size.FITS or not self._policy.captures_plain:
                 if size in self._policy.names:
                     # Reported once, then ignored.
-                    self._lost.append(name)
+                    self.lost.append(name)
                     self._leave |= {name}
                     self._marked.pop(name, None)
-                    self._seen = Seen(self._leave | self._marked.keys())
+                    self.seen = Seen(self._leave | self._marked.keys())
             elif value is _ABSENT:
                 gone.append(name)
             else:
@@ -162,11 +192,6 @@ class _Owner:
         if not changed and not gone:
             return {}
         return {"set": changed, "gone": dict.fromkeys(gone)}
-
-    def lost(self) -> list[str]:
-        """Return the names whose change could not be captured since the last call."""
-        new, self._lost = self._lost, []
-        return new
 
     def put(self, saved: dict[str, Any]) -> None:
         """Make the object differ from its original state by exactly what was saved."""

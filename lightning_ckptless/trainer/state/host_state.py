@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -48,6 +48,7 @@ from lightning_ckptless.trainer.state.tensors import (
     set_optimizer_facts,
     trained_alone,
 )
+from lightning_ckptless.trainer.state.watch import Watch, Watched
 from lightning_ckptless.trainer.strategy.compatibility import names_of_class
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class HostState:
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._own_states: dict[int, OwnState] = {}
         self._parts: defaultdict[str, PartCache] = defaultdict(PartCache)
+        self._watch = Watch(self._watched)
         self._buckets = BucketWatch()
         self._submodules = ModuleAttributes(self.module, self._tell_of_submodule)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
@@ -124,45 +126,74 @@ class HostState:
     # ------------------------------------------------------------------ capture
 
     def capture(
-        self, data: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+        self, position: Callable[[], dict[str, Any]] | None = None, tensors: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:
         """Return the current state. It refers to live objects: pack it before training continues.
 
         Args:
-            data: position of the training data; None to look it up.
+            position: returns the position of the training data; None to look it up.
             tensors: the tensors that are part of the version anyway, by name, so that the rest may refer to them.
         """
         trainer, groups = self.trainer, self._groups.now()
-        # These call functions of the script, which may change attributes of the model.
+        owners = [self._own_state(owner) for owner in self._owners]
+        # These call functions of the script, which may change attributes.
+        states = [owner.state() for owner in owners]
         of_script = {
-            "callbacks": [self._callback(callback) for callback in self._callbacks],
-            "datamodule": self._datamodule(),
             "checkpoint": self.hooks.capture(tensors or {}),
-        }
-        return {
-            **of_script,
             "late_modules": self._late_modules.capture(),
             "counters": self.loops.counters(),
-            "ages": ages_of(trainer),
-            "data": data_position(self.loops) if data is None else data,
-            "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
-            "optimizers": optimizer_facts(trainer),
-            "first_groups": self._parts["first_groups"].part(0, self._surroundings.first_groups),
-            "groups": self._parts["groups"].part(self._groups.changes, groups),
-            "trained_alone": sorted(trained_alone(trainer)),
-            "first_schedulers": self._surroundings.schedulers.first,
             "schedulers": self._surroundings.schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
-            "module": self._module(),
-            "surroundings": self._surroundings.capture(),
-            "training": [m.training for m in self._modules],
-            "should_stop": trainer.should_stop,
-            "gradients": self._gradients(),
-            "buffers_are_due": self._buffers_are_due(),
-            "buckets": self._buckets.settled(trainer.strategy.model),
-            "rng": capture_rng(),
         }
+        extra_state = {name: m.get_extra_state() for name, m in self._extra_state.items()}
+        self._watch.begin()
+        try:
+            captured = {
+                **of_script,
+                **self._of_owners([owner.capture(state) for owner, state in zip(owners, states, strict=True)]),
+                "ages": ages_of(trainer),
+                "results": dump_results(trainer),
+                "optimizers": optimizer_facts(trainer),
+                "first_groups": self._parts["first_groups"].part(0, self._surroundings.first_groups),
+                "groups": self._parts["groups"].part(self._groups.changes, groups),
+                "trained_alone": sorted(trained_alone(trainer)),
+                "first_schedulers": self._surroundings.schedulers.first,
+                "module": self._module(extra_state),
+                "surroundings": self._surroundings.capture(),
+                "training": [m.training for m in self._modules],
+                "should_stop": trainer.should_stop,
+                "gradients": self._gradients(),
+                "buffers_are_due": self._buffers_are_due(),
+                "buckets": self._buckets.settled(trainer.strategy.model),
+                # Last, as it may call code of a dataloader.
+                "data": data_position(self.loops) if position is None else position(),
+                "rng": capture_rng(),
+            }
+        finally:
+            self._watch.end()
+        self._surroundings.report_training_data()
+        return captured
+
+    @property
+    def _owners(self) -> list[Any]:
+        """The callbacks, then the datamodule if there is one."""
+        datamodule = self.trainer.datamodule
+        return self._callbacks if datamodule is None else [*self._callbacks, datamodule]
+
+    def _of_owners(self, captured: list[dict[str, Any]]) -> dict[str, Any]:
+        of_callbacks, others = captured[: len(self._callbacks)], captured[len(self._callbacks) :]
+        kinds = [type(callback).__name__ for callback in self._callbacks]
+        return {
+            "callbacks": [{"class": kind, **state} for kind, state in zip(kinds, of_callbacks, strict=True)],
+            "datamodule": others[0] if others else None,
+        }
+
+    def _watched(self) -> Iterator[Watched]:
+        yield self._attributes
+        yield from self._submodules.readers
+        yield from (owner.reader for owner in self._own_states.values())
+        yield from self._surroundings.watched()
 
     def _gradients(self) -> dict[str, Any] | None:
         """Return the last step's gradients in the rare case that another step uses them, else None."""
@@ -179,9 +210,6 @@ class HostState:
         model = self.trainer.strategy.model
         return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
-    def _callback(self, callback: Any) -> dict[str, Any]:
-        return {"class": type(callback).__name__, **self._own_state(callback).capture()}
-
     def _own_state(self, owner: Any) -> OwnState:
         """Return what reads and restores a callback or the datamodule."""
         if id(owner) not in self._own_states:
@@ -197,9 +225,7 @@ class HostState:
         places = (f"callback {place} ({kind})" for place, it in enumerate(self.trainer.callbacks) if it is owner)
         return next(places, kind)
 
-    def _module(self) -> dict[str, Any]:
-        # Called first, as it may change attributes.
-        extra_state = {name: m.get_extra_state() for name, m in self._extra_state.items()}
+    def _module(self, extra_state: dict[str, Any]) -> dict[str, Any]:
         plain, submodules = self._attributes.plain(), self._submodules.capture()
         return {
             "plain": self._parts["plain"].part(self._attributes.changes, plain),
@@ -211,19 +237,16 @@ class HostState:
             "hyperparameters": hyperparameters(self.module),
         }
 
-    def _datamodule(self) -> dict[str, Any] | None:
-        datamodule = self.trainer.datamodule
-        return None if datamodule is None else self._own_state(datamodule).capture()
-
     # ------------------------------------------------------------------ what dataloader hooks see
 
     def shown(self) -> dict[str, Any]:
         """Return what the user's dataloader hooks may read besides the counters. It refers to live objects."""
+        of_owners = self._of_owners([self._own_state(owner).capture() for owner in self._owners])
         return {
             "module": self._attributes.plain(),
             "submodules": self._submodules.capture(),
-            "datamodule": self._datamodule(),
-            "callbacks": [self._callback(callback)["plain"] for callback in self._callbacks],
+            "datamodule": of_owners["datamodule"],
+            "callbacks": [of_callback["plain"] for of_callback in of_owners["callbacks"]],
             "generators": [owned_generators(owner) for owner in (self.module, *self._callbacks)],
         }
 

@@ -6,10 +6,10 @@ some epochs: none of them is in a `state_dict`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES, is_plain
 from lightning_ckptless.trainer.state.rng import generators_of, set_owned_generators
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_CHANGES, _IS_QUIET = attrgetter("changes"), attrgetter("seen.is_quiet")
 
 
 class ModuleAttributes:
@@ -54,11 +55,18 @@ class ModuleAttributes:
         self._facts_at = -1
         self._held: dict[str, list[str]] = {}
         self._other_names: dict[str, list[str]] = {}
+        self._of_readers: dict[str, Any] | None = None
+
+    @property
+    def readers(self) -> Collection[AttributeReader]:
+        """Those of the submodules that are not torch's own."""
+        return self._readers.values()
 
     @property
     def changes(self) -> int:
         """Number of captures that differed, or may have differed, from the one before."""
-        return self._own_changes + sum(reader.changes for reader in self._readers.values())
+        of_readers: int = sum(map(_CHANGES, self._readers.values()))
+        return self._own_changes + of_readers
 
     def capture(self) -> dict[str, Any]:
         """Return the current attributes. They refer to live objects: pack them before training continues."""
@@ -72,14 +80,16 @@ class ModuleAttributes:
         # The state of a generator changes unnoticed.
         self._own_changes += not is_same or trained != self._seen[1] or bool(self._with_generators)
         self._seen = values, trained
+        if self._of_readers is None or not all(map(_IS_QUIET, self._readers.values())):
+            self._of_readers = self._read()
         return {
             "numbers": self._numbers,
-            **self._of_readers(),
+            **self._of_readers,
             "generators": {name: self._readers[name].generators() for name in self._with_generators},
             "trained": trained,
         }
 
-    def _of_readers(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         plain = {name: reader.plain() for name, reader in self._readers.items()}
         unchanged = {
             name: [key for key in first if key in plain[name] and first[key].is_still(plain[name][key])]

@@ -31,6 +31,9 @@ class OwnState:
         leave: names of attributes to exclude.
         calls_state_dict: whether its `state_dict()` is part of it.
         tell: called with the name of a container that cannot be captured.
+
+    Attributes:
+        reader: reads its attributes, unless they belong to the process.
     """
 
     def __init__(
@@ -44,23 +47,30 @@ class OwnState:
         self._owner = owner
         self._calls_state_dict = calls_state_dict
         self._kept = _attributes_of_the_process(owner)
-        self._reader = AttributeReader(owner, {*leave, *readings_of(owner)}, tell)
+        self.reader = AttributeReader(owner, {*leave, *readings_of(owner)}, tell)
 
-    def capture(self) -> dict[str, Any]:
-        """Return the current state. It refers to live objects: pack it before continuing."""
+    def state(self) -> dict[str, Any]:
+        """Return its `state_dict`. Called before `capture`, as it may change attributes."""
+        return _state_of(self._owner) if self._calls_state_dict else {}
+
+    def capture(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the current state. It refers to live objects: pack it before continuing.
+
+        Args:
+            state: the result of `state`; None to call it first.
+        """
         owner, kept = self._owner, self._kept
-        # Called first, as it may change attributes.
-        state = _state_of(owner) if self._calls_state_dict else {}
+        state = self.state() if state is None else state
         if kept is None:
-            plain, generators = self._reader.plain(), self._reader.generators()
+            plain, generators = self.reader.plain(), self.reader.generators()
         else:
             plain, generators = plain_attributes(owner, leave={name for name in vars(owner) if name not in kept}), {}
         return {
             "state": state,
             "plain": plain,
             "generators": generators,
-            "held": self._reader.held,
-            "others": self._reader.others,
+            "held": self.reader.held,
+            "others": self.reader.others,
             "ages": ages_of(owner),
             "windows": windows_of(owner),
         }
@@ -80,7 +90,7 @@ class OwnState:
     def _put_attributes(self, saved: dict[str, Any]) -> None:
         owner, plain = self._owner, copy.deepcopy(saved["plain"])
         if self._kept is None:
-            self._reader.put(plain, saved["held"], {*saved["others"], *readings_of(owner)})
+            self.reader.put(plain, saved["held"], {*saved["others"], *readings_of(owner)})
         else:
             set_plain_attributes(owner, plain)
         set_owned_generators(owner, saved["generators"])

@@ -41,19 +41,32 @@ class Seen:
 
     Args:
         leave: names of attributes that are not looked at.
+
+    Attributes:
+        names: all names, in order; None before the first look.
+        kept: those that are looked at.
+        values: their values.
+        serialized: the containers of numbers and text.
+        bytes: what `marshal` writes for these.
+        items: the other containers, each with its items.
+        unknown: names of attributes that may change in a way that does not show.
+        changes: number of looks that have found a change.
+        is_quiet: whether nothing has changed since the last look, as long as a watch says so (see `watch.py`).
     """
 
     def __init__(self, leave: Collection[str] = ()) -> None:
         self._leave = leave
-        self._names: tuple[str, ...] | None = None
-        self._kept: list[str] = []
+        self.names: tuple[str, ...] | None = None
+        self.kept: list[str] = []
         self._pick: Callable[[Mapping[str, Any]], tuple[Any, ...]] = _picker([])
-        self._values: tuple[Any, ...] = ()
+        self.values: tuple[Any, ...] = ()
         self._kinds: dict[str, _Kind] = {}
-        self._unknown: list[str] = []
-        self._serialized: dict[str, Any] = {}
-        self._bytes = b""
-        self._items: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self.unknown: list[str] = []
+        self.serialized: dict[str, Any] = {}
+        self.bytes = b""
+        self.items: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self.changes = 0
+        self.is_quiet = False
 
     def look(self, attributes: Mapping[str, Any]) -> Collection[str] | None:
         """Look at the attributes.
@@ -62,38 +75,40 @@ class Seen:
             Names of attributes that may have changed since the last look; all others are certain to be the same. None
             if attributes have come or gone.
         """
-        if tuple(attributes) != self._names:
-            self._names = tuple(attributes)
-            self._kept = [name for name in attributes if name not in self._leave]
-            self._pick = _picker(self._kept)
-            self._values = self._pick(attributes)
-            self._classify(self._kept)
+        if tuple(attributes) != self.names:
+            self.names = tuple(attributes)
+            self.kept = [name for name in attributes if name not in self._leave]
+            self._pick = _picker(self.kept)
+            self.values = self._pick(attributes)
+            self._classify(self.kept)
+            self.changes += 1
             return None
-        before, self._values = self._values, self._pick(attributes)
-        changed = list(self._unknown)
-        if not all(map(is_, before, self._values)):
-            changed += [name for name, old, new in zip(self._kept, before, self._values, strict=True) if old is not new]
-        if self._bytes != _serialized(self._serialized):
-            changed += self._serialized
-        changed += [name for name, (value, items) in self._items.items() if not _is_same(value, items)]
+        before, self.values = self.values, self._pick(attributes)
+        changed = list(self.unknown)
+        if not all(map(is_, before, self.values)):
+            changed += [name for name, old, new in zip(self.kept, before, self.values, strict=True) if old is not new]
+        if self.bytes != _serialized(self.serialized):
+            changed += self.serialized
+        changed += [name for name, (value, items) in self.items.items() if not has_items(value, items)]
         if changed:
             self._classify(changed)
+            self.changes += 1
         return changed
 
     def _classify(self, names: Collection[str]) -> None:
-        values = dict(zip(self._kept, self._values, strict=True))
+        values = dict(zip(self.kept, self.values, strict=True))
         kinds = {name: _kind_of(values[name]) for name in names}
         moved = [name for name, kind in kinds.items() if kind is not _Kind.FIXED or self._kinds.get(name) is not kind]
-        self._kinds = {name: self._kinds[name] for name in self._kept if name in self._kinds} | kinds
-        if not moved and len(kinds) < len(self._kept):
+        self._kinds = {name: self._kinds[name] for name in self.kept if name in self._kinds} | kinds
+        if not moved and len(kinds) < len(self.kept):
             return
         by_kind: dict[_Kind, list[str]] = {kind: [] for kind in _Kind}
         for name, kind in self._kinds.items():
             by_kind[kind].append(name)
-        self._unknown = by_kind[_Kind.UNKNOWN]
-        self._serialized = {name: values[name] for name in by_kind[_Kind.SERIALIZED]}
-        self._bytes = _serialized(self._serialized)
-        self._items = {name: (values[name], items_of(values[name])) for name in by_kind[_Kind.ITEMS]}
+        self.unknown = by_kind[_Kind.UNKNOWN]
+        self.serialized = {name: values[name] for name in by_kind[_Kind.SERIALIZED]}
+        self.bytes = _serialized(self.serialized)
+        self.items = {name: (values[name], items_of(values[name])) for name in by_kind[_Kind.ITEMS]}
 
 
 def _picker(names: list[str]) -> Any:
@@ -146,6 +161,7 @@ def items_of(value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _is_same(value: Any, items: tuple[Any, ...]) -> bool:
+def has_items(value: Any, items: tuple[Any, ...]) -> bool:
+    """Return whether a container still consists of the same objects."""
     now = items_of(value)
     return len(now) == len(items) and all(map(is_, now, items))

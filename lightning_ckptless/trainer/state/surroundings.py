@@ -6,7 +6,8 @@ dataloaders may be created long after a version is restored: their state is kept
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,11 +15,12 @@ from torch.utils.data import DataLoader
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.settings import kept_elsewhere, optimizer_wrappers, settings_of
-from lightning_ckptless.trainer.data.loader import tracker_of, watch_attributes
+from lightning_ckptless.trainer.data.loader import LoaderTracker, tracker_of, watch_attributes
 from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
 from lightning_ckptless.trainer.state.schedulers import Schedulers
 from lightning_ckptless.trainer.state.user_objects import UserObjects
+from lightning_ckptless.trainer.state.watch import Watched
 
 _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
 
@@ -52,7 +54,7 @@ class Surroundings:
 
     def watch_objects(self) -> None:
         """Start watching the user's objects: the start hooks of the fit have created them."""
-        known = {identity for changes in self._training() for identity in changes.identities()}
+        known = {identity for tracker in self._trackers() for identity in tracker.attributes.identities()}
         self._objects = UserObjects(self._trainer, known)
 
     def note_loss(self, path: str, name: str = "") -> None:
@@ -61,6 +63,13 @@ class Surroundings:
         if whole not in self._told:
             self._told.add(whole)
             self._tell(whole)
+
+    def watched(self) -> Iterator[Watched]:
+        """Yield the objects that are watched now."""
+        # To read the position of a dataloader that keeps it by itself calls code that may change attributes.
+        of_data = [tracker.attributes for tracker in self._trackers() if not tracker.states_itself]
+        objects = () if self._objects is None else self._objects.changes
+        return chain.from_iterable(each.watched for each in (self._settings, *self._validation, *of_data, *objects))
 
     def capture(self) -> dict[str, Any]:
         """Return what has changed so far."""
@@ -72,11 +81,17 @@ class Surroundings:
         }
         for name in () if self._objects is None else self._objects.lost():
             self.note_loss(name)
-        for stage, watched in (("val", self._validation), ("train", self._training())):
-            for index, changes in enumerate(watched):
-                for name in changes.lost():
-                    self._tell(f"{stage} dataloader {index}: {name}")
+        self._report("val", self._validation)
         return state
+
+    def report_training_data(self) -> None:
+        """Report what has changed in the training data and cannot be captured. Called when its position was read."""
+        self._report("train", [tracker.attributes for tracker in self._trackers()])
+
+    def _report(self, stage: str, watched: Iterable[Changes]) -> None:
+        for index, changes in enumerate(watched):
+            for name in changes.lost():
+                self._tell(f"{stage} dataloader {index}: {name}")
 
     def objects(self) -> dict[str, Any]:
         """Return what has changed in the user's objects."""
@@ -124,7 +139,7 @@ class Surroundings:
         self._validation = [watch_attributes(loader) for loader in loaders if isinstance(loader, DataLoader)]
         return True
 
-    def _training(self) -> list[Changes]:
+    def _trackers(self) -> list[LoaderTracker]:
         combined = self._loops.combined_loader
         loaders = [] if combined is None else stand_ins(combined)
-        return [tracker.attributes for loader in loaders if (tracker := tracker_of(loader)) is not None]
+        return [tracker for loader in loaders if (tracker := tracker_of(loader)) is not None]

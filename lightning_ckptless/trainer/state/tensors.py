@@ -226,11 +226,19 @@ def modules_of_callbacks(trainer: Any) -> Iterator[tuple[str, int, str, nn.Modul
     """Yield the same modules, each with its prefix, the index of its callback, and the name of the attribute."""
     own: set[int] = set()
     for index, callback in enumerate(trainer.callbacks):
-        for name, value in vars(callback).items():
+        attributes = vars(callback)
+        if not any(map(_is_module, map(type, attributes.values()))):
+            continue
+        for name, value in attributes.items():
             if isinstance(value, nn.Module):
                 own = own or {id(m) for m in trainer.lightning_module.modules()}
                 if id(value) not in own:
                     yield f"callback/{index}.{type(callback).__name__}.{name}", index, name, value
+
+
+@cache
+def _is_module(kind: type) -> bool:
+    return issubclass(kind, nn.Module)
 
 
 def optimizer_parameters(trainer: Any, index: int) -> dict[str, nn.Parameter]:

@@ -11,7 +11,8 @@ import functools
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator
-from operator import is_
+from itertools import chain
+from operator import is_, methodcaller
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from lightning_ckptless.trainer.state.rng import generators_of
 from lightning_ckptless.trainer.state.tensors import callback_modules
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_VALUES = methodcaller("values")
 _NO_STATE = (
     nn.Module,
     torch.Tensor,
@@ -63,7 +65,12 @@ class UserObjects:
         generators = {id(generator) for root, _ in roots.values() for generator in generators_of(root).values()}
         self._held = HeldStates(attributes, {*_captured_elsewhere(trainer), *generators}, _is_own_object)
         self._children = _Children(trainer.lightning_module)
-        self._references = [_References(path, root, leave) for path, (root, leave) in roots.items()]
+        self._references = _References(roots)
+
+    @property
+    def changes(self) -> tuple[Changes, ...]:
+        """What tracks the attributes of the objects."""
+        return self._own, self._installed
 
     def capture(self) -> dict[str, Any]:
         """Return what has changed in objects whose class is user code, and the states of those of torch."""
@@ -77,7 +84,7 @@ class UserObjects:
 
     def lost(self) -> list[str]:
         """Return the attributes whose change since the last call would be lost with the process, each once."""
-        exchanged = [name for references in self._references for name in references.exchanged()]
+        exchanged = self._references.exchanged()
         return [*self._own.lost(), *self._installed.lost(), *self._held.lost(), *self._children.added(), *exchanged]
 
 
@@ -86,7 +93,7 @@ class _Children:
 
     def __init__(self, model: nn.Module) -> None:
         self._name = type(model).__name__
-        self._dicts = [(path, child_dict(module)) for path, module in model.named_modules()]
+        self._dicts = {path: child_dict(module) for path, module in model.named_modules()}
         self._counts = self._count()
         self._known = self._paths()
 
@@ -98,32 +105,41 @@ class _Children:
         yield from (f"{self._name}.{path}" for path in self._known if path not in known)
 
     def _count(self) -> list[int]:
-        return [len(children) for _, children in self._dicts]
+        return list(map(len, self._dicts.values()))
 
     def _paths(self) -> list[str]:
-        return [f"{path}.{name}" if path else name for path, children in self._dicts for name in children]
+        return [f"{path}.{name}" if path else name for path, children in self._dicts.items() for name in children]
 
 
 class _References:
-    """Tracks which objects the attributes of a module, callback or datamodule refer to, plain values excluded."""
+    """Tracks which objects the attributes of modules, callbacks and the datamodule refer to, plain values excluded."""
 
-    def __init__(self, path: str, root: Any, leave: Collection[str]) -> None:
-        self._path = path
-        self._attributes = vars(root)
-        self._leave = set(leave)
+    def __init__(self, roots: dict[str, tuple[Any, Collection[str]]]) -> None:
+        self._attributes = {path: vars(root) for path, (root, _) in roots.items()}
+        self._leave = {path: set(leave) for path, (_, leave) in roots.items()}
         # Exclude tensors: a reference here would keep replaced ones in memory.
-        self._first = {name: value for name, value in self._attributes.items() if _is_reference(value)}
-        self._values = tuple(self._attributes.values())
+        self._first = {
+            path: {name: value for name, value in attributes.items() if _is_reference(value)}
+            for path, attributes in self._attributes.items()
+        }
+        self._values = self._now()
 
-    def exchanged(self) -> Iterator[str]:
-        """Yield the names of attributes that no longer refer to their original object."""
-        if len(self._values) == len(self._attributes) and all(map(is_, self._values, self._attributes.values())):
-            return
-        self._values = tuple(self._attributes.values())
-        for name, value in list(self._attributes.items()):
-            if self._first.get(name) is not value and name not in self._leave and _is_reference(value):
-                self._leave.add(name)
-                yield f"{self._path}.{name}"
+    def exchanged(self) -> list[str]:
+        """Return the paths of attributes that no longer refer to their original object, each once."""
+        before, self._values = self._values, self._now()
+        if len(before) == len(self._values) and all(map(is_, before, self._values)):
+            return []
+        return [f"{path}.{name}" for path in self._attributes for name in self._exchanged(path)]
+
+    def _exchanged(self, path: str) -> Iterator[str]:
+        first, leave = self._first[path], self._leave[path]
+        for name, value in list(self._attributes[path].items()):
+            if first.get(name) is not value and name not in leave and _is_reference(value):
+                leave.add(name)
+                yield name
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(_VALUES, self._attributes.values())))
 
 
 def is_users_own(cls: type) -> bool:

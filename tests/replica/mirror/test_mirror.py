@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.mirror.moment import Moment
 from lightning_ckptless.replica.transport import SoloTransport, Transport
 from tests.replica.world import MakeWorld, State, StopError, stop_at, wait_for
 
@@ -359,15 +359,15 @@ class _Job:
     def __init__(self, mirror: Mirror, transport: Transport) -> None:
         self.mirror, self.transport = mirror, transport
         self.committed: Version | None = None
-        self.ended: Future[None] = Future()
+        self.ended = Moment()
 
     def run(self) -> None:
         assert self.transport.agree(True)
         self.committed = self.mirror.committed
-        self.ended.set_result(None)
+        self.ended.reach()
 
     def fail(self, error: BaseException) -> None:
-        self.ended.set_exception(error)
+        self.ended.reach(error)
 
 
 def test_a_job_runs_between_two_rounds(world: MakeWorld) -> None:
@@ -379,7 +379,8 @@ def test_a_job_runs_between_two_rounds(world: MakeWorld) -> None:
     ranks.submit(2)
     ranks.settle()
     assert [job.committed for job in jobs] == [Version(1, True)] * 2
-    assert [job.ended.result(20) for job in jobs] == [None] * 2
+    for job in jobs:
+        job.ended.wait(20)
 
 
 def test_the_transport_is_free_once_the_last_job_is_over(world: MakeWorld) -> None:
@@ -389,7 +390,7 @@ def test_the_transport_is_free_once_the_last_job_is_over(world: MakeWorld) -> No
     for mirror, job in zip(ranks.mirrors, jobs, strict=True):
         mirror.then(job)
     assert ranks.settle() == [Version(1, True)] * 2
-    assert all(job.ended.done() for job in jobs)
+    assert all(job.ended.is_reached for job in jobs)
 
 
 def test_a_job_that_fails_ends_the_mirror(world: MakeWorld) -> None:
@@ -398,7 +399,8 @@ def test_a_job_that_fails_ends_the_mirror(world: MakeWorld) -> None:
     mirror = ranks.mirrors[0]
     job, next_job = _Job(mirror, ranks.transports[0]), _Job(mirror, ranks.transports[0])
     mirror.then(job)
-    assert isinstance(job.ended.exception(20), TransportError)
+    with pytest.raises(TransportError):
+        job.ended.wait(20)
     with pytest.raises(TransportError):
         mirror.settle()
     with pytest.raises(TransportError):

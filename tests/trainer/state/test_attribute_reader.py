@@ -204,6 +204,7 @@ def without_memory(kept: HostState) -> HostState:
     of_others = fresh._submodules._of_others.items()
     fresh._submodules._readers = {name: AttributeReader(m, vars(torch.nn.Module())) for name, m in of_others}
     fresh._submodules._seen, fresh._submodules._numbers, fresh._submodules._facts_at = ([], []), {}, -1
+    fresh._submodules._of_readers = None
     return fresh
 
 

@@ -124,7 +124,7 @@ def test_a_checkpoint_that_cannot_be_pickled_is_rejected(tmp_path: Path) -> None
     trainer = tiny_trainer(tmp_path, callbacks=[hooks])
     trainer.fit(tiny_module(), tiny_loader())
     with pytest.raises(OptionsError, match=r"cannot pickle the checkpoint of step 4: .*checkpoint_hooks='never'"):
-        HostState(trainer, EVERY).capture({})
+        HostState(trainer, EVERY).capture(dict)
 
 
 @pytest.mark.parametrize(("options", "told"), [(CkptlessOptions(), True), (EVERY, False)])

@@ -314,7 +314,7 @@ def test_a_replaced_object_is_reported_once(tmp_path: Path) -> None:
         if trainer.global_step == 2:
             trainer.train_dataloader.dataset.transform = Counting()
         attributes_now(FitLoops(trainer))
-        seen[0].capture()
+        seen[0].report_training_data()
 
     hooks = callback(on_train_start=begin, on_train_batch_end=step)
     model = tiny_module()
