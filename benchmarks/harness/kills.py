@@ -62,13 +62,12 @@ def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout
 
     try:
         lives = watch.until(recovered, timeout_s, f"a step by all ranks after the loss of rank {victim}")
-        first = lives[victim].first_step
+        first, recovered_with = lives[victim].first_step, dict(watch.pids)
         ended_at = max(life.steps[first] for life in lives)
         witnesses = range(first, first + _WITNESSES)
-        fingerprints = {
-            step: sorted({life.fingerprints[step] for life in watch.until_step(witnesses[-1], timeout_s)})
-            for step in witnesses
-        }
+        lives = watch.until_step(witnesses[-1], timeout_s)
+        require_same_processes(watch, recovered_with, first)
+        fingerprints = {step: sorted({life.fingerprints[step] for life in lives}) for step in witnesses}
     except NoRecoveryError as error:
         raise NoRecoveryError(str(error), victim) from error
     new = [life for rank, life in enumerate(lives) if watch.pids[rank] != old[rank]]
@@ -82,6 +81,24 @@ def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout
         "fingerprints": fingerprints,
         "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in new],
     }
+
+
+def require_same_processes(watch: Watch, before: dict[int, int], step: int) -> None:
+    """Check that no rank has been replaced since a recovery, although none was killed.
+
+    Args:
+        watch: the job.
+        before: process of each rank when the recovery ended.
+        step: step with which it ended.
+
+    Raises:
+        NoRecoveryError: If one was: this counts as a kill that the job did not survive.
+    """
+    for rank, pid in before.items():
+        if watch.pids[rank] != pid:
+            again = watch.lives[watch.pids[rank]].first_step
+            said = watch.command.output_tail()
+            raise NoRecoveryError(f"rank {rank} was replaced at step {again}, soon after step {step}:\n{said}")
 
 
 def survived(kills: list[Kill]) -> list[Kill]:

@@ -382,13 +382,14 @@ class Arena:
         return self._last_layout
 
     def read_layouts(self) -> None:
-        """Parse the layouts that this arena contains, so that this process need not when it reads one of them."""
+        """Parse and prepare the layouts that this arena contains, so that this process need not when it reads one."""
         names: list[str] = []
         with suppress(FileNotFoundError):
             names = os.listdir(self.path)
         for name in names:
-            if (found := _LAYOUT_NAME.fullmatch(name)) is not None:
-                self.read_layout(found[1])
+            found = _LAYOUT_NAME.fullmatch(name)
+            if found is not None and (layout := self.read_layout(found[1])) is not None:
+                layout.prepare()
 
     def _layout_path(self, digest: str) -> Path:
         return self.path / f"layout-{digest}.json"

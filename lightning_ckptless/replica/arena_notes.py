@@ -30,6 +30,7 @@ from lightning_ckptless.formats.schema import (
     optional,
     plain,
     record,
+    refused,
     sequence,
     table,
     text,
@@ -234,6 +235,7 @@ _PATTERNS = {
     for name, storage in _STORAGE.items()
 }
 """What the stored names look like, with the rank as a group; compiled before any new process needs it."""
+_NOTE = record(name=text(), value=lambda value, _: value)
 
 
 def write_notes(folder: Path, notes: ArenaNotes) -> None:
@@ -276,6 +278,8 @@ def read_note(data: bytes, name: str) -> Any:
     Raises:
         SchemaError: the note is damaged, or its value does not match the schema of this name.
     """
-    note: dict[str, Any] = unseal(data, _KIND, FORMAT, record(name=text(re.escape(name)), value=lambda value, _: value))
+    note: dict[str, Any] = unseal(data, _KIND, FORMAT, _NOTE)
+    if note["name"] != name:
+        raise refused("name", name, note["name"])
     ArenaNotes.from_values({name: note["value"]})
     return note["value"]

@@ -166,11 +166,11 @@ def test_a_new_process_finds_the_run_in_the_arena_or_in_the_runs_folder(
     if arena_is_empty:
         (arena.path / "note-logger_identities.json").unlink()
     fresh = file_logger("CSVLogger", tmp_path)
-    run_loggers(fresh, tmp_path, fit_index=1).identify_alone(arena)
+    run_loggers(fresh, tmp_path, fit_index=1).identify_alone(arena.notes())
     assert fresh.version == 5
     other = file_logger("CSVLogger", tmp_path)
     if arena_is_empty:
-        run_loggers(other, tmp_path, fit_index=2).identify_alone(arena)
+        run_loggers(other, tmp_path, fit_index=2).identify_alone(arena.notes())
         assert other.version == 0
 
 

@@ -22,8 +22,8 @@ class AskedToEnd(BaseException):
 def raising_on_signals() -> Iterator[None]:
     """Make termination signals raise `AskedToEnd`. For the main thread only.
 
-    An ignored signal stays ignored, as under `nohup`. After the first one all are ignored: the workers get time to
-    exit, which the agent enforces.
+    An ignored signal stays ignored, as under `nohup`. After the first one all are ignored until the process ends: the
+    workers get time to exit, which the agent enforces, and the exit code remains that of the first one.
     """
     before = {number: signal.getsignal(number) for number in ASKING}
     for number, handler in before.items():
@@ -33,7 +33,8 @@ def raising_on_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _raise:
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from lightning_ckptless.replica.slot_stamp import WORLD_SIZE
 FORMAT = 2
 ALIGNMENT_BYTES = 64
 _PRIVATE = "rank"
+_NO_RANK = -1
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,18 @@ class Layout:
     def held_by(self, rank: int) -> Mapping[str, Held]:
         """The part of each tensor that a rank has, by local name. Tensors of which it has no part are omitted."""
         if rank not in self._held:
-            self._held[rank] = _held(self.chunks, rank)
+            own = _held([chunk for chunk in self.chunks if not _is_common(chunk)], rank)
+            self._held[rank] = {**self._held_by_all, **own} if own else self._held_by_all
         return self._held[rank]
+
+    @cached_property
+    def _held_by_all(self) -> dict[str, Held]:
+        return _held([chunk for chunk in self.chunks if _is_common(chunk)], _NO_RANK)
+
+    def prepare(self) -> None:
+        """Compute what all ranks have in common, so that `held_by` and `need` take no time later."""
+        self.held_by(_NO_RANK)
+        self.need  # noqa: B018 - computed once
 
     def known_to(self, rank: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and whole shape of every tensor, by its name on a rank, without private tensors of other ranks."""
@@ -215,6 +226,11 @@ def _owner_of(name: str) -> int | None:
     prefix, _, _ = name.partition("/")
     number = prefix.removeprefix(_PRIVATE)
     return int(number) if number != prefix and number.isdecimal() else None
+
+
+def _is_common(chunk: Chunk) -> bool:
+    """Whether all ranks have the piece under the same name; the private tensors of a single rank have its prefix."""
+    return not chunk.holders and _owner_of(chunk.name) is None
 
 
 def pieces_for(layout: Layout, shard: int, rank: int) -> tuple[Chunk, ...]:

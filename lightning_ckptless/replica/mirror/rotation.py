@@ -158,10 +158,13 @@ class Rotation:
 def _divide(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """Divide the pieces of a shard into parts of limited size."""
     parts: list[list[Chunk]] = [[]]
+    part_bytes = 0
     for chunk in chunks:
-        if parts[-1] and sum(each.nbytes for each in parts[-1]) + chunk.nbytes > PART_BYTES:
+        if parts[-1] and part_bytes + chunk.nbytes > PART_BYTES:
             parts.append([])
+            part_bytes = 0
         parts[-1].append(chunk)
+        part_bytes += chunk.nbytes
     return parts
 
 

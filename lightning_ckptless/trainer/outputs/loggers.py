@@ -29,7 +29,6 @@ from lightning_ckptless.internals.lightning.logger_identity import (
     writes_elsewhere,
 )
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.outputs.outbox import Marks, MayLeave, Outbox
 from lightning_ckptless.trainer.session.member_set import MemberSet
@@ -114,9 +113,9 @@ class RunLoggers:
             if members.speaks_for_node:
                 members.arena.write_notes(ArenaNotes(logger_identities=saved))
 
-    def identify_alone(self, arena: Arena) -> None:
-        """Continue the runs of the process that this one replaces, as far as they are known without the others."""
-        saved = arena.notes().logger_identities
+    def identify_alone(self, notes: ArenaNotes) -> None:
+        """Continue the runs of the process that this one replaces, as far as the notes of this node name them."""
+        saved = notes.logger_identities
         if saved is None:
             with suppress(OSError, ValueError):
                 saved = json.loads(self._file.read_text())

@@ -84,9 +84,10 @@ def enter_together(
 def enter_alone(session: Session) -> Entry:
     """Prepare to join the others inside `fit`, as far as that is possible without them."""
     session.open_alone()
-    session.folders.adopt(session.arena.notes().folders, session.rank)
+    notes = session.arena.notes()
+    session.folders.adopt(notes.folders, session.rank)
     session.loggers.hold(session.arena.path)
-    session.loggers.identify_alone(session.arena)
+    session.loggers.identify_alone(notes)
     session.loggers.keep()
     return Entry(StartPlan(StartAction.RESTORE, "replaces a lost rank"))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_ckptless import environment
 from lightning_ckptless.configuration.variables import with_variables
@@ -17,20 +19,34 @@ from lightning_ckptless.trainer.session.arenas import find_arena
 from lightning_ckptless.trainer.session.identity import fits_before, identify
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
+MOST_KEPT_BYTES = 40_000_000
+"""Most memory that a standby keeps for its training. From 64 MB on, glibc would return part of it to the kernel."""
+_COPIES_OF_A_MODEL = 6
+"""Gradients, their buckets, two moments, and as much again for activations and data."""
+_BLOCK_BYTES = 1_000_000
 
-def wait_for_rank(channel: AgentChannel, strategy: Any, trainer: Any) -> None:
+
+def wait_for_rank(channel: AgentChannel, strategy: Any, trainer: Any, model: torch.nn.Module | None = None) -> None:
     """Wait until the agent assigns a rank to this process, and adopt it. Exits if the agent has exited.
 
     Args:
         channel: channel to the agent.
         strategy: strategy of the trainer, set up for a placeholder rank.
         trainer: the trainer, in the call that the process waits in; None if that is none of a trainer's.
+        model: the model of that call; None if there is none.
     """
     warm_up(strategy.root_device)
+    if model is not None:
+        # The first question whether an object is a metric takes a moment for each class.
+        metrics_of(model.named_modules())
+        if strategy.root_device.type == "cpu":
+            keep_memory(_COPIES_OF_A_MODEL * sum(p.nbytes for p in model.parameters() if not is_lazy(p)))
     if trainer is not None:
         arena = find_arena(identify(trainer), fits_before(), with_variables(strategy.options))
         if arena is not None:
             arena.read_layouts()
+    # Not in the middle of a recovery.
+    gc.collect()
     channel.send(StandbyReady())
     received = channel.receive()
     if received is None:
@@ -70,3 +86,20 @@ def warm_up(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     apply_rng(generators)
+
+
+def keep_memory(nbytes: int) -> None:
+    """Obtain memory that the training will use, so that the kernel need not provide it page by page in a recovery.
+
+    That would take about as long as to copy a version. Where the memory is not allocated by glibc, this has no effect
+    but for the time that it takes.
+
+    Args:
+        nbytes: how much; `MOST_KEPT_BYTES` at most.
+    """
+    nbytes = min(nbytes, MOST_KEPT_BYTES)
+    # Once a block of this size was freed, glibc takes smaller ones from the heap, and keeps up to twice as much there.
+    large = torch.empty(nbytes * 3 // 4, dtype=torch.uint8)
+    del large
+    blocks = [torch.full((_BLOCK_BYTES,), 1, dtype=torch.uint8) for _ in range(nbytes // _BLOCK_BYTES)]
+    blocks.clear()

@@ -39,7 +39,7 @@ def describe_state(
         shared = tuple(
             d if d.box or not d.replicated else replace(d, digest=_compared(tensors[d.name])) for d in shared
         )
-    return tuple(replace(d, static=d.name in static) for d in shared + own)
+    return tuple(replace(d, static=True) if d.name in static else d for d in shared + own)
 
 
 def digest_of(tensor: Tensor) -> str:

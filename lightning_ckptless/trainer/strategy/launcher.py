@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.internals.lightning.distribution import distribution_of
@@ -65,7 +67,7 @@ class FitGuard:
         self.strategy.check_world()
         if is_standby():
             assert channel is not None, "a standby has a channel to its agent"
-            wait_for_rank(channel, self.strategy, trainer)
+            wait_for_rank(channel, self.strategy, trainer, next(filter(_is_module, args), None))
         if trainer is None:
             self._refuse_replacement(function)
             return function(*args, **kwargs)
@@ -231,6 +233,10 @@ class FitGuard:
         engine.session.report.raised(error)
         traceback.print_exception(error)
         leave_process()
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, torch.nn.Module)
 
 
 def _run_root(trainer: Any) -> Path:

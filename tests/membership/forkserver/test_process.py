@@ -37,7 +37,14 @@ AGENT = [sys.executable, "-m", "lightning_ckptless.membership", "--nproc-per-nod
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     env = worker_env({"PYTHONPATH": str(REPOSITORY)})
     process = subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     with process:
         try:
@@ -80,12 +87,31 @@ def test_a_signal_ends_the_workers(
 
 
 def test_a_signal_before_the_workers_have_started(write: Write, tmp_path: Path) -> None:
+    # The agent itself imports it. Its stdin stays open, so the import does not end.
     write("import sys; print('importing', flush=True); sys.stdin.read()", "torch.py")
     with started([*AGENT, str(write(WAITS))], tmp_path) as agent:
         assert agent.stdout is not None
         assert agent.stdout.readline() == "importing\n"
         agent.send_signal(signal.SIGTERM)
-        assert (agent.communicate()[0], agent.returncode) == ("", 128 + signal.SIGTERM)
+        agent.wait()
+        assert (agent.stdout.read(), agent.returncode) == ("", 128 + signal.SIGTERM)
+
+
+ASKED_TWICE = """
+import os, signal, sys
+from lightning_ckptless.membership.agent.signals import AskedToEnd, raising_on_signals
+try:
+    with raising_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+except AskedToEnd as request:
+    os.kill(os.getpid(), signal.SIGHUP)
+    sys.exit(128 + request.number)
+"""
+
+
+def test_a_second_signal_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    with started([sys.executable, "-c", ASKED_TWICE], tmp_path) as agent:
+        assert (*agent.communicate(), agent.returncode) == ("", "", 128 + signal.SIGTERM)
 
 
 @pytest.mark.slow
