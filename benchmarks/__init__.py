@@ -3,16 +3,12 @@
 | Program | What it measures |
 |---|---|
 | `steady_state` | the cost of mirroring every step while nothing fails, with DDP or FSDP2, on CPUs or a device |
-| `fixed_cost` | which files the fixed cost of a version is spent in |
-| `staging` | copying a shard into shared memory, against memcpy |
 | `vote` | a vote in shared memory, between nodes, and over gloo |
 | `durable` | the cost of durable states, and when they are on disk, with `async_save` for comparison |
 | `recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
-| `growth` | the same with two to eight ranks |
-| `scale` | 8 to 64 ranks: times, and what each rank needs of the machine |
+| `scale` | 2 to 64 ranks: times, and what each rank needs of the machine |
 | `projection` | 64 to 8,192 ranks: the real decisions and a model of the network |
 | `elastic` | the pauses when a node is lost and rejoins |
-| `false_losses` | whether a node is considered lost although it lives |
 | `drain` | the pause when a rank is drained |
 | `rewind` | the time of a rewind |
 | `audit` | flipped bits that are found and healed |

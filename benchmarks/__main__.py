@@ -9,14 +9,11 @@ from pathlib import Path
 
 PROGRAMS = (
     "steady_state",
-    "fixed_cost",
     "vote",
     "recovery",
-    "growth",
     "scale",
     "projection",
     "cold_start",
-    "staging",
     "durable",
     "elastic",
     "rewind",

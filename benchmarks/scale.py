@@ -1,6 +1,6 @@
 """What grows with the number of ranks: start, versions, recovery, and what each rank needs of the machine.
 
-The same small model trains on 8 to 64 ranks of one machine, each with a copy of its shard on another rank. One rank is
+The same small model trains on 2 to 64 ranks of one machine, each with a copy of its shard on another rank. One rank is
 killed. Every rank's file descriptors, threads, memory and messages are counted. If there are more ranks than cores,
 all times contain the wait for a core; the counts do not depend on it.
 """
