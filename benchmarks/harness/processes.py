@@ -30,13 +30,6 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS"
 """Variables of every job: module path, one thread per rank."""
 SHARED_MEMORY = Path("/dev/shm")
 END_GRACE_S = 20.0
-_BUSY = """
-import os
-parent = os.getppid()
-while os.getppid() == parent:
-    for _ in range(10**6):
-        pass
-"""
 
 
 def ckptless_run(*flags: str) -> Launcher:
@@ -78,18 +71,6 @@ def scratch() -> Iterator[Scratch]:
             yield Scratch(Path(files), Path(arenas))
         finally:
             shutil.rmtree(arenas, ignore_errors=True)
-
-
-@contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Keep this many cores busy while the block runs."""
-    loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 class Command:

@@ -49,7 +49,7 @@ class Steps:
     def __init__(self, progress: Progress) -> None:
         self._progress, self._task = progress, progress.add_task("", total=None)
 
-    def expect(self, total: int) -> None:
+    def expect(self, total: int | None) -> None:
         self._progress.update(self._task, total=total)
 
     def begin(self, what: str) -> None:

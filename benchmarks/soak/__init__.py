@@ -2,16 +2,11 @@
 
 | Module | What it has |
 |---|---|
-| `scenario` | what a run trains, and its faults |
-| `draw` | the scenario of a seed |
-| `run` | runs and judges a scenario |
+| `scenario`, `draw` | what a run trains, and its faults; the scenario of a seed |
+| `run` | a scenario from start to verdict, with a search for leaks |
 | `one_node`, `nodes` | a scenario with the agent in this process, and with several agents |
-| `stage` | folders, and undisturbed runs |
-| `outside` | faults that other processes cause |
-| `watching` | what is known of a run while it runs |
-| `processes` | processes that may be harmed, and those left behind |
-| `stuck` | the state of workers before a run misses its deadline |
-| `bounds` | time limits |
-| `evidence` | recoveries and lost steps |
-| `results`, `summary` | results of runs, and their tables |
+| `outside` | faults that other processes cause, and the moments at which they do |
+| `stage` | the folders of a run, and undisturbed runs |
+| `judge` | time limits, lost steps and outcomes |
+| `results` | results of all runs, and their tables |
 """
