@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.soak.draw import LATE, scenario
-from benchmarks.soak.judge import (
+from lightning_ckptless.ledger import Event
+from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, parse_faults
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.slot import Slot, SlotName
+from lightning_ckptless.replica.slot_stamp import Stamp
+from tests.soak.draw import LATE, scenario
+from tests.soak.judge import (
     BOUNDS_S,
     Evidence,
     Recovered,
@@ -26,14 +31,9 @@ from benchmarks.soak.judge import (
     recoveries_of,
     too_late,
 )
-from benchmarks.soak.outside import Commit, View, commits_of, flip_bytes, moment_of
-from benchmarks.soak.results import append, read, recovery_table, totals
-from benchmarks.soak.scenario import STEPS, Loss, OutsideFault, OutsideKind, Phase
-from lightning_ckptless.ledger import Event
-from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, parse_faults
-from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.slot import Slot, SlotName
-from lightning_ckptless.replica.slot_stamp import Stamp
+from tests.soak.outside import Commit, View, commits_of, flip_bytes, moment_of
+from tests.soak.results import append, read, recovery_table, totals
+from tests.soak.scenario import STEPS, Loss, OutsideFault, OutsideKind, Phase
 
 SCENARIOS = [scenario(seed) for seed in range(1, 301)]
 ONE_NODE = [drawn for drawn in SCENARIOS if drawn.configuration.loss is None]
@@ -232,7 +232,6 @@ def result(seed: int, **facts: object) -> Result:
     usual: dict[str, object] = {
         "seed": seed,
         "load": False,
-        "asked": ("kill:rank=0:step=3:at=mirror", "outside-kill:rank=1:step=3:after=restored+0.100s"),
         "struck": ("kill:rank=0:step=3:at=mirror",),
         "outcome": "good",
         "recoveries": (Recovered("killed", "in place", 0.5, "a kill"),),

@@ -13,8 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness.processes import ENVIRONMENT
-from benchmarks.soak.judge import Evidence, deadline_s, lost_steps
-from benchmarks.soak.outside import (
+from lightning_ckptless import environment
+from lightning_ckptless.errors import TimeLimitError
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL
+from lightning_ckptless.testing.compare import compare
+from lightning_ckptless.testing.drill import Ladder, Variant, run_variant
+from lightning_ckptless.testing.fault_marks import FaultMarks
+from tests.faults.conftest import command_for
+from tests.lab.parts import Options
+from tests.soak.judge import Evidence, deadline_s, lost_steps
+from tests.soak.outside import (
     Action,
     View,
     Watch,
@@ -26,17 +35,8 @@ from benchmarks.soak.outside import (
     send,
     sidecar_of,
 )
-from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
-from benchmarks.soak.stage import Place, Undisturbed
-from lightning_ckptless import environment
-from lightning_ckptless.errors import TimeLimitError
-from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL
-from lightning_ckptless.testing.compare import compare
-from lightning_ckptless.testing.drill import Ladder, Variant, run_variant
-from lightning_ckptless.testing.fault_marks import FaultMarks
-from tests.faults.conftest import command_for
-from tests.lab.parts import Options
+from tests.soak.scenario import OutsideFault, OutsideKind, Scenario
+from tests.soak.stage import Place, Undisturbed
 
 BEFORE_S = 10.0
 """Seconds before the deadline at which the workers write their stacks; afterwards they no longer exist."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.harness.table import Column, Table, p95
-from benchmarks.soak.judge import RUNGS, Recovered, Result
+from tests.soak.judge import RUNGS, Recovered, Result
 
 
 def append(path: Path, result: Result) -> None:

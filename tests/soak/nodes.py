@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,11 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.soak.judge import Evidence, deadline_s, lost_steps
-from benchmarks.soak.one_node import options_of
-from benchmarks.soak.outside import Watch, commits_of
-from benchmarks.soak.scenario import Loss, Scenario
-from benchmarks.soak.stage import Place, Undisturbed
 from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import compare
@@ -30,6 +26,11 @@ from tests.faults.cluster import Cluster, free_port
 from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import BOUND, Nodes, run_undisturbed
 from tests.faults.hosts import ADDRESSES, Hosts, make_hosts
+from tests.soak.judge import Evidence, deadline_s, lost_steps
+from tests.soak.one_node import options_of
+from tests.soak.outside import Watch, commits_of
+from tests.soak.scenario import Loss, Scenario
+from tests.soak.stage import Place, Undisturbed
 
 LOOK_S = 0.02
 PACED = ("--samples", "360", "--pace", "0.25")
@@ -128,7 +129,7 @@ class FixedNodes:
         while watch.look().committed < fault.step:
             if time.monotonic() > self.until:
                 raise NotAsExpectedError(f"step {fault.step} was not committed in time")
-            time.sleep(LOOK_S)
+            threading.Event().wait(LOOK_S)
         self.hosts.cut()
         self._end_of(agent)
         self.hosts.restore()

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,12 +17,12 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from benchmarks.soak import nodes, one_node
-from benchmarks.soak.judge import Evidence, Result, judge
-from benchmarks.soak.scenario import Scenario
-from benchmarks.soak.stage import Place, Undisturbed, place_for
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests import leaks
+from tests.soak import nodes, one_node
+from tests.soak.judge import Evidence, Result, judge
+from tests.soak.scenario import Scenario
+from tests.soak.stage import Place, Undisturbed, place_for
 
 GRACE_S = 10.0
 """Seconds for processes to exit."""
@@ -43,13 +42,9 @@ def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undis
     with place_for(folder) as place:
         strike = prepare(scenario, place, parent, undisturbed)
         parent.ready()
-        began = time.monotonic()
-        evidence = _strike(strike, scenario.load, place, parent)
-        result = judge(scenario, evidence)
-    result = replace(result, wall_s=round(time.monotonic() - began, 2))
-    if not result.good:
-        return replace(result, folder=str(folder))
-    shutil.rmtree(folder, ignore_errors=True)
+        result = judge(scenario, _strike(strike, scenario.load, place, parent))
+    if result.good:
+        shutil.rmtree(folder, ignore_errors=True)
     return result
 
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import psutil
 
-from benchmarks.soak.scenario import OutsideFault, OutsideKind, Phase
 from lightning_ckptless.ledger import LEDGER_NAME, Event, LedgerTail
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.slot import HEADER_BYTES, SlotName, read_header
+from tests.soak.scenario import OutsideFault, OutsideKind, Phase
 
 LOOK_S = 0.005
 FULL_S = 1.0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from benchmarks.soak.outside import Commit
-from benchmarks.soak.scenario import SILENT, OutsideKind, Scenario
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.fault_script import Moment
 from lightning_ckptless.protocol.hang_detection import IDLE_S, RELEASE_S
+from tests.soak.outside import Commit
+from tests.soak.scenario import SILENT, OutsideKind, Scenario
 
 IN_PLACE, RELAUNCH, DURABLE, STORAGE = RUNGS = "in place", "relaunch", "durable", "storage"
 BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
@@ -77,7 +77,6 @@ class Result:
     Args:
         seed: seed of its scenario.
         load: whether all cores were kept busy.
-        asked: planned faults.
         struck: injected faults.
         outcome: `good`, or the kind of failure.
         why: reason of the failure, in a sentence.
@@ -85,22 +84,17 @@ class Result:
         recoveries: recoveries, in order.
         leaks: what was left behind.
         left_out: faults that this machine does not allow.
-        wall_s: seconds from start to end.
-        folder: folder with the files of the run; empty if it was removed.
     """
 
     seed: int
     load: bool
-    asked: tuple[str, ...]
     struck: tuple[str, ...]
     outcome: str
     why: str = ""
     lost_steps: int = 0
-    recoveries: tuple[Recovered, ...] = field(default=())
+    recoveries: tuple[Recovered, ...] = ()
     leaks: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    wall_s: float = 0.0
-    folder: str = ""
 
     @property
     def good(self) -> bool:
@@ -112,7 +106,7 @@ def judge(scenario: Scenario, evidence: Evidence) -> Result:
     recoveries = recoveries_of(evidence.events)
     outcome, why = outcome_of(evidence, too_late(recoveries, bounds_s(scenario), silent_s(scenario)))
     return Result(
-        scenario.seed, scenario.load, scenario.faults, evidence.struck, outcome,
+        scenario.seed, scenario.load, evidence.struck, outcome,
         why=evidence.difference if outcome == "different" else "; ".join(filter(None, (why, evidence.why))),
         lost_steps=evidence.lost, recoveries=tuple(recoveries), leaks=evidence.leaks, left_out=evidence.left_out,
     )  # fmt: skip

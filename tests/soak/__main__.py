@@ -13,18 +13,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.report import Steps, console, progress_bar
-from benchmarks.soak.draw import scenario
-from benchmarks.soak.judge import Result
-from benchmarks.soak.results import append, read, recovery_table, totals
-from benchmarks.soak.run import run
-from benchmarks.soak.scenario import Scenario
-from benchmarks.soak.stage import Undisturbed
+from benchmarks.harness.benchmark import Steps, console, progress_bar
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.testing.starters import program_of
 from tests import leaks
 from tests.faults.conftest import LAB
+from tests.soak.draw import scenario
+from tests.soak.results import append, read, recovery_table, totals
+from tests.soak.run import run
+from tests.soak.scenario import Scenario
+from tests.soak.stage import Undisturbed
 
 
 def parse() -> argparse.Namespace:
@@ -66,12 +65,15 @@ def soak(args: argparse.Namespace) -> int:
         steps.expect(None if args.seed else args.faults)
         for drawn in scenarios(args):
             steps.begin(str(drawn))
-            result = run(drawn, folder / f"seed-{drawn.seed}", parent, Undisturbed(folder / "undisturbed", parent))
+            files = folder / f"seed-{drawn.seed}"
+            result = run(drawn, files, parent, Undisturbed(folder / "undisturbed", parent))
             append(folder / "results.jsonl", result)
             steps.done(len(result.struck))
             if not result.good:
                 failed += 1
-                report_failure(drawn, result)
+                show(drawn)
+                console.print(f"{result.outcome}: {result.why}; files kept in {files}", markup=False)
+                console.print(f"repeat: python -m tests.soak --seed {drawn.seed}", markup=False, style="bold red")
                 if not args.keep_going:
                     break
     return failed
@@ -96,13 +98,6 @@ def scenarios(args: argparse.Namespace) -> Iterator[Scenario]:
 def show(drawn: Scenario) -> None:
     """Print a scenario with its faults."""
     console.print("\n    ".join((str(drawn), *drawn.faults)), markup=False)
-
-
-def report_failure(drawn: Scenario, result: Result) -> None:
-    """Print why a run failed, and the command that repeats it."""
-    show(drawn)
-    console.print(f"{result.outcome}: {result.why}; files kept in {result.folder}", markup=False)
-    console.print(f"repeat: python -m benchmarks.soak --seed {drawn.seed}", markup=False, style="bold red")
 
 
 if __name__ == "__main__":
