@@ -167,11 +167,11 @@ def compare(kills: dict[str, list[Kill]], scenarios: Sequence[Scenario], size: s
         reference = reference_of(scenario)
         groups.setdefault(reference.job.strategy, (reference, []))[1].extend(survived(kills[scenario.name]))
     with scratch() as place:
-        for reference, good in groups.values():
-            last = max((max(kill["fingerprints"]) for kill in good), default=0)
+        for reference, good in (group for group in groups.values() if group[1]):
+            last = max(max(kill["fingerprints"]) for kill in good)
             try:
                 with running(reference, place, reference.job.strategy, size=size) as (watch, _):
-                    right = watch.until_step(last, START_S + LONGEST_STEP_S * last)[0].fingerprints if last else {}
+                    right = watch.until_step(last, START_S + LONGEST_STEP_S * last)[0].fingerprints
             except NoRecoveryError as error:
                 console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
                 continue

@@ -95,7 +95,8 @@ class Benchmark:
                 nargs="+" if several else None, choices=each.metadata["choices"] or None, metavar="VALUE",
                 help=each.metadata["about"] + _defaults(default, each.metadata["quick"], each.metadata["choices"]),
             )  # fmt: skip
-        given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+        chosen = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
         if given.get("quick"):
             given = {e.name: e.metadata["quick"] for e in fields(cls) if e.metadata["quick"] is not None} | given
         return cls(**given)

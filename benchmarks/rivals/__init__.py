@@ -1,7 +1,7 @@
 """Jobs of other fault-tolerance tools: NVIDIA's resiliency extension and torchft, with the same model and data.
 
-`nvrx`, `torchft` and `supervisor`, which starts their processes, run in an environment of their own, which has no
-package of ours. This module runs in the benchmark.
+`nvrx`, `torchft` and `supervisor`, which starts their processes, run in a separate environment, `.venv-rivals`, and
+import nothing of this package. This module runs in the benchmark itself.
 """
 
 from __future__ import annotations
