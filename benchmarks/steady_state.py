@@ -2,7 +2,8 @@
 
 Two ranks of the same job train under each strategy. The jobs run at the same time and alternate in short segments.
 Medians of neighbouring segments are compared, so that a slowdown of the machine affects both. With `--fsdp2` the model
-is sharded. A device computes asynchronously, so its step is the mean of a segment until all work is done.
+is sharded. A device computes asynchronously, so its step is the mean of a segment until all work is done. With
+`--profile`, a third job counts the calls of each file of the package; its times are shares rather than costs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.harness.watch import NoRecoveryError
 from benchmarks.jobs.gpt import WIDTHS
 from benchmarks.jobs.job import JobOptions
 
-DDP, CKPTLESS = "ddp", "ckptless"
+DDP, CKPTLESS, PROFILED = "ddp", "ckptless", "profiled"
 OPTIONS: dict[str, dict[str, Any]] = {
     "staging=blocking": {"staging": "blocking"},
     "checksum=crc32": {"checksum": "crc32"},
@@ -35,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """The strategy options that affect its cost, compared for one size."""
 FIXED_TARGET_MS = 1.5
+LEAST_SHARE = 0.01
+"""Files below this share of a profile are left out."""
 
 
 def mean_ms(segment: Segment) -> float:
@@ -136,6 +139,26 @@ def split_table(variants: list[Variant]) -> Table:
     return table
 
 
+def profile_of(thread: str, segments: list[Segment]) -> Table:
+    """Return the profile of one thread on rank 0, with the files that take most of the time first."""
+    ranks = [segment["ranks"][0] for segment in segments]
+    versions, files = sum(rank["versions"] for rank in ranks), dict[str, list[float]]()
+    for rank in ranks:
+        for name, counts in rank["profiles"][thread].items():
+            files[name] = [a + b for a, b in zip(files.get(name, [0, 0, 0.0]), counts, strict=True)]
+    total = [sum(column) for column in zip(*files.values(), strict=True)]
+    rows = sorted(files.items(), key=lambda file: -file[1][2])
+    return Table.of(
+        f"Profile of the {thread}, rank 0, per version",
+        [("all", total), *(row for row in rows if row[1][2] >= LEAST_SHARE * total[2])],
+        Column("file", 0),
+        Column("functions called", lambda row: row[1][0] / versions, ".1f"),
+        Column("built-in functions called", lambda row: row[1][1] / versions, ".1f"),
+        Column("us, profiled", lambda row: 1e6 * row[1][2] / versions, ".0f"),
+        Column("share", lambda row: row[1][2] / total[2], ".0%"),
+    )
+
+
 @dataclass
 class SteadyState(Benchmark):
     sizes: tuple[str, ...] = option(("tiny", "1M", "10M", "33M"), "model sizes", choices=tuple(WIDTHS))
@@ -144,13 +167,15 @@ class SteadyState(Benchmark):
     rounds: int = option(8, "segments per strategy", quick=3)
     ranks: int = option(2, "number of ranks")
     fsdp2: bool = option(False, "shard the model over the ranks")
+    profile: bool = option(False, "profile our strategy in another job")
     accelerator: str = option("cpu", "where to train", choices=("cpu", "gpu"))
 
     def variants(self, size: str, batch: int, options: dict[str, dict[str, Any]]) -> dict[str, JobOptions]:
         """Return the jobs that are compared: Lightning's strategy, ours, and ours with each of the options."""
         ddp = JobOptions(size, batch, DDP, devices=self.ranks, accelerator=self.accelerator, sharded=self.fsdp2)
         ours = {name: ddp.but(strategy=CKPTLESS, strategy_options=chosen) for name, chosen in options.items()}
-        return {DDP: ddp, CKPTLESS: ddp.but(strategy=CKPTLESS), **ours}
+        profiled = {PROFILED: ddp.but(strategy=CKPTLESS, profiled=True)} if self.profile and not options else {}
+        return {DDP: ddp, CKPTLESS: ddp.but(strategy=CKPTLESS), **profiled, **ours}
 
     def measure(self, results: Results, steps: Steps) -> None:
         if self.accelerator == "gpu" and not torch.cuda.is_available():
@@ -159,10 +184,10 @@ class SteadyState(Benchmark):
         pairs = [(size, batch, dict[str, Any]()) for size in self.sizes for batch in self.batches]
         if self.variants_at:
             pairs.append((self.variants_at, self.batches[-1], OPTIONS))
-        steps.expect(sum(self.rounds * (2 + len(options)) for _, _, options in pairs))
+        steps.expect(sum(self.rounds * len(self.variants(*pair)) for pair in pairs))
         results["pairs"] = []
         for size, batch, options in pairs:
-            steps.begin(f"{size}, batch {batch}, {2 + len(options)} strategies alternating")
+            steps.begin(f"{size}, batch {batch}, alternating")
             try:
                 with scratch() as place:
                     segments = train_in_turns(self.variants(size, batch, options), place, plan, steps.done)
@@ -176,13 +201,15 @@ class SteadyState(Benchmark):
         step = mean_ms if self.accelerator == "gpu" else step_ms
         variants = [variant for pair in results["pairs"] for variant in measured(pair, step)]
         mirrored = [variant for variant in variants if not variant.is_base]
-        plain = [measured(pair, step)[1] for pair in results["pairs"] if len(pair["segments"]) == 2]
+        plain = [measured(pair, step)[1] for pair in results["pairs"] if pair["segments"].keys().isdisjoint(OPTIONS)]
+        profiled = [pair["segments"][PROFILED] for pair in results["pairs"] if PROFILED in pair["segments"]]
         kind = ", FSDP2" if self.fsdp2 else ""
         title = f"Step time on {self.ranks} {self.accelerator.upper()} ranks{kind}, one thread each, alternating"
         return [
             Table.of(title, variants, *STEP, notes=[STEP_NOTE]),
             Table.of("Parts of a mirrored step, medians in ms", mirrored, *PARTS, notes=[PARTS_NOTE]),
             *([split_table(plain)] if len({variant.size for variant in plain}) > 1 else []),
+            *(profile_of(thread, found) for found in profiled for thread in found[0]["ranks"][0]["profiles"]),
         ]
 
 

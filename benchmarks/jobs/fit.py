@@ -45,6 +45,10 @@ def make_reporter(options: JobOptions, wire: Wire) -> pl.Callback:
         from benchmarks.jobs.census import Census  # noqa: PLC0415 - one variant only
 
         return Census(wire)
+    if options.profiled:
+        from benchmarks.jobs.profiled import Profiled  # noqa: PLC0415 - one variant only
+
+        return Turns(wire, Profiled)
     return Turns(wire) if options.turns else StepReporter(wire)
 
 

@@ -35,6 +35,7 @@ class JobOptions:
         accelerator: `cpu` or `gpu`.
         sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
         census: count what the protocol of each rank sends, and time its rounds.
+        profiled: profile what our strategy does in each step; needs `turns`.
         pace_s: pause in each step in seconds: several ranks can share a core, and a step does not vary.
     """
 
@@ -51,6 +52,7 @@ class JobOptions:
     accelerator: str = "cpu"
     sharded: bool = False
     census: bool = False
+    profiled: bool = False
     nodes: int = 1
     pace_s: float = 0.0
 

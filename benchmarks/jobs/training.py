@@ -91,10 +91,11 @@ class Turns(pl.Callback):
     and the measurements of the stopwatch.
     """
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, stopwatch_class: type[Stopwatch] = Stopwatch) -> None:
         self.wire = wire
         self.segment = Segment(0)
         self.stopwatch: Stopwatch | None = None
+        self._stopwatch_class = stopwatch_class
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self.segment.starts.append(time.perf_counter())
@@ -116,6 +117,6 @@ class Turns(pl.Callback):
         )
         steps = int(self.wire.receive()["steps"])
         if hasattr(trainer.strategy, "engine"):
-            self.stopwatch = self.stopwatch or Stopwatch(trainer.strategy.engine)
+            self.stopwatch = self.stopwatch or self._stopwatch_class(trainer.strategy.engine)
             self.stopwatch.attach()
         self.segment = Segment(steps)

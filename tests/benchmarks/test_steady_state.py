@@ -1,9 +1,21 @@
+import cProfile
+import json
 from typing import Any
 
 import pytest
 
 from benchmarks.jobs.gpt import state_bytes
-from benchmarks.steady_state import CKPTLESS, DDP, SteadyState, measured, split_table, training_cpu_ms, training_ms
+from benchmarks.jobs.profiled import MIRROR, by_file
+from benchmarks.steady_state import (
+    CKPTLESS,
+    DDP,
+    SteadyState,
+    measured,
+    profile_of,
+    split_table,
+    training_cpu_ms,
+    training_ms,
+)
 
 
 def segment(step_ms: float, **parts: Any) -> dict[str, Any]:
@@ -77,3 +89,19 @@ def test_every_mirrored_strategy_has_its_parts() -> None:
 
 def test_the_state_is_three_times_the_parameters() -> None:
     assert 3 * 4 * 30e6 < state_bytes("33M") < 3 * 4 * 36e6
+
+
+def test_calls_are_counted_per_version() -> None:
+    ranks = [{"versions": 2, "profiles": {MIRROR: {"a": [4, 2, 0.002], "b": [2, 0, 0.00001]}}} for _ in range(2)]
+    table = profile_of(MIRROR, [{"ranks": [rank]} for rank in ranks])
+    assert table.rows == [("all", "3.0", "1.0", "1005", "100%"), ("a", "2.0", "1.0", "1000", "100%")]
+
+
+def test_built_in_functions_count_for_the_file_that_calls_them() -> None:
+    profile = cProfile.Profile()
+    profile.runcall(json.dumps, [1])
+    [(name, (calls, built_in, took_s))] = by_file(profile).items()
+    assert name == "Python's library"
+    assert calls >= 2
+    assert built_in >= 1
+    assert took_s > 0
