@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import psutil
 import torch
@@ -85,7 +85,7 @@ class Benchmark:
         about = sys.modules[cls.__module__].__doc__
         parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         for each in fields(cls):
-            name, default = f"--{each.name.replace('_', '-')}", each.default
+            name, default = f"--{each.name.replace('_', '-')}", cast("Any", each.default)
             if isinstance(default, bool):
                 parser.add_argument(name, action="store_true", help=each.metadata["about"])
                 continue
@@ -95,10 +95,11 @@ class Benchmark:
                 nargs="+" if several else None, choices=each.metadata["choices"] or None, metavar="VALUE",
                 help=each.metadata["about"] + _defaults(default, each.metadata["quick"], each.metadata["choices"]),
             )  # fmt: skip
-        chosen = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
-        if given.get("quick"):
-            given = {e.name: e.metadata["quick"] for e in fields(cls) if e.metadata["quick"] is not None} | given
+        chosen = vars(parser.parse_args(words))
+        smaller = {each.name: each.metadata["quick"] for each in fields(cls) if chosen["quick"]}
+        given: dict[str, Any] = {}
+        for name, value in (*smaller.items(), *chosen.items()):
+            given |= {} if value is None else {name: tuple(value) if isinstance(value, list) else value}
         return cls(**given)
 
     @classmethod
