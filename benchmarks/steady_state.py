@@ -200,7 +200,7 @@ class SteadyState(Benchmark):
     def tables(self, results: Results) -> list[Table]:
         step = mean_ms if self.accelerator == "gpu" else step_ms
         variants = [variant for pair in results["pairs"] for variant in measured(pair, step)]
-        mirrored = [variant for variant in variants if not variant.is_base]
+        mirrored = [variant for variant in variants if variant.name not in (DDP, PROFILED)]
         plain = [measured(pair, step)[1] for pair in results["pairs"] if pair["segments"].keys().isdisjoint(OPTIONS)]
         profiled = [pair["segments"][PROFILED] for pair in results["pairs"] if PROFILED in pair["segments"]]
         kind = ", FSDP2" if self.fsdp2 else ""
