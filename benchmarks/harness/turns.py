@@ -133,15 +133,12 @@ class Variant:
     base: list[Segment]
     step: Quantity = step_ms
 
-    @property
-    def is_base(self) -> bool:
-        return self.base is self.segments
-
     def over(self, quantity: Quantity | None = None, *, relative: bool = False) -> list[float]:
         """Return by how much a quantity exceeds that of the neighbouring segment, per round; nothing for the base."""
         of = quantity or self.step
-        pairs = [] if self.is_base else [(of(a), of(b)) for a, b in zip(self.segments, self.base, strict=True)]
-        return [ours / theirs - 1 if relative else ours - theirs for ours, theirs in pairs]
+        pairs = [(of(ours), of(base)) for ours, base in zip(self.segments, self.base, strict=True)]
+        differences = [ours / base - 1 if relative else ours - base for ours, base in pairs]
+        return [] if self.base is self.segments else differences
 
     def part_ms(self, name: str) -> list[float]:
         """Return one part of the steps in ms, of all ranks and segments; empty if it was never measured."""
