@@ -19,6 +19,7 @@ from benchmarks.model.network import Cost, Network
 
 CALIBRATED = (8, 32)
 """Numbers of ranks that the model is fitted to; the others are predicted."""
+COMPARED, QUICK_COMPARED = (2, 4, 8, 16, 32, 64), (2, 4, 16)
 CORES, CORES_PER_NODE = 2, 64
 """Of this machine, and of a node of a large world."""
 TOLERANCE = 0.25
@@ -144,7 +145,6 @@ def described(network: Row) -> str:
 
 @dataclass
 class Projection(Benchmark):
-    compared: tuple[int, ...] = option((2, 4, 8, 16, 32, 64), "processes to compare with", quick=(2, 4, 16))
     ranks: tuple[int, ...] = option((64, 128, 256, 512, 1024, 2048, 4096, 8192), "ranks to project", quick=(64, 512))
     alpha_us: float = option(0.0, "latency of a hop in microseconds; 0 for that of loopback, measured")
     beta_gb_per_s: float = option(22.0, "bandwidth of a node in GB/s")
@@ -152,9 +152,10 @@ class Projection(Benchmark):
     state_mib: int = option(1024, "size of the replicated state", quick=64)
 
     def measure(self, results: Results, steps: Steps) -> None:
-        steps.expect(len(self.compared) + len(self.ranks))
+        compared = QUICK_COMPARED if self.quick else COMPARED
+        steps.expect(len(compared) + len(self.ranks))
         bare: dict[int, Figures] = {}
-        for ranks in self.compared:
+        for ranks in compared:
             steps.begin(f"{ranks} processes")
             bare[ranks] = measure_bare_world(ranks)
             steps.done()

@@ -53,7 +53,7 @@ def test_a_model_that_is_calibrated_on_its_own_figures_agrees() -> None:
             name: {"wall_s": cost.seconds, "bytes": cost.sent_bytes} for name, cost in costs.items()
         }
 
-    bare = {ranks: figures(ranks) for ranks in projection.Projection().compared}
+    bare = {ranks: figures(ranks) for ranks in projection.COMPARED}
     here = projection.calibrate(bare, cores=2)
     assert here.hop_s == pytest.approx(NETWORK.hop_s, rel=0.01)
     assert here.connect_cpu_s == pytest.approx(NETWORK.connect_cpu_s, rel=0.01)
