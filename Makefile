@@ -94,7 +94,7 @@ bench: $(STAMP)  ## run the benchmarks; takes long and needs an idle machine
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(STAMP)  ## inject a thousand random faults; resumes after an interruption; ARGS="--seed 7"
-	@$(BIN)/python -m benchmarks.soak $(ARGS)
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 bench-rivals: $(RIVALS)/.complete  ## set up .venv-rivals with torchft and nvidia-resiliency-ext for `make bench`
 

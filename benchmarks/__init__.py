@@ -1,26 +1,26 @@
-"""Benchmarks: each program prints tables and writes JSON with the machine, the versions and all repeats.
+"""Benchmarks: each program answers one question, and prints tables with the machine, the versions and the load.
 
-| Program | What it measures |
+| Program | Question |
 |---|---|
-| `steady_state` | the cost of mirroring every step while nothing fails, with DDP or FSDP2, on CPUs or a device |
-| `fixed_cost` | which files the fixed cost of a version is spent in |
-| `staging` | copying a shard into shared memory, against memcpy |
-| `vote` | a vote in shared memory, between nodes, and over gloo |
-| `durable` | the cost of durable states, and when they are on disk, with `async_save` for comparison |
-| `recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
-| `growth` | the same with two to eight ranks |
-| `scale` | 8 to 64 ranks: times, and what each rank needs of the machine |
-| `projection` | 64 to 8,192 ranks: the real decisions and a model of the network |
-| `elastic` | the pauses when a node is lost and rejoins |
-| `false_losses` | whether a node is considered lost although it lives |
-| `drain` | the pause when a rank is drained |
-| `rewind` | the time of a rewind |
-| `audit` | flipped bits that are found and healed |
-| `goodput` | the forecast, compared with jobs whose ranks are killed |
-| `cold_start` | command to the first optimizer step |
+| `recovery` | How long does training pause when a rank is killed, with ours and with other tools? |
+| `scale` | How do start, version, recovery and the needs of a rank grow from 2 to 64 ranks? |
+| `projection` | And with thousands of ranks, by a model of the network? |
+| `elastic` | How long is the pause when a node is lost and rejoins? |
+| `drain` | How long is the pause when a rank is drained? |
+| `rewind` | How long does a rewind take? |
+| `steady_state` | What does a version cost while nothing fails, with DDP or FSDP2, on CPUs or a device? |
+| `vote` | What does a vote cost? |
+| `durable` | What do durable states cost, and when are they on disk? |
+| `cold_start` | How soon does training begin? |
+| `audit` | How many flipped bits and wrong ranks are found, and is anything left of them? |
+| `goodput` | Is the forecast of the goodput right? |
 
-`python -m benchmarks.NAME` runs one, `python -m benchmarks` all of them. A program names its scenarios, its quantities
-and the columns of its tables. `harness` has what they share, `jobs` what runs in the processes of a job, `model` what
-`projection` computes with, and `rivals` the jobs of other tools. `results` has the measured tables by date, and `plots`
-draws those of the page. `soak` is no measurement: it looks for bugs, by random faults.
+`python -m benchmarks.NAME` runs one, `python -m benchmarks` all of them. `harness` has what they share, `jobs` what
+runs in the processes of a job, `model` what `projection` computes with, and `rivals` the jobs of other tools. `results`
+has the measured tables by date, and `plots` draws those of the documentation.
 """
+
+PROGRAMS = (
+    "steady_state", "vote", "recovery", "scale", "projection", "cold_start", "durable", "elastic", "rewind", "audit",
+    "drain", "goodput",
+)  # fmt: skip

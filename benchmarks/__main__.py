@@ -1,47 +1,23 @@
-"""Run all benchmarks, one after another: `python -m benchmarks [--quick] [--folder FOLDER]`."""
+"""Run all benchmarks, one after another; each writes its results as JSON and Markdown."""
 
 from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
-PROGRAMS = (
-    "steady_state",
-    "fixed_cost",
-    "vote",
-    "recovery",
-    "growth",
-    "scale",
-    "projection",
-    "cold_start",
-    "staging",
-    "durable",
-    "elastic",
-    "rewind",
-    "audit",
-    "drain",
-    "goodput",
-)
+from benchmarks import PROGRAMS
 
 
 def main() -> int:
-    """Run each program in its own process; stop at the first that fails.
-
-    Returns:
-        Exit code.
-    """
+    """Run each program in its own process; stop at the first that fails, and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"The benchmarks: {', '.join(PROGRAMS)}.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a smoke test, not a measurement")
-    about = "folder for JSON and tables (default: %(default)s)"
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help=about)
+    parser.add_argument("--folder", default="bench", help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    options = [f"--folder={args.folder}", *(["--quick"] if args.quick else [])]
     for program in PROGRAMS:
-        results = [f"--json={args.folder / program}.json", f"--markdown={args.folder / program}.md"]
-        quick = ["--quick"] if args.quick else []
-        done = subprocess.run([sys.executable, "-m", f"{__package__}.{program}", *results, *quick], check=False)
+        done = subprocess.run([sys.executable, "-m", f"{__package__}.{program}", *options], check=False)
         if done.returncode:
             return done.returncode
     print(f"results: {args.folder}/")

@@ -6,15 +6,15 @@ when torch and Lightning are imported, when it calls `fit`, and when the step is
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from benchmarks.harness.benchmark import Benchmark, Results, Steps, option
 from benchmarks.harness.processes import Scratch, ckptless_run, python, scratch, torchrun
-from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.scenario import Scenario, running
-from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, verdict
+from benchmarks.harness.table import Column, Group, Table, count_of, each, verdict
 from benchmarks.harness.watch import START_S
 from benchmarks.jobs.job import JobOptions
 
@@ -31,10 +31,8 @@ SCENARIOS = (
 TARGETS = {"ckptless run": 1.0, "python, ckptless": 1.3}
 """Longest time allowed, as a multiple of `BASE`."""
 
-Start = dict[str, Any]
 
-
-def start_once(scenario: Scenario, size: str, place: Scratch, name: str) -> Start:
+def start_once(scenario: Scenario, size: str, place: Scratch, name: str) -> dict[str, Any]:
     """Start the script, wait for its first step and its end.
 
     Returns:
@@ -51,31 +49,17 @@ def start_once(scenario: Scenario, size: str, place: Scratch, name: str) -> Star
     }
 
 
-def measure(args: Namespace, results: Results, steps: Steps) -> None:
-    """Start each command line `args.repeats` times, alternating, after one warm-up round."""
-    results |= {scenario.name: [] for scenario in SCENARIOS}
-    steps.expect(len(SCENARIOS) * (args.repeats + 1))
-    with scratch() as place:
-        for repeat in range(args.repeats + 1):
-            for index, scenario in enumerate(SCENARIOS):
-                steps.begin(scenario.name if repeat else f"warm-up, {scenario.name}")
-                found = start_once(scenario, args.size, place, f"{index}-{repeat}")
-                results[scenario.name] += [found] if repeat else []
-                steps.done()
-
-
 def quotients(group: Group) -> list[float]:
     """Return the times as multiples of those of `BASE` in the same rounds."""
     return [ours["seconds"] / base["seconds"] for ours, base in zip(group.items, group.context, strict=True)]
 
 
 def milestone(moment: str) -> Callable[[Group], list[float]]:
-    return each(lambda start: max(rank[moment] for rank in start["ranks"]))
+    return lambda group: [max(rank[moment] for rank in start["ranks"]) for start in group.items]
 
 
-NAME = Column("launcher, strategy", name_of)
 STARTS = (
-    NAME,
+    Column("launcher, strategy", 0),
     Column("starts", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
     Column("min s", each("seconds"), ".2f", min),
@@ -83,7 +67,7 @@ STARTS = (
     Column(f"relative to {BASE}", quotients, ".2f", median),
 )
 MOMENTS = (
-    NAME,
+    Column("launcher, strategy", 0),
     Column("first line of the script", each("first_script"), ".2f", median),
     Column("of the last rank", milestone("script"), ".2f", median),
     Column("imported", milestone("imported"), ".2f", median),
@@ -97,24 +81,37 @@ MOMENTS_NOTE = (
 )
 
 
-def tables(_: Namespace, results: Results) -> list[Table]:
-    groups = [Group(launcher, starts, results[BASE]) for launcher, starts in results.items()]
-    notes = ["Relative: median over rounds of the quotient within the round."]
-    for group in groups:
-        if group.name in TARGETS:
-            found = verdict(median(quotients(group)), TARGETS[group.name], f"x {BASE}")
-            notes.append(f"{group.name}: {found}")
-    starts = "Command to the first optimizer step finished by two ranks"
-    moments = "Milestones, slowest rank, medians in s since the command"
-    return [Table.of(starts, groups, *STARTS, notes=notes), Table.of(moments, groups, *MOMENTS, notes=[MOMENTS_NOTE])]
+@dataclass
+class ColdStart(Benchmark):
+    repeats: int = option(10, "starts of each command line, after one that is not counted", quick=1)
+    size: str = option("1M", "model that is trained")
 
+    def measure(self, results: Results, steps: Steps) -> None:
+        results |= {scenario.name: [] for scenario in SCENARIOS}
+        steps.expect(len(SCENARIOS) * (self.repeats + 1))
+        with scratch() as place:
+            for repeat in range(self.repeats + 1):
+                for index, scenario in enumerate(SCENARIOS):
+                    steps.begin(scenario.name if repeat else f"warm-up, {scenario.name}")
+                    found = start_once(scenario, self.size, place, f"{index}-{repeat}")
+                    results[scenario.name] += [found] if repeat else []
+                    steps.done()
 
-def options(parser: ArgumentParser) -> None:
-    add_count(parser, "--repeats", Default(10, 1), "starts of each command line")
-    parser.add_argument("--size", default="1M", help="model that is trained (default: %(default)s)")
+    def tables(self, results: Results) -> list[Table]:
+        groups = [Group(launcher, starts, results[BASE]) for launcher, starts in results.items()]
+        notes = ["Relative: median over rounds of the quotient within the round."]
+        notes += [
+            f"{group.name}: {verdict(median(quotients(group)), TARGETS[group.name], f'x {BASE}')}"
+            for group in groups
+            if group.name in TARGETS
+        ]
+        starts = "Command to the first optimizer step finished by two ranks"
+        moments = "Milestones, slowest rank, medians in s since the command"
+        return [
+            Table.of(starts, groups, *STARTS, notes=notes),
+            Table.of(moments, groups, *MOMENTS, notes=[MOMENTS_NOTE]),
+        ]
 
-
-PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
-    PROGRAM.main()
+    ColdStart.main()

@@ -8,82 +8,68 @@ Each writes the same state to the same disk equally often: the durable writer re
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
+from benchmarks.harness.benchmark import Benchmark, Results, Steps, option
 from benchmarks.harness.processes import scratch
-from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
 from benchmarks.harness.scenario import events_of
 from benchmarks.harness.table import Column, Table
-from benchmarks.harness.turns import Plan, Segment, segment_of, train_in_turns
-from benchmarks.harness.variants import Variant
-from benchmarks.harness.watch import NoRecoveryError, Watch
+from benchmarks.harness.turns import Plan, Segment, Variant, segment_of, slowest_ms, train_in_turns
+from benchmarks.harness.watch import Watch
 from benchmarks.jobs.async_save import saves_of
 from benchmarks.jobs.gpt import WIDTHS, state_bytes
 from benchmarks.jobs.job import JobOptions
 
-SIZES = ("tiny", "1M", "10M", "33M", "124M", "345M")
-RANKS, BATCH = 2, 4
+RANKS, BATCH, EVERY, STEPS = 2, 4, 10, 40
 IDLE_S = 0.3
 """A writer that has been idle for this long (seconds) does not disturb the next segment."""
 
 
-def variants(size: str, every: int) -> dict[str, JobOptions]:
-    """Return the compared jobs; two of them write a state every `every` steps."""
+def variants(size: str) -> dict[str, JobOptions]:
+    """Return the compared jobs; two of them write a state every few steps."""
     ddp = JobOptions(size, BATCH, devices=RANKS)
     ours = ddp.but(strategy="ckptless")
     return {
         "ddp": ddp,
-        "ddp, async_save": ddp.but(async_save_every=every),
+        "ddp, async_save": ddp.but(async_save_every=EVERY),
         "ckptless": ours,
-        "ckptless, durable": ours.but(strategy_options={"durable_every_n_steps": every}),
+        "ckptless, durable": ours.but(strategy_options={"durable_every_n_steps": EVERY}),
     }
-
-
-def measure(args: Namespace, results: Results, steps: Steps) -> None:
-    """Train every size under each variant, alternating."""
-    results |= {"every": 5 if args.quick else 10, "sizes": []}
-    count = 15 if args.quick else 40
-    steps.expect(args.rounds * 4 * len(args.sizes))
-    for size in args.sizes:
-        steps.begin(f"{size}, 4 variants alternating")
-        with scratch() as place:
-            jobs, plan = variants(size, results["every"]), Plan(args.rounds, (count, count))
-            try:
-                segments = train_in_turns(jobs, place, plan, steps.done, written_segment)
-            except NoRecoveryError as error:
-                console.print(f"{size}: {error}", markup=False)
-            else:
-                results["sizes"].append({"size": size, "segments": segments})
 
 
 def written_segment(watch: Watch, folder: Path, steps: int) -> Segment:
     """Let a job train, wait until nothing is being written, and add the records of all states so far."""
     segment, idle_since = segment_of(watch, folder, steps), time.monotonic()
     while time.monotonic() - idle_since < IDLE_S:
-        if any(folder.rglob(".step-*.part")) or is_saving(folder):
+        saves = (folder / "saves").glob("step-*")
+        if any(folder.rglob(".step-*.part")) or any(not (save / ".metadata").exists() for save in saves):
             idle_since = time.monotonic()
         time.sleep(0.02)
     return {**segment, "writes": [*events_of(folder, "durable_written"), *saves_of(folder)]}
 
 
-def is_saving(folder: Path) -> bool:
-    """Return whether `async_save` is writing."""
-    return any(path.is_dir() and not (path / ".metadata").exists() for path in (folder / "saves").glob("step-*"))
-
-
 def measured(results: Results) -> list[Variant]:
     """Return all variants, each compared with the same strategy without saving."""
     return [
-        Variant(found["size"], BATCH, name, segments, found["segments"][name.partition(",")[0]])
-        for found in results["sizes"]
-        for name, segments in found["segments"].items()
+        Variant(size, BATCH, name, segments, found[name.partition(",")[0]])
+        for size, found in results["sizes"].items()
+        for name, segments in found.items()
     ]
 
 
-def writes_of(variant: Variant) -> list[Results]:
+def steps_ms(variant: Variant) -> list[float]:
+    """Return all steps in ms, each on the slowest rank."""
+    return [step for segment in variant.segments for step in slowest_ms(segment)]
+
+
+def mean_ms(segment: Segment) -> float:
+    return fmean(slowest_ms(segment))
+
+
+def writes_of(variant: Variant) -> list[dict[str, float]]:
     return variant.segments[-1]["writes"]  # type: ignore[no-any-return]
 
 
@@ -95,10 +81,10 @@ MODEL, VARIANT = Column("model", lambda v: v.size), Column("variant", lambda v: 
 STEP = (
     MODEL,
     VARIANT,
-    Column("step p50 ms", lambda v: v.steps_ms(), ".1f", median),
-    Column("mean ms", lambda v: v.steps_ms(), ".1f", fmean),
-    Column("slowest ms", lambda v: v.steps_ms(), ".1f", max),
-    Column("mean over the same without saving", lambda v: v.over_mean(), "+.1%", median),
+    Column("step p50 ms", steps_ms, ".1f", median),
+    Column("mean ms", steps_ms, ".1f", fmean),
+    Column("slowest ms", steps_ms, ".1f", max),
+    Column("mean over the same without saving", lambda v: v.over(mean_ms, relative=True), "+.1%", median),
 )
 WRITE = (
     MODEL,
@@ -117,21 +103,27 @@ WRITE_NOTE = (
 )
 
 
-def tables(_: Namespace, results: Results) -> list[Table]:
-    found, state = measured(results), "One state, from the moment it is due until it is on disk"
-    step = f"Step time with a state on disk every {results['every']} steps, {RANKS} CPU ranks, alternating"
-    return [
-        Table.of(step, found, *STEP, notes=[STEP_NOTE]),
-        Table.of(state, [variant for variant in found if writes_of(variant)], *WRITE, notes=[WRITE_NOTE]),
-    ]
+@dataclass
+class Durable(Benchmark):
+    sizes: tuple[str, ...] = option(("tiny", "1M", "10M", "33M"), "model sizes", quick=("tiny",), choices=tuple(WIDTHS))
+    rounds: int = option(6, "segments per variant", quick=1)
 
+    def measure(self, results: Results, steps: Steps) -> None:
+        results["sizes"], plan = {}, Plan(self.rounds, (STEPS, STEPS))
+        steps.expect(self.rounds * 4 * len(self.sizes))
+        for size in self.sizes:
+            steps.begin(f"{size}, 4 variants alternating")
+            with scratch() as place:
+                results["sizes"][size] = train_in_turns(variants(size), place, plan, steps.done, written_segment)
 
-def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="model sizes")
-    add_count(parser, "--rounds", Default(6, 2), "segments per variant")
+    def tables(self, results: Results) -> list[Table]:
+        found, state = measured(results), "One state, from the moment it is due until it is on disk"
+        step = f"Step time with a state on disk every {EVERY} steps, {RANKS} CPU ranks, alternating"
+        return [
+            Table.of(step, found, *STEP, notes=[STEP_NOTE]),
+            Table.of(state, [variant for variant in found if writes_of(variant)], *WRITE, notes=[WRITE_NOTE]),
+        ]
 
-
-PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
-    PROGRAM.main()
+    Durable.main()

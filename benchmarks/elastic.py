@@ -8,26 +8,33 @@ with rank 0, is never killed. Takes ten minutes.
 from __future__ import annotations
 
 import random
-from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from benchmarks.harness.nodes import MAX_NODES, Nodes, NodesLostError, Step, first_of
-from benchmarks.harness.processes import scratch
-from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from benchmarks.harness.benchmark import Benchmark, Results, Steps, console, option
+from benchmarks.harness.processes import Command, Scratch, ckptless_run, job_environment, scratch
 from benchmarks.harness.scenario import OURS
-from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95
+from benchmarks.harness.table import Column, Group, Table, count_of, each, p95
 from benchmarks.harness.watch import START_S
+from benchmarks.harness.wire import Inbox
 from benchmarks.jobs.job import JobOptions
+from lightning_ckptless import environment
 from lightning_ckptless.ledger import LEDGER_NAME, Event, read_ledger
+from lightning_ckptless.replica.arena import find_arenas
 
-TIMEOUT_S = 120.0
+NODES = 4
+TIMEOUT_S, LOOK_S = 120.0, 0.1
 SPARE_STEPS = 10
 """Steps that the job makes after a change before the next event."""
 RANDOM_STEPS = 50
-
 SETUPS: dict[str, tuple[JobOptions, tuple[str, ...]]] = {
     "DDP, in place": (OURS, ()),
     "DDP, --no-in-place": (OURS, ("--no-in-place",)),
@@ -38,34 +45,98 @@ MARKS = {"noticed_s": "node_lost", "met_s": "move", "told_s": "fault", "restored
 """Moments of a loss, and the events that the ledger recorded first at each."""
 LOSS_PHASES = ("notice", "meet", "tell the workers", "regroup and restore", "first step")
 Found = dict[str, Any]
+T = TypeVar("T")
+
+
+class NodesLostError(RuntimeError):
+    """An awaited event did not occur."""
+
+
+class Step(NamedTuple):
+    """A step that all ranks of its world have finished, and when the last of them did."""
+
+    attempt: int
+    number: int
+    world: int
+    at: float
+
+
+def finished(rows: Iterable[Found]) -> list[Step]:
+    """Return the steps that all ranks of their world have finished, by time; replayed steps occur twice."""
+    ranks: dict[tuple[int, int, int], dict[int, float]] = {}
+    for row in rows:
+        ranks.setdefault((row["attempt"], row["step"], row["world"]), {})[row["rank"]] = row["at"]
+    whole = [Step(*key, max(at.values())) for key, at in ranks.items() if len(at) == key[2]]
+    return sorted(whole, key=lambda step: step.at)
+
+
+def first_of(steps: Sequence[Step], world: int, *, after: float) -> Step | None:
+    """Return the first step that `world` ranks finished after a moment."""
+    return next((step for step in steps if step.world == world and step.at > after), None)
+
+
+class Nodes:
+    """The nodes of a job. They end with the stack."""
+
+    def __init__(self, setup: str, stack: ExitStack, place: Scratch, name: str) -> None:
+        job, self._flags = SETUPS[setup]
+        self.folder = place.files / name
+        self.folder.mkdir()
+        self._job = job.but(nodes=NODES, devices=1, root=str(self.folder))
+        self._arenas, self._stack = place.arenas, stack
+        self._rows: list[Found] = []
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._inbox = stack.enter_context(Inbox(place.files / f"{name}.socket"))
+        self._nodes: dict[int, Command] = {}
+
+    def start(self, number: int) -> float:
+        """Start a node; ranks are in the order of nodes. Returns the wall clock time of the start."""
+        folder = self.folder / f"node-{number}-{time.monotonic_ns()}"
+        folder.mkdir()
+        # The benchmark itself hosts the rendezvous, so that any node may be lost.
+        launcher = ckptless_run(
+            f"--nnodes={NODES - 1}:{NODES}", "--rdzv-id=elastic", "--rdzv-conf=is_host=no",
+            f"--rdzv-endpoint=127.0.0.1:{self._store.port}", f"--local-addr=127.0.0.{number + 1}", *self._flags,
+        )  # fmt: skip
+        places = {environment.RUN_ROOT: str(self.folder / "runs"), environment.ARENA_DIR: str(self._arenas)}
+        node = Command(launcher(self._job), folder, {**job_environment(self._inbox.path), **places})
+        self._nodes[number] = self._stack.enter_context(node)
+        return node.began_at
+
+    def kill(self, number: int) -> float:
+        """SIGKILL a node's agent and its workers, and remove its shared memory. Returns the wall clock time."""
+        node = self._nodes.pop(number)
+        killed_at = time.time()
+        node.end(grace_s=0.0)
+        for info in find_arenas(self._arenas):
+            if info.owner.pid == node.pid:
+                shutil.rmtree(info.path)
+        return killed_at
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps that all ranks have finished so far."""
+        return finished(self._rows)
+
+    def until(self, reached: Callable[[list[Step]], T | None], timeout_s: float, awaited: str) -> T:
+        """Follow the job until `reached` returns a value.
+
+        Raises:
+            NodesLostError: If it does not in time, or a node has ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not (found := reached(self.steps)):
+            if time.monotonic() > deadline or not all(node.running for node in self._nodes.values()):
+                output = "\n".join(f"node {number}:\n{node.output_tail(6)}" for number, node in self._nodes.items())
+                raise NodesLostError(f"{awaited} not reached within {timeout_s:g} s, or a node ended:\n{output}")
+            look_until = time.monotonic() + LOOK_S
+            while (note := self._inbox.next(max(0.0, look_until - time.monotonic()))) is not None:
+                if note.moment == "step":
+                    self._rows.append({"at": note.at, **note.fields})
+        return found
 
 
 # ---------------------------------------------------------------------- measurement
-
-
-def measure(args: Namespace, results: Results, steps: Steps) -> None:
-    """Measure every setup, and store the results as they arrive."""
-    chance = random.Random(args.seed)
-    names = [name for name in SETUPS if not args.only or name in args.only]
-    results["setups"] = {}
-    steps.expect(args.repeats * len(names))
-    with scratch() as place:
-        for number, name in enumerate(names):
-            steps.begin(name)
-            with Nodes(*SETUPS[name], place, f"job-{number}") as nodes:
-                found: Found = {"cycles": [], "failed": ""}
-                results["setups"][name] = found
-                try:
-                    for node in range(MAX_NODES):
-                        nodes.start(node)
-                    for repeat in range(args.repeats):
-                        found["cycles"].append(cycle(nodes, 1 + repeat % (MAX_NODES - 1), chance))
-                        steps.done()
-                except NodesLostError as error:
-                    console.print(f"{name}: {error}", markup=False)
-                    found["failed"] = str(error)
-                [ledger] = nodes.folder.glob(f"runs/*/{LEDGER_NAME}")
-                add_marks(found["cycles"], read_ledger(ledger).events)
 
 
 def cycle(nodes: Nodes, victim: int, chance: random.Random) -> Found:
@@ -74,27 +145,26 @@ def cycle(nodes: Nodes, victim: int, chance: random.Random) -> Found:
     Raises:
         NodesLostError: If the others, or later all nodes, do not continue.
     """
-    few, all_nodes = MAX_NODES - 1, MAX_NODES
 
     def until_made(world: int, count: int, timeout_s: float = START_S) -> None:
         """Wait until the last `count` steps were made by a world of this size."""
 
-        def made(steps: list[Step]) -> bool | None:
-            return (len(steps) >= count and all(step.world == world for step in steps[-count:])) or None
+        def made(steps: list[Step]) -> bool:
+            return len(steps) >= count and all(step.world == world for step in steps[-count:])
 
         nodes.until(made, timeout_s, f"{count} steps of {world} ranks")
 
     def first_step(world: int, since: float) -> Step:
         return nodes.until(lambda steps: first_of(steps, world, after=since), TIMEOUT_S, f"a step of {world} ranks")
 
-    until_made(all_nodes, SPARE_STEPS + chance.randrange(RANDOM_STEPS))
+    until_made(NODES, SPARE_STEPS + chance.randrange(RANDOM_STEPS))
     killed_at = nodes.kill(victim)
-    small = first_step(few, killed_at)
-    until_made(few, SPARE_STEPS, TIMEOUT_S)
+    small = first_step(NODES - 1, killed_at)
+    until_made(NODES - 1, SPARE_STEPS, TIMEOUT_S)
     came_at = nodes.start(victim)
-    full = first_step(all_nodes, came_at)
-    moments = {"victim": victim, "killed_at": killed_at, "came_at": came_at, "full_at": full.at}
-    return {**moments, "shrink": shrunk(nodes.steps, killed_at, small), "grow": grown(nodes.steps, came_at, full)}
+    full = first_step(NODES, came_at)
+    shrink, grow = shrunk(nodes.steps, killed_at, small), grown(nodes.steps, came_at, full)
+    return {"killed_at": killed_at, "came_at": came_at, "shrink": shrink, "grow": grow}
 
 
 def shrunk(steps: list[Step], killed_at: float, small: Step) -> Found:
@@ -113,7 +183,6 @@ def grown(steps: list[Step], came_at: float, full: Step) -> Found:
     return {
         "paused_s": full.at - last.at,
         "seconds": full.at - came_at,
-        "steps_meanwhile": sum(came_at < step.at <= last.at for step in steps),
         "repeated_steps": last.number + 1 - full.number,
     }
 
@@ -121,104 +190,99 @@ def grown(steps: list[Step], came_at: float, full: Step) -> Found:
 def add_marks(cycles: list[Found], events: Sequence[Event]) -> None:
     """Add to every loss the first of each event in `MARKS` that the ledger recorded before the node rejoined."""
     for found in cycles:
-        killed_at, came_at = found["killed_at"], found["came_at"]
-        meanwhile = [event for event in events if killed_at < event.at < came_at]
+        killed_at = found["killed_at"]
+        meanwhile = [event for event in events if killed_at < event.at < found["came_at"]]
         for mark, name in MARKS.items():
             within = [event.at - killed_at for event in meanwhile if event.event == name]
             found["shrink"] |= {mark: min(within)} if within else {}
 
 
-def phases_of(lost: Found) -> Found:
-    """Return the time of each phase of a loss in seconds, from the moments that the ledger recorded."""
-    moments = [0.0, *(lost.get(mark) for mark in MARKS), lost["seconds"]]
-    if None in moments:
-        return {}
-    return dict(zip(LOSS_PHASES, (end - begin for begin, end in pairwise(moments)), strict=True))
-
-
 # ---------------------------------------------------------------------- tables
 
 
-def beyond_s(group: Group) -> list[float]:
-    """Return the seconds from the detection of each loss to the first step of the others."""
-    return [one["seconds"] - one["noticed_s"] for one in group.items if "noticed_s" in one]
+def phase(name: str) -> Callable[[Group], list[float]]:
+    """Return the function for the time of a phase of each loss, from the moments that the ledger recorded."""
+    place = LOSS_PHASES.index(name)
+
+    def seconds(group: Group) -> list[float]:
+        losses = [[0.0, *(lost.get(mark) for mark in MARKS), lost["seconds"]] for lost in group.items]
+        return [moments[place + 1] - moments[place] for moments in losses if None not in moments]
+
+    return seconds
 
 
-HOW = Column("how", name_of)
 REPLAYED = (
     Column("steps replayed p50", each("repeated_steps"), "g", median),
     Column("max", each("repeated_steps"), "g", max),
 )
 SHRINK = (
-    HOW,
+    Column("how", 0),
     Column("kills", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
     Column("p95 s", each("seconds"), ".2f", p95),
     Column("max s", each("seconds"), ".2f", max),
-    Column("detected after p50 s", each("noticed_s"), ".2f", median),
-    Column("from there p50 s", beyond_s, ".2f", median),
-    Column("max s", beyond_s, ".2f", max),
     Column("one step s", each("step_s"), ".2f", median),
     *REPLAYED,
+    *(Column(f"{name} s", phase(name), ".2f", median) for name in LOSS_PHASES),
 )
 SHRINK_NOTE = (
     "A node whose agent's connection was closed is lost after at least 1 s without a heartbeat, any other after the "
-    "limit (the defaults) plus one interval. Detected: the ledger's `node_lost`."
-)
-LOSS = (
-    Column("phase", name_of),
-    Column("kills", count_of),
-    Column("p50 s", lambda group: group.items, ".2f", median),
-    Column("p95 s", lambda group: group.items, ".2f", p95),
-    Column("max s", lambda group: group.items, ".2f", max),
-)
-LOSS_NOTE = (
-    "notice: from the kill until another agent considers the node lost. meet: until the agents have re-rendezvoused. "
-    "tell the workers: until they receive their new ranks. first step: replay included."
+    "limit (the defaults) plus one interval. Phases: medians. notice: from the kill until another agent considers the "
+    "node lost (the ledger's `node_lost`). meet: until the agents have re-rendezvoused. tell the workers: until they "
+    "receive their new ranks. first step: replay included."
 )
 GROW = (
-    HOW,
+    Column("how", 0),
     Column("returns", count_of),
     Column("others paused p50 s", each("paused_s"), ".2f", median),
     Column("max s", each("paused_s"), ".2f", max),
     Column("agent start to a step of all p50 s", each("seconds"), ".2f", median),
     Column("max s", each("seconds"), ".2f", max),
-    Column("steps of the others in the meantime p50", each("steps_meanwhile"), "g", median),
-    Column("max", each("steps_meanwhile"), "g", max),
     *REPLAYED,
 )
 
 
-def loss_table(group: Group) -> Table:
-    """Return the table of the phases of a setup's losses."""
-    losses = [phases for lost in group.items if (phases := phases_of(lost))]
-    rows = [Group(phase, [phases[phase] for phases in losses]) for phase in LOSS_PHASES]
-    return Table.of(f"Phases of a loss: {group.name}", rows, *LOSS, notes=[LOSS_NOTE])
+@dataclass
+class Elastic(Benchmark):
+    repeats: int = option(3, "kills of each setup", quick=1)
+    only: tuple[str, ...] = option((), "setups", choices=tuple(SETUPS))
 
+    def measure(self, results: Results, steps: Steps) -> None:
+        chance, names = random.Random(1), self.only or tuple(SETUPS)
+        results["setups"] = {}
+        steps.expect(self.repeats * len(names))
+        for name in names:
+            steps.begin(name)
+            found: Found = {"cycles": [], "failed": ""}
+            results["setups"][name] = found
+            with scratch() as place, ExitStack() as stack:
+                nodes = Nodes(name, stack, place, "job")
+                try:
+                    for node in range(NODES):
+                        nodes.start(node)
+                    for repeat in range(self.repeats):
+                        found["cycles"].append(cycle(nodes, 1 + repeat % (NODES - 1), chance))
+                        steps.done()
+                except NodesLostError as error:
+                    console.print(f"{name}: {error}", markup=False)
+                    found["failed"] = str(error)
+                for ledger in nodes.folder.glob(f"runs/*/{LEDGER_NAME}"):
+                    add_marks(found["cycles"], read_ledger(ledger).events)
 
-def tables(_: Namespace, results: Results) -> list[Table]:
-    setups: dict[str, Found] = results["setups"]
-    losses, returns = (
-        [Group(setup, [cycle[kind] for cycle in found["cycles"]]) for setup, found in setups.items()]
-        for kind in ("shrink", "grow")
-    )
-    failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
-    kill = "A node of four is killed, to the first step finished by all of the other three"
-    paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
-    return [
-        Table.of(kill, losses, *SHRINK, notes=[SHRINK_NOTE, *failed]),
-        *(loss_table(group) for group in losses if any(map(phases_of, group.items))),
-        Table.of("The node rejoins", [group for group in returns if group.items], *GROW, notes=[paused]),
-    ]
+    def tables(self, results: Results) -> list[Table]:
+        setups: dict[str, Found] = results["setups"]
+        losses, returns = (
+            [Group(setup, [cycle[kind] for cycle in found["cycles"]]) for setup, found in setups.items()]
+            for kind in ("shrink", "grow")
+        )
+        failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
+        kill = "A node of four is killed, to the first step finished by all of the other three"
+        paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
+        return [
+            Table.of(kill, losses, *SHRINK, notes=[SHRINK_NOTE, *failed]),
+            Table.of("The node rejoins", returns, *GROW, notes=[paused]),
+        ]
 
-
-def options(parser: ArgumentParser) -> None:
-    add_count(parser, "--repeats", Default(3, 1), "kills of each setup")
-    add_count(parser, "--seed", 1, "seed of the moments")
-    add_choice(parser, "--only", list(SETUPS), "setups")
-
-
-PROGRAM = Program(__doc__, measure, tables, options, shows_parts=True)
 
 if __name__ == "__main__":
-    PROGRAM.main()
+    Elastic.main()

@@ -7,23 +7,32 @@ bench-rivals` has installed them.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import kills
-from benchmarks.harness.kills import Kill, survived
-from benchmarks.harness.processes import ckptless_run, torchrun
-from benchmarks.harness.report import Program, Results, Steps, console
-from benchmarks.harness.scenario import OURS, Scenario, with_files
-from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, percentile, verdict
-from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
+from benchmarks import rivals
+from benchmarks.harness.benchmark import Benchmark, Results, Steps, console, option
+from benchmarks.harness.kills import Kill, kill_repeatedly, phase_s, survived
+from benchmarks.harness.processes import Scratch, ckptless_run, scratch, torchrun
+from benchmarks.harness.scenario import OURS, Scenario, running
+from benchmarks.harness.table import Column, Group, Table, count_of, each, p95, percentile, verdict
+from benchmarks.harness.watch import START_S, NoRecoveryError
+from benchmarks.jobs.job import JobOptions
 
-RANKS = 4
-EVERY = 20
+RANKS, EVERY = 4, 20
+CHECKPOINT_EVERY = 50
+"""Steps between two checkpoint files of other tools; kills are spread over that interval."""
+BLOCK = 6
+"""Consecutive kills in a scenario."""
+TIMEOUT_S, LONGEST_STEP_S = 120.0, 2.0
 JOB = OURS.but(devices=RANKS)
+FILES = JobOptions(strategy="ddp", checkpoint_every=CHECKPOINT_EVERY, devices=RANKS)
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Setting with which relaunched workers of torchrun do not read the addresses of killed ones."""
 ours = partial(Scenario, job=JOB, every=EVERY)
 STANDBY, IN_PLACE = "in place, standby", "in place, new process"
 RELAUNCH, FRESH = "relaunch, preloaded", "relaunch, new interpreters"
@@ -33,19 +42,25 @@ SCENARIOS = (
     ours(RELAUNCH, ckptless_run("--no-in-place")),
     ours(FRESH, ckptless_run("--no-in-place", "--no-preload")),
     ours("torchrun, ckptless", torchrun),
-    with_files(RANKS),
+    Scenario(f"torchrun, ddp + ModelCheckpoint({CHECKPOINT_EVERY})", torchrun, FILES, OWN_STORE, CHECKPOINT_EVERY),
+)
+RIVALS = (
+    f"nvidia-resiliency-ext in process, ddp + ModelCheckpoint({CHECKPOINT_EVERY})",
+    "torchft, with its gradient hook patched",
 )
 
 
-# ---------------------------------------------------------------------- quantities
+def rivals_in(python: Path) -> tuple[Scenario, ...]:
+    """Return the jobs of both rivals, in an environment."""
+    command = partial(rivals.command, python=python)
+    nvrx, torchft = FILES.but(strategy="nvrx"), JobOptions(strategy="torchft", devices=RANKS)
+    return (
+        Scenario(RIVALS[0], command, nvrx, rivals.VARIABLES, CHECKPOINT_EVERY, kills_of_a_job=1),
+        Scenario(RIVALS[1], command, torchft, rivals.VARIABLES, EVERY),
+    )
 
 
-def seconds(kill: Kill) -> float:
-    return float(kill["seconds"])
-
-
-def beyond_a_step_s(kill: Kill) -> float:
-    return float(kill["seconds"] - kill["step_s"])
+# ---------------------------------------------------------------------- tables
 
 
 def own_share_s(kill: Kill) -> float | None:
@@ -61,47 +76,21 @@ def own_share_s(kill: Kill) -> float | None:
 
 
 TARGETS: dict[str, tuple[str, Callable[[Kill], float | None], dict[int, float]]] = {
-    STANDBY: (", in addition to one step", beyond_a_step_s, {50: 0.2, 95: 0.4}),
-    IN_PLACE: ("", seconds, {50: 0.6, 95: 1.0}),
-    RELAUNCH: ("", seconds, {50: 1.0, 95: 2.0}),
+    STANDBY: (", in addition to one step", lambda kill: float(kill["seconds"] - kill["step_s"]), {50: 0.2, 95: 0.4}),
+    IN_PLACE: ("", lambda kill: float(kill["seconds"]), {50: 0.6, 95: 1.0}),
+    RELAUNCH: ("", lambda kill: float(kill["seconds"]), {50: 1.0, 95: 2.0}),
     FRESH: (", without process start and imports", own_share_s, {50: 0.3}),
 }
 """By row: the quantity that is compared, and the targets of its percentiles in s."""
 
 
-def span_s(start: str | None, end: str) -> Callable[[Kill], float]:
-    """Return a function that returns the seconds between two moments of the slowest rank."""
-
-    def span(kill: Kill) -> float:
-        # A standby had done some of this before the kill.
-        ends = [rank[end] for rank in kill["ranks"]]
-        starts = [rank[start] for rank in kill["ranks"]] if start else []
-        return float(max(0.0, *ends) - max(0.0, *starts, 0.0))
-
-    return span
-
-
-# ---------------------------------------------------------------------- tables
-
-
-def groups_of(results: Results) -> list[Group]:
-    """Return the survived kills by scenario, with all kills as their context."""
-    return [Group(name, survived(found), found) for name, found in results["kills"].items()]
-
-
-def phase(quantity: str) -> Column:
-    """Return the column of a phase, or of the total, according to the ledger."""
-
-    def values(group: Group) -> list[float]:
-        accounts = [item["ledger"] for item in group.items if "ledger" in item]
-        return [(account["phases"] | account)[quantity] for account in accounts]
-
-    return Column(quantity.removesuffix("_s"), values, ".2f" if quantity == "total_s" else ".3f", median)
-
-
-def rank_0_survived(group: Group) -> str:
-    found = [kill for kill in group.context if kill.get("victim") == 0]
-    return f"{len(survived(found))} of {len(found)}"
+def verdicts(groups: Sequence[Group]) -> Iterator[str]:
+    """Yield the comparisons with the targets, in words."""
+    for group in (group for group in groups if group.name in TARGETS):
+        what, quantity, targets = TARGETS[group.name]
+        values = [value for kill in group.items if (value := quantity(kill)) is not None]
+        for percent, target_s in targets.items() if values else ():
+            yield f"{group.name}{what}, p{percent}: {verdict(percentile(values, percent), target_s, 's')}"
 
 
 def exact(group: Group) -> str | None:
@@ -109,14 +98,18 @@ def exact(group: Group) -> str | None:
     return f"{sum(compared)} of {len(compared)}" if compared else None
 
 
-def lost_steps(group: Group) -> list[int]:
+def rank_0_survived(group: Group) -> str:
+    found = [kill for kill in group.context if kill.get("victim") == 0]
+    return f"{len(survived(found))} of {len(found)}"
+
+
+def lost_steps(group: Group) -> list[float]:
     """Return the lost committed steps of each kill; without our strategy none are committed."""
-    return [kill["lost_committed_steps"] for kill in group.items if "ddp" not in group.name]
+    return [] if "ddp" in group.name else each("lost_committed_steps")(group)
 
 
-HOW = Column("how", name_of)
 KILLS = (
-    HOW,
+    Column("how", 0),
     Column("kills", lambda group: len(group.context)),
     Column("survived", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
@@ -134,91 +127,96 @@ KILLS_NOTE = (
     "ranks. Exact: in the steps after the recovery, a checksum of weights and moments on all ranks equals that of the "
     "same step of an undisturbed run. The drill compares every bit."
 )
-PHASES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+PHASES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s", "total_s")
 PHASES_NOTE = (
     "In place: detect ends when the agent has seen the exit, abort when the reporting rank has been notified, regroup "
     "when all ranks have met, restore when the state is in place, replay when the first new step is committed. "
     "Relaunch: abort ends when the survivors have exited, and regroup includes start and imports. torchrun's agent "
     "does not report exit times: its detection and stopping belong to no phase."
 )
-MOMENTS = (
-    HOW,
-    Column("kill to new script", each(span_s(None, "script")), ".3f", median),
-    Column("imports", each(span_s("script", "imported")), ".3f", median),
-    Column("model, trainer", each(span_s("imported", "fit")), ".3f", median),
-    Column("fit to training", each(span_s("fit", "train")), ".3f", median),
-    Column("first step", each(span_s("train", "step")), ".3f", median),
-    Column("total", each("seconds"), ".2f", median),
-)
-MOMENTS_NOTE = (
-    "fit to training: process group, restore, Lightning's setup. The sum of medians differs a little from the median "
-    "of sums."
-)
 
 
-def verdicts(groups: list[Group]) -> Iterator[str]:
-    """Yield the comparisons with the targets, in words."""
-    for group in groups:
-        what, quantity, targets = TARGETS.get(group.name, ("", seconds, {}))
-        values = [value for kill in group.items if (value := quantity(kill)) is not None]
-        for percent, target_s in targets.items() if values else ():
-            yield f"{group.name}{what}, p{percent}: {verdict(percentile(values, percent), target_s, 's')}"
+def phase(name: str) -> Column:
+    return Column(name.removesuffix("_s"), lambda group: phase_s(group.items, name), ".3f", median)
 
 
-def kills_table(results: Results, ranks: int) -> Table:
-    """Return the table of the times and the replayed steps."""
-    groups, title = groups_of(results), f"SIGKILL of one of {ranks} ranks to the first step finished by all"
-    notes = [*verdicts(groups), KILLS_NOTE]
-    if installed := results.get("rivals"):
-        notes.append("Other tools: " + ", ".join(map(" ".join, installed.items())) + ".")
-    return Table.of(title, groups, *KILLS, notes=notes)
+# ---------------------------------------------------------------------- measurement
 
 
-def phases_table(results: Results) -> Table:
-    """Return the table of the phases according to the ledgers."""
-    groups = [group for group in groups_of(results) if any("ledger" in kill for kill in group.items)]
-    columns = [HOW, *map(phase, (*PHASES, "total_s"))]
-    return Table.of("Phases according to the ledger, medians in s", groups, *columns, notes=[PHASES_NOTE])
+def jobs(scenario: Scenario, size: str, kills: int, place: Scratch, name: str, chance: random.Random) -> list[Kill]:
+    """Kill ranks `kills` times; start another job when one is lost or has reached its limit, unless it never began."""
+    found: list[Kill] = []
+    while len(found) < kills and not any("failed" in kill and kill["victim"] is None for kill in found):
+        most = min(kills - len(found), scenario.kills_of_a_job or kills)
+        with running(scenario, place, f"{name}-{len(found)}", size=size) as (watch, folder):
+            found += kill_repeatedly(watch, folder, scenario, most, chance, TIMEOUT_S)
+    return found
 
 
-def moments_table(results: Results) -> Table:
-    """Return the table of the recovery as seen by the script, which is measured alike for all scenarios."""
-    groups = [group for group in groups_of(results) if group.items]
-    title = "The same as seen by the script, slowest rank, medians in s"
-    return Table.of(title, groups, *MOMENTS, notes=[MOMENTS_NOTE])
+def reference_of(scenario: Scenario) -> Scenario:
+    """Return the job to compare with: Lightning's own `ddp` for all that run a trainer, else the scenario itself."""
+    if scenario.job.strategy == "torchft":
+        return scenario
+    return Scenario("torchrun, ddp, undisturbed", torchrun, JobOptions(strategy="ddp", devices=RANKS))
 
 
-def tables(_: Namespace, results: Results) -> list[Table]:
-    return [kills_table(results, RANKS), phases_table(results), moments_table(results)]
+def compare(kills: dict[str, list[Kill]], scenarios: Sequence[Scenario], size: str) -> None:
+    """Record under `exact`, for every survived kill, whether the fingerprints of all ranks are the expected ones."""
+    groups: dict[str, tuple[Scenario, list[Kill]]] = {}
+    for scenario in scenarios:
+        reference = reference_of(scenario)
+        groups.setdefault(reference.job.strategy, (reference, []))[1].extend(survived(kills[scenario.name]))
+    with scratch() as place:
+        for reference, good in (group for group in groups.values() if group[1]):
+            last = max(max(kill["fingerprints"]) for kill in good)
+            try:
+                with running(reference, place, reference.job.strategy, size=size) as (watch, _):
+                    right = watch.until_step(last, START_S + LONGEST_STEP_S * last)[0].fingerprints
+            except NoRecoveryError as error:
+                console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
+                continue
+            for kill in good:
+                kill["exact"] = all(seen == [right[step]] for step, seen in kill["fingerprints"].items())
 
 
-# ---------------------------------------------------------------------- the program
+@dataclass
+class Recovery(Benchmark):
+    repeats: int = option(30, "kills in each scenario", quick=2)
+    size: str = option("1M", "model size")
+    only: tuple[str, ...] = option((), "scenarios", choices=(*(scenario.name for scenario in SCENARIOS), *RIVALS))
+    rivals_python: str = option(str(rivals.PYTHON), "Python of the environment that `make bench-rivals` sets up")
 
+    def measure(self, results: Results, steps: Steps) -> None:
+        chance, python = random.Random(1), Path(self.rivals_python).absolute()
+        results["rivals"] = rivals.versions(python)
+        known = (*SCENARIOS, *(rivals_in(python) if results["rivals"] else ()))
+        scenarios = [scenario for scenario in known if not self.only or scenario.name in self.only]
+        results["kills"] = {scenario.name: [] for scenario in scenarios}
+        steps.expect(len(scenarios) * self.repeats)
+        with scratch() as place:
+            for begin in range(0, self.repeats, BLOCK):
+                kills = min(BLOCK, self.repeats - begin)
+                for index, scenario in enumerate(scenarios):
+                    steps.begin(scenario.name)
+                    name = f"{index}-{begin}"
+                    results["kills"][scenario.name] += jobs(scenario, self.size, kills, place, name, chance)
+                    steps.done(kills)
+        steps.begin("undisturbed jobs to compare with")
+        compare(results["kills"], scenarios, self.size)
 
-def measure(args: Namespace, results: Results, steps: Steps) -> None:
-    """Kill ranks in all scenarios that are available here, and compare the recovered jobs with undisturbed ones."""
-    scenarios, results["rivals"] = with_rivals(args.rivals_python.absolute())
-    kills.measure(args, results, steps, scenarios)
-    kills.compare(results["kills"], scenarios, args.size)
+    def tables(self, results: Results) -> list[Table]:
+        groups = [Group(name, survived(found), found) for name, found in results["kills"].items()]
+        recovered = [group for group in groups if any("ledger" in kill for kill in group.items)]
+        notes = [*verdicts(groups), KILLS_NOTE]
+        if installed := results["rivals"]:
+            notes.append("Other tools: " + ", ".join(map(" ".join, installed.items())) + ".")
+        kills = f"SIGKILL of one of {RANKS} ranks to the first step finished by all"
+        phases = "Phases according to the ledger, medians in s"
+        return [
+            Table.of(kills, groups, *KILLS, notes=notes),
+            Table.of(phases, recovered, Column("how", 0), *map(phase, PHASES), notes=[PHASES_NOTE]),
+        ]
 
-
-def with_rivals(python: Path) -> tuple[tuple[Scenario, ...], dict[str, str]]:
-    """Return all scenarios that are available here, and the versions of the rivals' packages."""
-    try:
-        installed = versions(python)
-    except RivalsMissingError as error:
-        console.print(f"torchft and nvidia-resiliency-ext are not measured: {error}", markup=False)
-        return SCENARIOS, {}
-    return (*SCENARIOS, *rivals(python, RANKS, EVERY)), installed
-
-
-def options(parser: ArgumentParser) -> None:
-    kills.add_options(parser, (*SCENARIOS, *rivals(DEFAULT_PYTHON, RANKS, EVERY)), repeats=30, block=6)
-    about = "Python of the environment that `make bench-rivals` sets up (default: %(default)s, if it exists)"
-    parser.add_argument("--rivals-python", type=Path, default=DEFAULT_PYTHON, metavar="PATH", help=about)
-
-
-PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
-    PROGRAM.main()
+    Recovery.main()

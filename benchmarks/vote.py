@@ -7,7 +7,7 @@ its own interpreter, as in training. Takes half a minute.
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.table import Column, Group, Table, each, name_of
+from benchmarks.harness.benchmark import Benchmark, Results, Steps, option
+from benchmarks.harness.table import Column, Group, Table, each
 from benchmarks.harness.world import answers_of
 from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_group
 from lightning_ckptless.replica.ballot_box import BallotBox
@@ -61,38 +61,35 @@ def _spread(gloo: Transport, nodes: list[str], name: str) -> str:
     return next(said for said, node in zip(names, nodes, strict=True) if said and node == nodes[gloo.rank])
 
 
-def measure(args: Namespace, results: Results, steps: Steps) -> None:
-    """Let each number of ranks vote."""
-    steps.expect(len(RANKS))
-    for ranks in RANKS:
-        steps.begin(f"{ranks} ranks")
-        with TemporaryDirectory(dir="/dev/shm", prefix="ckptless-bench-") as folder:
-            results[str(ranks)] = answers_of(ranks, vote, ranks, Path(folder), args.votes, args.rounds)
-        steps.done()
+COLUMNS = (
+    Column("vote", 0),
+    Column("us per vote", each("us"), ".0f", median),
+    Column("us of CPU per rank", each("cpu_us"), ".1f", median),
+)
+NOTE = "Medians over the blocks of all ranks. The CPU time is that of all threads of the process."
 
 
-def tables(_: Namespace, results: Results) -> list[Table]:
-    """Return one row per number of ranks and way."""
-    rows = [
-        Group(f"{ranks} ranks, {way}", [block for blocks in found for block in blocks if block["way"] == way])
-        for ranks, found in results.items()
-        for way in WAYS
-    ]
-    columns = (
-        Column("vote", name_of),
-        Column("us per vote", each("us"), ".0f", median),
-        Column("us of CPU per rank", each("cpu_us"), ".1f", median),
-    )
-    notes = ["Medians over the blocks of all ranks. The CPU time is that of all threads of the process."]
-    return [Table.of("Cost of a vote", rows, *columns, notes=notes)]
+@dataclass
+class Vote(Benchmark):
+    votes: int = option(2000, "votes of a block", quick=100)
+    rounds: int = option(5, "blocks of each way", quick=1)
 
+    def measure(self, results: Results, steps: Steps) -> None:
+        steps.expect(len(RANKS))
+        for ranks in RANKS:
+            steps.begin(f"{ranks} ranks")
+            with TemporaryDirectory(dir="/dev/shm", prefix="ckptless-bench-") as folder:
+                results[str(ranks)] = answers_of(ranks, vote, ranks, Path(folder), self.votes, self.rounds)
+            steps.done()
 
-def options(parser: ArgumentParser) -> None:
-    add_count(parser, "--votes", Default(2000, 100), "votes of a block")
-    add_count(parser, "--rounds", Default(5, 1), "blocks of each way")
+    def tables(self, results: Results) -> list[Table]:
+        rows = [
+            Group(f"{ranks} ranks, {way}", [block for blocks in found for block in blocks if block["way"] == way])
+            for ranks, found in results.items()
+            for way in WAYS
+        ]
+        return [Table.of("Cost of a vote", rows, *COLUMNS, notes=[NOTE])]
 
-
-PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
-    PROGRAM.main()
+    Vote.main()

@@ -1,4 +1,4 @@
-"""Jobs whose ranks are killed repeatedly, in blocks that alternate between the compared scenarios."""
+"""Jobs whose ranks are killed repeatedly."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import os
 import random
 import signal
 import time
-from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.processes import Scratch, scratch, torchrun
-from benchmarks.harness.report import Default, Results, Steps, add_choice, add_count, console
-from benchmarks.harness.scenario import Scenario, events_of, running
+from benchmarks.harness.benchmark import console
+from benchmarks.harness.scenario import Scenario, events_of
 from benchmarks.harness.watch import START_S, Life, NoRecoveryError, Watch
-from benchmarks.jobs.job import JobOptions
 
 Kill = dict[str, Any]
 
 STEP_S = 0.05
 """Approximate length of a step: kills are spread over it."""
-LONGEST_STEP_S = 2.0
-TIMEOUT_S = 120.0
 LEDGER_S = 10.0
 _WITNESSES = 6
 """Steps after a recovery whose fingerprints are compared."""
@@ -132,82 +127,7 @@ def kill_repeatedly(
     return found
 
 
-def jobs(
-    scenario: Scenario, args: Namespace, kills: int, place: Scratch, name: str, chance: random.Random
-) -> list[Kill]:
-    """Kill ranks `kills` times; start another job when one is lost or has reached its limit, unless it never began."""
-    found: list[Kill] = []
-    while len(found) < kills and not any("failed" in kill and kill["victim"] is None for kill in found):
-        most = min(kills - len(found), scenario.kills_of_a_job or kills)
-        with running(scenario, place, f"{name}-{len(found)}", size=args.size) as (watch, folder):
-            found += kill_repeatedly(watch, folder, scenario, most, chance, args.timeout)
-    return found
-
-
-def measure(args: Namespace, results: Results, steps: Steps, every_scenario: tuple[Scenario, ...]) -> None:
-    """Kill a rank `args.repeats` times in each scenario, in alternating blocks."""
-    chance = random.Random(args.seed)
-    scenarios = [scenario for scenario in every_scenario if not args.only or scenario.name in args.only]
-    results["kills"] = {scenario.name: [] for scenario in scenarios}
-    steps.expect(len(scenarios) * args.repeats)
-    with scratch() as place:
-        for number, begin in enumerate(range(0, args.repeats, args.block)):
-            kills = min(args.block, args.repeats - begin)
-            for index, scenario in enumerate(scenarios):
-                steps.begin(scenario.name)
-                results["kills"][scenario.name] += jobs(scenario, args, kills, place, f"{index}-{number}", chance)
-                steps.done(kills)
-
-
-def add_options(
-    parser: ArgumentParser, scenarios: tuple[Scenario, ...], *, repeats: int, block: int, size: str = "1M"
-) -> None:
-    """Add the options of a program that kills ranks, with defaults for kills, their blocks and the size."""
-    add_count(parser, "--repeats", Default(repeats, 2), "kills in each scenario")
-    add_count(parser, "--block", block, "consecutive kills in a scenario")
-    about = "seconds after a kill until a job counts as lost (default: %(default)g)"
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help=about)
-    parser.add_argument("--size", default=size, help="model size (default: %(default)s)")
-    add_count(parser, "--seed", 1, "seed of the moments and victims")
-    add_choice(parser, "--only", [scenario.name for scenario in scenarios], "scenarios")
-
-
-# ---------------------------------------------------------------------- exactness
-
-
-def reference_of(scenario: Scenario) -> Scenario:
-    """Return the job to compare with: Lightning's own `ddp` for all that run a trainer, else the scenario itself."""
-    if scenario.job.strategy == "torchft":
-        return scenario
-    return Scenario("torchrun, ddp, undisturbed", torchrun, JobOptions(strategy="ddp", devices=scenario.job.devices))
-
-
-def compare(kills: dict[str, list[Kill]], scenarios: tuple[Scenario, ...], size: str) -> None:
-    """Record under `exact`, for every survived kill, whether the fingerprints of all ranks are the expected ones."""
-    groups: dict[str, tuple[Scenario, list[Kill]]] = {}
-    for scenario in scenarios:
-        reference = reference_of(scenario)
-        groups.setdefault(reference.job.strategy, (reference, []))[1].extend(survived(kills.get(scenario.name, [])))
-    with scratch() as place:
-        for reference, good in groups.values():
-            if not good:
-                continue
-            last = max(max(kill["fingerprints"]) for kill in good)
-            try:
-                right = undisturbed(reference, size, last, place)
-            except NoRecoveryError as error:
-                console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
-                continue
-            for kill in good:
-                kill["exact"] = is_exact(kill["fingerprints"], right)
-
-
-def is_exact(seen: dict[int, list[int]], right: dict[int, int]) -> bool:
-    """Return whether all ranks had the expected fingerprint after each of the steps."""
-    return all(values == [right[step]] for step, values in seen.items())
-
-
-def undisturbed(scenario: Scenario, size: str, steps: int, place: Scratch) -> dict[int, int]:
-    """Return the fingerprints of an undisturbed job, by step."""
-    with running(scenario, place, f"reference-{scenario.job.strategy}", size=size) as (watch, _):
-        return watch.until_step(steps, START_S + LONGEST_STEP_S * steps)[0].fingerprints
+def phase_s(kills: list[Kill], name: str) -> list[float]:
+    """Return the seconds of a phase, or of the total, of each kill, according to the ledger."""
+    accounts = [kill["ledger"]["phases"] | kill["ledger"] for kill in kills if "ledger" in kill]
+    return [account[name] for account in accounts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,27 +15,18 @@ from typing import Self
 
 import psutil
 
-from benchmarks.harness.machine import ROOT
 from benchmarks.harness.wire import SOCKET
 from benchmarks.jobs.job import JobOptions
 
 Launcher = Callable[[JobOptions], list[str]]
 """Returns the command line of a job."""
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "benchmarks" / "jobs" / "job.py")
-OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Setting with which relaunched workers of torchrun do not read the addresses of killed ones."""
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 """Variables of every job: module path, one thread per rank."""
 SHARED_MEMORY = Path("/dev/shm")
 END_GRACE_S = 20.0
-_BUSY = """
-import os
-parent = os.getppid()
-while os.getppid() == parent:
-    for _ in range(10**6):
-        pass
-"""
 
 
 def ckptless_run(*flags: str) -> Launcher:
@@ -44,12 +34,9 @@ def ckptless_run(*flags: str) -> Launcher:
     return lambda job: [program, "run", f"--nproc-per-node={job.devices}", *flags, SCRIPT, *job.to_arguments()]
 
 
-def torch_run(*flags: str) -> Launcher:
-    program = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=100"]
-    return lambda job: [*program, f"--nproc-per-node={job.devices}", *flags, SCRIPT, *job.to_arguments()]
-
-
-torchrun = torch_run("--standalone")
+def torchrun(job: JobOptions) -> list[str]:
+    program = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=100", "--standalone"]
+    return [*program, f"--nproc-per-node={job.devices}", SCRIPT, *job.to_arguments()]
 
 
 def python(job: JobOptions) -> list[str]:
@@ -72,24 +59,12 @@ class Scratch:
 @contextmanager
 def scratch() -> Iterator[Scratch]:
     """Create the folders, and remove them at the end."""
-    with tempfile.TemporaryDirectory(prefix="ckptless-bench-") as files:
-        arenas = tempfile.mkdtemp(prefix="ckptless-bench-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else files)
-        try:
-            yield Scratch(Path(files), Path(arenas))
-        finally:
-            shutil.rmtree(arenas, ignore_errors=True)
-
-
-@contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Keep this many cores busy while the block runs."""
-    loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
+    memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(prefix="ckptless-bench-") as files,
+        tempfile.TemporaryDirectory(prefix="ckptless-bench-", dir=memory, ignore_cleanup_errors=True) as arenas,
+    ):
+        yield Scratch(Path(files), Path(arenas))
 
 
 class Command:
@@ -128,29 +103,17 @@ class Command:
     def output_tail(self, lines: int = 15) -> str:
         return "\n".join(self.output.read_text(errors="replace").splitlines()[-lines:])
 
-    def kill(self) -> None:
-        """SIGKILL it, then all processes that it started."""
-        left = self._descendants()
+    def end(self, grace_s: float = END_GRACE_S) -> None:
+        """Send SIGTERM, and after a grace period SIGKILL, then kill every process of it that is left."""
+        left: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            # Once it has exited, they can no longer be found.
+            left = psutil.Process(self.pid).children(recursive=True) if self.running else []
+        if grace_s:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
         self._process.kill()
-        self._kill(left)
-
-    def end(self) -> None:
-        """Send SIGTERM, then kill every process of it that is left."""
-        left = self._descendants()
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_GRACE_S)
-        self._process.kill()
-        self._kill(left)
-
-    def _descendants(self) -> list[psutil.Process]:
-        """Return the processes that it started; once it has exited, they can no longer be found."""
-        try:
-            return psutil.Process(self.pid).children(recursive=True) if self.running else []
-        except psutil.NoSuchProcess:
-            return []
-
-    def _kill(self, left: list[psutil.Process]) -> None:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

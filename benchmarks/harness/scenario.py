@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.processes import OWN_STORE, Command, Launcher, Scratch, job_environment, torchrun
+from benchmarks.harness.processes import Command, Launcher, Scratch, job_environment
 from benchmarks.harness.watch import Watch
 from benchmarks.harness.wire import Inbox
 from benchmarks.jobs.job import JobOptions
 from lightning_ckptless import environment
 from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 
-CHECKPOINT_EVERY = 50
-"""Steps between two checkpoint files of other tools; kills are spread over that interval."""
 OURS = JobOptions(strategy="ckptless")
 
 
@@ -37,26 +35,13 @@ class Scenario:
     command: Launcher
     job: JobOptions = OURS
     env: Mapping[str, str] = field(default_factory=dict)
-    every: int = CHECKPOINT_EVERY
+    every: int = 50
     kills_of_a_job: int = 0
-
-
-def with_files(ranks: int) -> Scenario:
-    """Return torchrun with checkpoint files, and with the setting that makes its relaunches work."""
-    files = JobOptions(strategy="ddp", checkpoint_every=CHECKPOINT_EVERY, devices=ranks)
-    return Scenario(f"torchrun, ddp + ModelCheckpoint({CHECKPOINT_EVERY})", torchrun, files, OWN_STORE)
 
 
 @contextmanager
 def running(scenario: Scenario, place: Scratch, name: str, **chosen: Any) -> Iterator[tuple[Watch, Path]]:
-    """Start the job of a scenario; yields its watch and its folder.
-
-    Args:
-        scenario: what is started.
-        place: folders of the benchmark.
-        name: name of the job's folder.
-        chosen: options of the job that differ from the scenario's.
-    """
+    """Start the job of a scenario, with some options changed; yields its watch and its folder."""
     folder = place.files / name
     folder.mkdir()
     ours = {environment.RUN_ROOT: str(folder / "runs"), environment.ARENA_DIR: str(place.arenas)}

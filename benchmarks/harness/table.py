@@ -47,23 +47,28 @@ class Group(NamedTuple):
     context: Any = None
 
 
-def name_of(group: Group) -> str:
-    return group.name
-
-
 def count_of(group: Group) -> int:
     return len(group.items)
 
 
-def each(quantity: str | Callable[[Any], float]) -> Callable[[Group], list[float]]:
-    """Return a function that returns a quantity of each item of a group: a key, which may be missing, or a function."""
-    if isinstance(quantity, str):
-        return lambda group: [item[quantity] for item in group.items if quantity in item]
-    return lambda group: [quantity(item) for item in group.items]
+def each(key: str) -> Callable[[Group], list[float]]:
+    """Return a function that returns the values of each item of a group that has them."""
+    return lambda group: [item[key] for item in group.items if key in item]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Return a percentile of at least one value, interpolated between the two nearest ones."""
+    return quantiles(values if len(values) > 1 else [*values, *values], n=100, method="inclusive")[percent - 1]
 
 
 def p95(values: Sequence[float]) -> float:
     return percentile(values, 95)
+
+
+def verdict(measured: float, target: float, unit: str) -> str:
+    """Compare a measured value with a target that it should not exceed, in words."""
+    word = "met" if measured <= target else "missed"
+    return f"{measured:.2f} {unit} (target {target:g} {unit}): {word}"
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,3 @@ class Table:
         rule = ("---", *("---:" for _ in self.columns[1:]))
         lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *lines, "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Return a percentile of at least one value, interpolated between the two nearest ones."""
-    return quantiles(values if len(values) > 1 else [*values, *values], n=100, method="inclusive")[percent - 1]
-
-
-def verdict(measured: float, target: float, unit: str) -> str:
-    """Compare a measured value with a target that it should not exceed, in words."""
-    word = "met" if measured <= target else "missed"
-    return f"{measured:.2f} {unit} (target {target:g} {unit}): {word}"

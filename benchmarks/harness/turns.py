@@ -1,4 +1,4 @@
-"""Jobs that train in turns: compared variants run at the same time and alternate in short segments."""
+"""Jobs that train in turns: compared variants run at the same time, alternate in short segments, and are compared."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.harness.processes import Scratch, ckptless_run
 from benchmarks.harness.scenario import Scenario, running
+from benchmarks.harness.table import Column
 from benchmarks.harness.watch import START_S, Watch
 from benchmarks.harness.wire import Note
 from benchmarks.jobs.job import JobOptions
@@ -24,6 +25,7 @@ Segment = dict[str, Any]
 """Under `ranks`, what each rank reports of the measured steps; under `cpu_per_step_s`, the CPU time of a rank."""
 Measure = Callable[[Watch, Path, int], Segment]
 """Lets a job, which runs in a folder, train a number of steps."""
+Quantity = Callable[[Segment], float]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,6 @@ class Plan:
     rounds: int
     steps: tuple[int, int]
     segment_s: float = 0.0
-
-    def count(self, step_s: float) -> int:
-        """Return the number of measured steps of a segment."""
-        return max(self.steps[0], min(self.steps[1], int(self.segment_s / step_s)))
 
 
 def train(watch: Watch, steps: int) -> list[Segment]:
@@ -66,15 +64,15 @@ def _ready(watch: Watch, steps: int) -> list[Note]:
     return [life.turn for life in lives if life.turn is not None]
 
 
-def segment_of(watch: Watch, _: Path, steps: int, warm_up: int = WARM_UP_STEPS) -> Segment:
+def segment_of(watch: Watch, _: Path, steps: int) -> Segment:
     """Let a job train; return what its ranks report of the steps after the warm-up."""
-    reports = train(watch, warm_up + steps)
+    reports = train(watch, WARM_UP_STEPS + steps)
     own_cpu_s = sum(report.pop("cpu_s") for report in reports)
     ranks = [
-        {name: value[warm_up:] if isinstance(value, list) else value for name, value in report.items()}
+        {name: value[WARM_UP_STEPS:] if isinstance(value, list) else value for name, value in report.items()}
         for report in reports
     ]
-    return {"ranks": ranks, "cpu_per_step_s": own_cpu_s / (warm_up + steps) / len(ranks)}
+    return {"ranks": ranks, "cpu_per_step_s": own_cpu_s / (WARM_UP_STEPS + steps) / len(ranks)}
 
 
 def train_in_turns(
@@ -96,10 +94,62 @@ def train_in_turns(
             for number, (name, job) in enumerate(variants.items())
         }
         first = [report for watch, _ in jobs.values() for report in train(watch, 2 * WARM_UP_STEPS)]
-        count = plan.count(median(step for report in first for step in report["steps_s"][WARM_UP_STEPS:]))
+        step_s = median(step for report in first for step in report["steps_s"][WARM_UP_STEPS:])
+        count = max(plan.steps[0], min(plan.steps[1], int(plan.segment_s / step_s)))
         found: dict[str, list[Segment]] = {name: [] for name in jobs}
         for _ in range(plan.rounds):
             for name, (watch, folder) in jobs.items():
                 found[name].append(segment(watch, folder, count))
                 done()
         return found
+
+
+# ---------------------------------------------------------------------- what they took
+
+
+def slowest_ms(segment: Segment) -> list[float]:
+    """Return the steps of a segment in ms, each on the slowest rank."""
+    return [1e3 * max(step) for step in zip(*(rank["steps_s"] for rank in segment["ranks"]), strict=True)]
+
+
+def step_ms(segment: Segment) -> float:
+    """Return the median step of a segment in ms, on the slower rank."""
+    return float(1e3 * max(median(rank["steps_s"]) for rank in segment["ranks"]))
+
+
+def cpu_ms(segment: Segment) -> float:
+    """Return the CPU time of a step in ms: all threads of a rank, mean over steps and ranks."""
+    return float(1e3 * segment["cpu_per_step_s"])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The segments of one variant, and the neighbouring ones of the variant that it is compared with."""
+
+    size: str
+    batch: int
+    name: str
+    segments: list[Segment]
+    base: list[Segment]
+    step: Quantity = step_ms
+
+    def over(self, quantity: Quantity | None = None, *, relative: bool = False) -> list[float]:
+        """Return by how much a quantity exceeds that of the neighbouring segment, per round; nothing for the base."""
+        of = quantity or self.step
+        pairs = [(of(ours), of(base)) for ours, base in zip(self.segments, self.base, strict=True)]
+        differences = [ours / base - 1 if relative else ours - base for ours, base in pairs]
+        return [] if self.base is self.segments else differences
+
+    def part_ms(self, name: str) -> list[float]:
+        """Return one part of the steps in ms, of all ranks and segments; empty if it was never measured."""
+        return [1e3 * v for segment in self.segments for rank in segment["ranks"] for v in rank.get(name, ())]
+
+    def median_ms(self, name: str) -> float:
+        return median(self.part_ms(name) or [0.0])
+
+    def most(self, name: str) -> float:
+        """Return the largest size that a rank reports."""
+        return float(max(rank.get(name, 0) for rank in self.segments[-1]["ranks"]))
+
+
+NAMES = (Column("model", lambda v: v.size), Column("batch", lambda v: v.batch), Column("strategy", lambda v: v.name))

@@ -57,11 +57,6 @@ class Life:
         times = sorted(self.steps.values())[-_LAST_STEPS:]
         return median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the process has exited."""
-        return "disconnected" in self.moments
-
     def take(self, note: Note) -> None:
         self.moments.setdefault(note.moment, note.at)
         if note.moment == "step":
@@ -152,5 +147,7 @@ class Watch:
             if (note := self.inbox.next(_LOOK_S)) is not None:
                 self.take(note)
                 deadline = time.monotonic() + timeout_s
+        while (note := self.inbox.next(0.0)) is not None:
+            self.take(note)
         if exit_code := self.command.wait(_LOOK_S):
             raise NoRecoveryError(f"the job ended with exit code {exit_code}:\n{self.command.output_tail()}")

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -43,17 +43,15 @@ class Note:
     wire: Connection
 
 
-@dataclass
 class Inbox:
     """The benchmark's end of all connections, on a socket whose path has at most 100 characters."""
 
-    path: Path
-    _notes: deque[Note] = field(default_factory=deque)
-    _workers: dict[Connection, tuple[int, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._notes = deque[Note]()
+        self._workers: dict[Connection, tuple[int, int]] = {}
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self.path))
+        self._listener.bind(str(path))
         self._listener.listen(128)
 
     def next(self, timeout_s: float) -> Note | None:
@@ -80,18 +78,14 @@ class Inbox:
             self._workers[wire] = pid, rank
             self._notes.append(Note(moment, at, pid, rank, fields, wire))
 
-    def close(self) -> None:
-        """Close all connections."""
-        self._listener.close()
-        for wire in self._workers:
-            wire.close()
-        self.path.unlink(missing_ok=True)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._listener.close()
+        for wire in self._workers:
+            wire.close()
+        self.path.unlink(missing_ok=True)
 
 
 class Wire:

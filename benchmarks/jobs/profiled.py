@@ -1,4 +1,4 @@
-"""Profile what the strategy does in the training thread and in the mirror thread, function by function.
+"""Profile what the strategy does in the training thread and in the mirror thread, by file.
 
 Apart from the stopwatch, because a profiler makes every call slower: times are only compared with each other.
 """
@@ -19,11 +19,7 @@ TRAINING, MIRROR = "training thread", "mirror thread"
 
 
 class Profiled(Stopwatch):
-    """A stopwatch that profiles as well.
-
-    Args:
-        engine: the engine of a strategy that is training.
-    """
+    """A stopwatch that profiles as well."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -32,22 +28,21 @@ class Profiled(Stopwatch):
 
     def attach(self) -> None:
         """Profile what is not profiled yet."""
-        engine = self.engine
-        self._profile(engine.running.boundaries, "commit", TRAINING)
+        self._profile(self.engine.running.boundaries, "commit", TRAINING)
         for method in ("at_batch_start", "before_optimizer_step", "beat"):
-            self._profile(engine, method, TRAINING)
-        if (mirror := engine.running.mirroring.mirror) is not None:
+            self._profile(self.engine, method, TRAINING)
+        if (mirror := self.engine.running.mirroring.mirror) is not None:
             self._profile(mirror, "_run", MIRROR)
         super().attach()
 
     def take(self) -> dict[str, Any]:
-        """Return what the stopwatch returns, and the calls and seconds of each part of the package since then."""
-        found = super().take()
-        versions, self._versions = self._versions, 0
-        profiles = {thread: _by_part(profile) for thread, profile in self._profiles.items()}
-        for profile in self._profiles.values():
+        """Return what the stopwatch returns, and the calls and seconds of each file since then."""
+        found = super().take() | {"versions": self._versions, "profiles": {}}
+        self._versions = 0
+        for thread, profile in self._profiles.items():
+            found["profiles"][thread] = by_file(profile)
             profile.clear()
-        return found | {"versions": versions, "profiles": profiles}
+        return found
 
     def _profile(self, owner: Any, method: str, thread: str) -> None:
         inner: Callable[..., Any] = getattr(owner, method)
@@ -67,25 +62,22 @@ class Profiled(Stopwatch):
         setattr(owner, method, profiled)
 
 
-def _by_part(profile: cProfile.Profile) -> dict[str, tuple[int, int, float]]:
+def by_file(profile: cProfile.Profile) -> dict[str, list[float]]:
     """Return calls of functions, of built-in functions, and seconds, by the file whose code makes the calls."""
     found: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0])
     for entry in profile.getstats():
         if isinstance(entry.code, str):
             continue
-        part = found[_part_of(entry.code.co_filename)]
+        part = found[_file_of(entry.code.co_filename)]
+        built_in = [call for call in entry.calls or () if isinstance(call.code, str)]
         part[0] += entry.callcount
-        part[2] += entry.inlinetime
-        for call in entry.calls or ():
-            if isinstance(call.code, str):
-                part[1] += call.callcount
-                part[2] += call.inlinetime
-    return {name: (int(calls), int(built_in), took_s) for name, (calls, built_in, took_s) in found.items()}
+        part[1] += sum(call.callcount for call in built_in)
+        part[2] += entry.inlinetime + sum(call.inlinetime for call in built_in)
+    return dict(found)
 
 
-def _part_of(file: str) -> str:
-    path = Path(file)
-    if path.is_relative_to(ROOT):
-        return path.relative_to(ROOT).with_suffix("").as_posix()
-    library = next((name for name in ("lightning", "torch", "torchmetrics") if f"/{name}/" in file), "")
+def _file_of(path: str) -> str:
+    if Path(path).is_relative_to(ROOT):
+        return Path(path).relative_to(ROOT).with_suffix("").as_posix()
+    library = next((name for name in ("lightning", "torch", "torchmetrics") if f"/{name}/" in path), "")
     return library or "Python's library"

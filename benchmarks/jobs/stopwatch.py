@@ -35,16 +35,14 @@ class Stopwatch:
     def take(self) -> dict[str, Any]:
         """Return all times since the last call, and the current sizes."""
         times, self.times = self.times, {}
-        mirror = self.engine.running.mirroring.mirror
-        return times if mirror is None else {**times, **self._sizes(), "torn": mirror.stats.torn}
-
-    def _sizes(self) -> dict[str, int]:
-        stats = self.engine.running.mirroring.mirror.stats
-        rounds = max(1, stats.committed)
-        return {
-            "staged_bytes": stats.staged_bytes // rounds,
-            "sent_bytes": stats.sent_bytes // rounds,
-            "arena_bytes": self._arena_bytes(),
+        if (mirror := self.engine.running.mirroring.mirror) is None:
+            return times
+        rounds, slots = max(1, mirror.stats.committed), self.engine.session.arena.path.glob("shard-*")
+        return times | {
+            "staged_bytes": mirror.stats.staged_bytes // rounds,
+            "sent_bytes": mirror.stats.sent_bytes // rounds,
+            # Shared memory used by the slots of all ranks of this node.
+            "arena_bytes": sum(path.stat().st_blocks * 512 for path in slots),
         }
 
     def _wrap(self, owner: Any, method: str, name: str, *, returned: str | None = None) -> None:
@@ -76,7 +74,3 @@ class Stopwatch:
             self.mirror_cpu_s = cpu_s
             self._add("stage_s", stats.last_stage_s)
             self._add("round_s", stats.last_round_s)
-
-    def _arena_bytes(self) -> int:
-        """Return the bytes of shared memory used by the slots of all ranks of this node."""
-        return sum(path.stat().st_blocks * 512 for path in self.engine.session.arena.path.glob("shard-*"))

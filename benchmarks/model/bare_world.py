@@ -1,7 +1,7 @@
 """The transport between ranks without a trainer: what its calls take on this machine.
 
-The ranks are forked, so that 64 of them start within seconds. Wall and CPU times are those of the quickest of several
-calls: this is what the machine can do, and what a model of it predicts.
+The ranks are forked, so that 64 of them start within seconds. Times are those of the quickest of several calls: this is
+what the machine can do, and what a model of it predicts.
 """
 
 from __future__ import annotations
@@ -22,27 +22,24 @@ from benchmarks.harness.world import answers_of
 from lightning_ckptless.replica.transport import GlooTransport, receive_buffer
 
 HOST = "127.0.0.1"
-LARGE_BYTES = 1 << 20
-SMALL_BYTES = 64
-CALLS = 40
-REQUESTS = 50
-GROUPS = 5
+LARGE_BYTES, SMALL_BYTES = 1 << 20, 64
+CALLS, REQUESTS, GROUPS = 40, 50, 5
 _BYTES_SENT = 200
 """Offset of `tcpi_bytes_sent` in the kernel's `struct tcp_info`."""
 
 Figures = dict[str, dict[str, float]]
-"""By name of the call: wall and CPU seconds, and the bytes that a rank sends."""
+"""By name of the call: wall seconds, and the bytes that a rank sends."""
 
 
 def measure_bare_world(ranks: int) -> Figures:
     """Start ranks, and time a vote, a gather, exchanges, requests to the store, and the creation of a group.
 
     Returns:
-        The median over the ranks of the wall time, and means of CPU time and sent bytes.
+        The median over the ranks of the wall time, and the mean of the sent bytes.
     """
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     found = answers_of(ranks, _work, ranks, store.port, method="fork")
-    kinds: dict[str, Callable[[list[float]], float]] = {"wall_s": median, "cpu_s": mean, "bytes": mean}
+    kinds: dict[str, Callable[[list[float]], float]] = {"wall_s": median, "bytes": mean}
     return {name: {kind: of([each[name][kind] for each in found]) for kind, of in kinds.items()} for name in found[0]}
 
 
@@ -51,69 +48,50 @@ def _work(rank: int, ranks: int, port: int) -> Figures:
     torch.set_num_threads(1)
     store = TCPStore(HOST, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    GlooTransport(None).vote(1)
-    figures, group = _creation()
-    transport = GlooTransport(group)
+    world, groups = GlooTransport(None), list[Any]()
     store.set("key", "value")
-    requests = {"requests": _timed(transport, lambda: [store.get("key") for _ in range(REQUESTS)])}
-    return {"group": figures, **requests, **_calls(transport)}
-
-
-def _creation() -> tuple[dict[str, float], dist.ProcessGroup]:
-    """Create several groups; returns the figures of the quickest and the last group."""
-    walls, cpus, sent = list[float](), list[float](), list[int]()
-    group: dist.ProcessGroup | int | None = None
-    for _ in range(GROUPS):
-        sockets, began, cpu = _sockets(), time.perf_counter(), time.process_time()
-        before = _sent_bytes(sockets)
-        group = dist.new_group(backend="gloo")
-        walls.append(time.perf_counter() - began)
-        cpus.append(time.process_time() - cpu)
-        sent.append(_sent_bytes(sockets) - before)
-        GlooTransport(None).vote(1)
-    assert isinstance(group, dist.ProcessGroup)
-    return {"wall_s": min(walls), "cpu_s": median(cpus), "bytes": median(sent)}, group
-
-
-def _calls(transport: GlooTransport) -> Figures:
-    rank, ranks = transport.rank, transport.world_size
-    after, before = (rank + 1) % ranks, (rank - 1) % ranks
 
     def exchange(count: int) -> Callable[[], Any]:
         sent, received = torch.zeros(count, dtype=torch.uint8), receive_buffer(count)
+        after, before = (rank + 1) % ranks, (rank - 1) % ranks
         return lambda: transport.exchange([(after, 0, sent)], [(before, 0, received)])
 
+    group = _timed(world, GROUPS, lambda: groups.append(dist.new_group(backend="gloo")))
+    transport = GlooTransport(groups[-1])
     return {
-        "vote": _timed(transport, lambda: transport.vote(1)),
-        "gather": _timed(transport, lambda: transport.gather(b"{}")),
-        "small exchange": _timed(transport, exchange(SMALL_BYTES)),
-        "large exchange": _timed(transport, exchange(LARGE_BYTES)),
+        "group": group,
+        "requests": _timed(transport, CALLS, lambda: [store.get("key") for _ in range(REQUESTS)]),
+        "vote": _timed(transport, CALLS, lambda: transport.vote(1)),
+        "gather": _timed(transport, CALLS, lambda: transport.gather(b"{}")),
+        "small exchange": _timed(transport, CALLS, exchange(SMALL_BYTES)),
+        "large exchange": _timed(transport, CALLS, exchange(LARGE_BYTES)),
     }
 
 
-def _timed(transport: GlooTransport, call: Callable[[], Any]) -> dict[str, float]:
-    sockets, walls, cpus, sent = _sockets(), list[float](), list[float](), list[int]()
-    for _ in range(CALLS):
+def _timed(transport: GlooTransport, calls: int, call: Callable[[], Any]) -> dict[str, float]:
+    transport.vote(1)
+    sockets, walls, sent = _sockets(), list[float](), list[int]()
+    for _ in range(calls):
         transport.vote(1)  # so that all begin together
-        before, cpu, began = _sent_bytes(sockets), time.process_time(), time.perf_counter()
+        before, began = _sent_bytes(sockets), time.perf_counter()
         call()
         walls.append(time.perf_counter() - began)
-        cpus.append(time.process_time() - cpu)
         sent.append(_sent_bytes(sockets) - before)
     transport.vote(1)
-    return {"wall_s": min(walls), "cpu_s": min(cpus), "bytes": mean(sent)}
+    return {"wall_s": min(walls), "bytes": mean(sent)}
 
 
 def _sockets() -> list[int]:
-    names = os.listdir("/proc/self/fd")
-    return [int(name) for name in names if _target(name).startswith("socket:")]
-
-
-def _target(name: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{name}")
-    except OSError:
-        return ""
+    """Return the connections of this process."""
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try:
+            with socket.socket(fileno=os.dup(number)) as sock:
+                if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                    found.append(number)
+        except OSError:  # no socket
+            continue
+    return found
 
 
 def _sent_bytes(numbers: list[int]) -> int:
@@ -121,7 +99,6 @@ def _sent_bytes(numbers: list[int]) -> int:
     total = 0
     for number in numbers:
         with socket.socket(fileno=os.dup(number)) as sock:
-            if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
-                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("=Q", info, _BYTES_SENT)[0]
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            total += struct.unpack_from("=Q", info, _BYTES_SENT)[0]
     return total

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.distributed.distributed_c10d import Store
@@ -92,7 +92,6 @@ class ModelledTransport:
     vote_cost: Callable[[int], Cost]
     answers: list[list[bytes]] = field(default_factory=list)
     spent: Cost = field(default_factory=Cost)
-    gathers: int = 0
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         sent = [data.numel() for _, _, data in sends if data.numel()]
@@ -110,7 +109,6 @@ class ModelledTransport:
 
     def gather(self, payload: bytes) -> list[bytes]:
         everyone = self.answers.pop(0) if self.answers else [payload] * self.world_size
-        self.gathers += 1
         self.spent += self.network.gather(self.world_size, PAGE_BYTES)
         rest = max(map(len, everyone)) + 8 - PAGE_BYTES
         if rest > 0:
@@ -130,33 +128,32 @@ class ModelledStore(Store):
         self.requests, self.sent_bytes = 0, 0
         self._values: dict[str, str] = {"ckptless/current": "1"}
 
-    def add(self, key: str, value: int) -> int:  # noqa: ARG002 - the signature of stores
+    def _count(self, *sent: str | bytes) -> None:
         self.requests += 1
+        self.sent_bytes += sum(map(len, sent))
+
+    def add(self, key: str, value: int) -> int:  # noqa: ARG002 - the signature of stores
+        self._count()
         return 1
 
     def set(self, key: str, value: str) -> None:
-        self.requests += 1
-        self.sent_bytes += len(key) + len(value)
+        self._count(key, value)
         self._values[key] = value
 
     def check(self, keys: Sequence[str]) -> bool:
-        self.requests += 1
-        self.sent_bytes += sum(map(len, keys))
+        self._count(*keys)
         return True
 
     def get(self, key: str) -> bytes:
-        self.requests += 1
-        self.sent_bytes += len(key)
+        self._count(key)
         return self._values[key.replace("/go/", "/hello/")].encode()
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        self.requests += 1
-        self.sent_bytes += sum(map(len, keys))
+        self._count(*keys)
         return [b"0" * 32 for _ in keys]
 
     def multi_set(self, keys: Sequence[str], values: Sequence[bytes]) -> None:
-        self.requests += 1
-        self.sent_bytes += sum(map(len, keys)) + sum(map(len, values))
+        self._count(*keys, *values)
 
 
 class ModelledArena:
@@ -189,16 +186,10 @@ class Phase:
     Args:
         cost: messages and bytes of one rank, and the modelled time of all messages.
         decide_s: CPU time of the decisions of one rank.
-        gathers: number of gathers.
     """
 
     cost: Cost
     decide_s: float
-    gathers: int = 0
-
-    @property
-    def seconds(self) -> float:
-        return self.cost.seconds + self.decide_s
 
 
 def vote(network: Network, ranks: int, vote_cost: Callable[[int], Cost]) -> Phase:
@@ -224,17 +215,16 @@ def regroup(network: Network, world: World, rank: int) -> Phase:
     nodes = [node for node, _, _ in gather_json(transport, [world.nodes[rank], False, None])]
     place_in(domains_of("node" if len(set(world.nodes)) > 1 else "rank", nodes, mesh=None), 1)
     gather_json(transport, [ArenaNotes(generation=1).to_values(), 2000 * ranks])
-    decide_s = network.on_cores(ranks, time.process_time() - began)
-    return Phase(cost + transport.spent, decide_s, transport.gathers)
+    return Phase(cost + transport.spent, network.on_cores(ranks, time.process_time() - began))
 
 
 def restore(network: Network, world: World, rank: int) -> Phase:
     """The choice of a version from all inventories, and the transfer of its shards to this rank."""
     ranks, node = len(world.nodes), world.nodes[rank]
+    # One rank of each node lists the replicas in its arena.
     first = {name: number for number, name in reversed(list(enumerate(world.nodes)))}
-    said = [
-        _payload(world.inventories[name]) if first[name] == number else b"[]" for number, name in enumerate(world.nodes)
-    ]
+    listed = [world.inventories[name] if first[name] == number else () for number, name in enumerate(world.nodes)]
+    said = [json.dumps([asdict(replica) for replica in replicas]).encode() for replicas in listed]
     transport = ModelledTransport(network, rank, ranks, network.ring_vote, [said])
     arena = cast("Arena", ModelledArena(world, node))
     began = time.process_time()
@@ -244,10 +234,4 @@ def restore(network: Network, world: World, rank: int) -> Phase:
     fetched = fetch(found, arena, transport, world.nodes, need=layout.need)
     gather_json(transport, [fetched.moved_bytes, fetched.sources])
     transport.gather(b" ".join([b"123456"] * network.ranks_per_node))  # the steps that the ranks of a node had begun
-    decide_s = network.on_cores(ranks, time.process_time() - began)
-    return Phase(transport.spent, decide_s, transport.gathers)
-
-
-def _payload(replicas: Collection[Replica]) -> bytes:
-    listed: list[dict[str, Any]] = [asdict(replica) for replica in replicas]
-    return json.dumps(listed).encode()
+    return Phase(transport.spent, network.on_cores(ranks, time.process_time() - began))

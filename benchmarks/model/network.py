@@ -120,7 +120,9 @@ class Network:
     def exchange(self, ranks: int, messages: int, sent_bytes: int) -> Cost:
         """Messages between pairs of ranks, all at once."""
         length = sent_bytes + messages * FRAME_BYTES
-        path_s = self.hops_s(ranks, min(1, messages)) + self._shared_link(length) * self.byte_s
+        path_s = (
+            self.hops_s(ranks, min(1, messages)) + length * self.ranks_per_node * self.byte_s
+        )  # over the link of the node
         return Cost(messages, length, max(path_s, self.on_cores(ranks, messages * self.message_cpu_s)))
 
     # ------------------------------------------------------------------ a membership
@@ -134,12 +136,6 @@ class Network:
     def requests(self, total: int, of_a_rank: int, sent_bytes: int) -> Cost:
         """Requests of all ranks to the store of a membership, which is one process."""
         return Cost(of_a_rank, sent_bytes, total * self.request_s)
-
-    # ------------------------------------------------------------------ shared resources
-
-    def _shared_link(self, length_bytes: int) -> int:
-        """The bytes that pass a node's link while each of its ranks sends so many."""
-        return length_bytes * self.ranks_per_node
 
     def _within_s(self, ranks: int) -> float:
         """The time until the ranks of a node have combined their votes, and have learned the outcome."""

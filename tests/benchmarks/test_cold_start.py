@@ -1,7 +1,6 @@
-from argparse import Namespace
 from typing import Any
 
-from benchmarks.cold_start import BASE, tables
+from benchmarks.cold_start import BASE, ColdStart
 from benchmarks.jobs.job import JobOptions
 
 
@@ -18,7 +17,7 @@ RESULTS = {
 
 
 def test_quotients_are_taken_within_a_round() -> None:
-    table, _ = tables(Namespace(), RESULTS)
+    table, _ = ColdStart().tables(RESULTS)
 
     assert [row[5] for row in table.rows] == ["1.00", "0.55", "1.40"]
     assert table.notes[1:] == [
@@ -28,7 +27,7 @@ def test_quotients_are_taken_within_a_round() -> None:
 
 
 def test_moments_are_those_of_the_slowest_rank() -> None:
-    _, table = tables(Namespace(), RESULTS)
+    _, table = ColdStart().tables(RESULTS)
 
     assert table.rows[0] == (BASE, "0.50", *5 * ("10.00",))
 

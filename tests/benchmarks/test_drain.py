@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import Any
 
-from benchmarks.drain import tables
+from benchmarks.drain import Drain
 
 
 def drain(rank: int, pause_s: float) -> dict[str, Any]:
@@ -13,17 +12,15 @@ def drain(rank: int, pause_s: float) -> dict[str, Any]:
     return {
         "rank": rank,
         "step_s": 0.1,
-        "waited_s": pause_s + 0.1,
         "pause_s": pause_s,
         "exit_code": 0,
-        "replayed": 0,
-        "ledger": {"phases": phases},
+        "ledger": {"phases": phases, "steps_replayed": 0},
     }
 
 
 def test_rank_0_has_a_row_of_its_own() -> None:
     drains = [drain(0, 0.2), drain(3, 0.1), drain(0, 0.4), drain(1, 0.1)]
-    (table,) = tables(Namespace(ranks=4), {"drains": drains})
+    (table,) = Drain().tables({"drains": drains})
     text = table.markdown()
     assert "| rank 0 | 2 | 2 | 0 | 0.100 | 0.300 |" in text
     assert "| another rank | 2 | 2 | 0 | 0.100 | 0.100 |" in text

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import Any
 
-from benchmarks.durable import tables, variants
+from benchmarks.durable import Durable, variants
 
 STEADY, SLOWED = [[0.010, 0.010], [0.020, 0.020]], [[0.012, 0.012], [0.024, 0.026]]
 
@@ -16,23 +15,19 @@ def segments(rounds: list[list[float]], *writes: dict[str, float]) -> list[dict[
 
 
 RESULTS = {
-    "every": 10,
-    "sizes": [
-        {
-            "size": "tiny",
-            "segments": {
-                "ddp": segments(STEADY),
-                "ddp, async_save": segments(SLOWED, {"blocked_s": 0.02, "total_s": 0.3, "bytes": 3.2e6}),
-                "ckptless": segments(STEADY),
-                "ckptless, durable": segments(STEADY, {"copied_s": 0.001, "total_s": 0.2, "bytes": 3.1e6}),
-            },
+    "sizes": {
+        "tiny": {
+            "ddp": segments(STEADY),
+            "ddp, async_save": segments(SLOWED, {"blocked_s": 0.02, "total_s": 0.3, "bytes": 3.2e6}),
+            "ckptless": segments(STEADY),
+            "ckptless, durable": segments(STEADY, {"copied_s": 0.001, "total_s": 0.2, "bytes": 3.1e6}),
         }
-    ],
+    }
 }
 
 
 def test_steps_are_compared_with_those_of_the_same_strategy() -> None:
-    steps, _ = tables(Namespace(), RESULTS)
+    steps, _ = Durable().tables(RESULTS)
     rows = {row[1]: row for row in steps.rows}
     assert rows["ddp"][-1] == rows["ckptless"][-1] == ""
     assert rows["ddp, async_save"][2:] == ("18.0", "18.5", "26.0", "+22.5%")
@@ -40,7 +35,7 @@ def test_steps_are_compared_with_those_of_the_same_strategy() -> None:
 
 
 def test_only_variants_that_write_have_a_row() -> None:
-    _, writes = tables(Namespace(), RESULTS)
+    _, writes = Durable().tables(RESULTS)
     assert [row[2:] for row in writes.rows] == [
         ("ddp, async_save", "1", "3.2", "20.0", "", "300.0"),
         ("ckptless, durable", "1", "3.1", "0.0", "1.0", "200.0"),
@@ -48,7 +43,7 @@ def test_only_variants_that_write_have_a_row() -> None:
 
 
 def test_the_variants_differ_in_what_they_write() -> None:
-    jobs = variants("tiny", 10).values()
+    jobs = variants("tiny").values()
     assert [(job.strategy, bool(job.strategy_options or job.async_save_every)) for job in jobs] == [
         ("ddp", False), ("ddp", True), ("ckptless", False), ("ckptless", True),
     ]  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +14,13 @@ from benchmarks.goodput import (
     MTBF_S,
     RANKS,
     WITHIN_S,
+    Goodput,
     Trial,
     forecast_of,
     job_of,
     measured_goodput,
-    tables,
     trials,
 )
-from benchmarks.plots import draw_goodput
 from lightning_ckptless.ledger import Event
 
 COSTS = {"step_s": 0.1, "version_s": 0.0, "in_place_s": 0.4, "relaunch_s": 3.0}
@@ -79,16 +76,14 @@ def test_goodput_is_measured_from_the_first_batch_to_the_last() -> None:
     assert span_s == pytest.approx(10.0)
 
 
-def test_the_tables_name_what_missed_its_target(tmp_path: Path) -> None:
+def test_the_tables_name_what_missed_its_target() -> None:
     row = {"kills": [], "span_s": 30.0, "forecast": 0.9, "expected": 0.91, "spread": 0.01, "mtbf_s": 5.0, "every": 1}
     rows = [
         {**row, "model": model, "goodput": 0.9 + off} for model, off in zip(MODELS, (0.01, -0.03, 0.0), strict=True)
     ]
     grid = [{**row, "model": "", "every": every, "goodput": 0.9 - 0.01 * every} for every in (1, 2)]
     results = {"trials": rows, "grid": grid, "costs": COSTS, "recommended": 2}
-    jobs, intervals = tables(Namespace(), results)
+    jobs, intervals = Goodput().tables(results)
     assert jobs.notes[0].endswith("median 1.00% (target 2%): met")
     assert jobs.notes[1] == "Worst: 3.00% (Weibull, k = 0.6, 5 s)"
     assert intervals.notes == ["Recommended: 2, 1.00% below the best, 1 (target 0.5%): missed"]
-    draw_goodput(rows, MODELS, tmp_path / "plot.svg")
-    assert "measured goodput" in (tmp_path / "plot.svg").read_text()

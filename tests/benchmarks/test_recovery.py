@@ -7,7 +7,7 @@ import pytest
 from benchmarks import recovery
 from benchmarks.harness.watch import Watch
 from benchmarks.harness.wire import Inbox, Note, Wire
-from benchmarks.recovery import FRESH, kills_table, moments_table, own_share_s, phases_table
+from benchmarks.recovery import FRESH, Recovery, own_share_s
 
 
 def kill(seconds: float, *, repeated: int = 1, lost: int = 0) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def kill(seconds: float, *, repeated: int = 1, lost: int = 0) -> dict[str, Any]:
 
 
 def results(*kills: dict[str, Any]) -> dict[str, Any]:
-    return {"kills": {FRESH: list(kills), "torchrun, ddp": [{"failed": "no sign"}]}}
+    return {"rivals": {}, "kills": {FRESH: list(kills), "torchrun, ddp": [{"failed": "no sign"}]}}
 
 
 def test_own_share_leaves_out_start_and_imports() -> None:
@@ -35,20 +35,15 @@ def test_own_share_leaves_out_start_and_imports() -> None:
 
 
 def test_summary_counts_survived_kills_and_lost_steps() -> None:
-    table = kills_table(results(kill(1.0), kill(3.0, repeated=2, lost=1), kill(2.0)), 2)
+    table, _ = Recovery().tables(results(kill(1.0), kill(3.0, repeated=2, lost=1), kill(2.0)))
 
     assert table.rows[0] == (FRESH, "3", "3", "2.00", "2.90", "3.00", "0.10", "1", "2", "1", "", "0 of 0")
     assert table.rows[1][:3] == ("torchrun, ddp", "1", "0")
 
 
-def test_spans_are_between_the_slowest_ranks() -> None:
-    table = moments_table(results(kill(0.9)))
-
-    assert table.rows == [(FRESH, "0.200", "0.300", "0.100", "0.100", "0.200", "0.90")]
-
-
 def test_phases_come_from_the_ledger() -> None:
-    assert phases_table(results(kill(0.9))).rows == [(FRESH, *5 * ("0.100",), "0.000", "0.50")]
+    _, phases = Recovery().tables(results(kill(0.9)))
+    assert phases.rows == [(FRESH, *5 * ("0.100",), "0.000", "0.500")]
 
 
 def test_every_scenario_has_its_own_command_line() -> None:

@@ -4,25 +4,22 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import recovery
-from benchmarks.harness.kills import is_exact, jobs, reference_of
-from benchmarks.harness.machine import ROOT
+from benchmarks import recovery, rivals
+from benchmarks.harness.processes import ROOT
 from benchmarks.harness.scenario import Scenario
 from benchmarks.jobs.gpt import GPT, Batches, fingerprint, random_tokens
 from benchmarks.jobs.job import JobOptions
-from benchmarks.recovery import kills_table
-from benchmarks.rivals import environment
-from benchmarks.rivals.environment import NVRX, TORCHFT, RivalsMissingError, rivals, versions
+from benchmarks.recovery import RIVALS, Recovery, jobs, reference_of, rivals_in
 from benchmarks.rivals.supervisor import free_port
 
 PYTHON = Path("/rivals/bin/python")
-NVRX_JOB, TORCHFT_JOB = rivals(PYTHON, 4, 20)
+NVRX_JOB, TORCHFT_JOB = rivals_in(PYTHON)
+NVRX, TORCHFT = RIVALS
 
 
 def test_the_batches_of_an_epoch_are_shared_by_the_ranks() -> None:
@@ -56,14 +53,6 @@ def test_fingerprints_distinguish_runs() -> None:
     assert len({trained(2, 1e-4), trained(1, 1e-4), trained(2, 1.001e-4)}) == 3
 
 
-def test_exact_means_every_rank_in_every_step() -> None:
-    right = {1: 10, 2: 20, 3: 30}
-
-    assert is_exact({2: [20], 3: [30]}, right)
-    assert not is_exact({2: [20, 21], 3: [30]}, right)
-    assert not is_exact({2: [20], 3: [31]}, right)
-
-
 def test_a_trainer_is_compared_with_ddp_and_a_loop_with_itself() -> None:
     references = [reference_of(opponent) for opponent in (*recovery.SCENARIOS, NVRX_JOB)]
 
@@ -80,7 +69,7 @@ def test_the_table_shows_exactness_and_survived_kills_of_rank_0() -> None:
         NVRX: [kill(exact=False), kill(exact=True), {"failed": "no sign", "victim": 0}],
         TORCHFT: [{"failed": "no sign", "victim": 0}],
     }
-    table = kills_table({"kills": kills, "rivals": {"torchft": "0.2.0"}}, 4)
+    table, _ = Recovery().tables({"kills": kills, "rivals": {"torchft": "0.2.0"}})
 
     place = table.columns.index("exact")
     assert [row[place] for row in table.rows] == ["1 of 2", ""]
@@ -113,30 +102,22 @@ def run_jobs(
         started.append(kills)
         return [{} for _ in range(survives)] + [{"failed": "", "victim": victim}] * (survives < kills)
 
-    monkeypatch.setattr("benchmarks.harness.kills.running", lambda *_, **__: nullcontext((None, None)))
-    monkeypatch.setattr("benchmarks.harness.kills.kill_repeatedly", kill_repeatedly)
+    monkeypatch.setattr("benchmarks.recovery.running", lambda *_, **__: nullcontext((None, None)))
+    monkeypatch.setattr("benchmarks.recovery.kill_repeatedly", kill_repeatedly)
     scenario = Scenario("one", lambda _: [], kills_of_a_job=of_a_job)
-    args: Any = SimpleNamespace(size="1M", timeout=1.0)
-    return started, jobs(scenario, args, 5, None, "name", None)  # type: ignore[arg-type]
+    return started, jobs(scenario, "1M", 5, None, "name", None)  # type: ignore[arg-type]
 
 
 def test_without_their_environment_the_rivals_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RivalsMissingError, match="does not exist: `make bench-rivals` sets it up"):
-        versions(tmp_path / "python")
-    scenarios, installed = recovery.with_rivals(tmp_path / "python")
-
-    assert scenarios == recovery.SCENARIOS and installed == {}
-    assert "torchft and nvidia-resiliency-ext are not measured:" in capsys.readouterr().out
+    assert rivals.versions(tmp_path / "python") == {}
+    assert "does not exist: `make bench-rivals` sets it up" in capsys.readouterr().out
+    assert rivals.versions(Path(sys.executable)) == {}
+    assert "lacks a package" in capsys.readouterr().out
 
 
-def test_with_their_environment_the_rivals_are_included(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PACKAGES", ("torch",))
-    scenarios, installed = recovery.with_rivals(Path(sys.executable))
-
-    assert [scenario.name for scenario in scenarios[len(recovery.SCENARIOS) :]] == [
-        scenario.name for scenario in (NVRX_JOB, TORCHFT_JOB)
-    ]
-    assert installed == {"torch": torch.__version__}
+def test_the_versions_of_the_rivals_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "PACKAGES", ("torch",))
+    assert rivals.versions(Path(sys.executable)) == {"torch": torch.__version__}
 
 
 def test_the_command_line_of_a_rival_names_its_python_and_its_job() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import pytest
 
 from benchmarks import projection, scale
@@ -20,28 +18,24 @@ NETWORK = Network(
 )  # fmt: skip
 
 
-def row(ranks: int, fds: float, uss_mib: float = 50.0) -> dict[str, Any]:
-    use = {"fds": fds, "sockets": fds, "threads": 9, "uss_mib": uss_mib, "pss_mib": 80.0, "rss_mib": 300.0}
-    traffic = {"messages": 3.0, "message bytes": 64_000.0 / ranks, "votes": 1.0}
+def row(ranks: int, fds: float) -> dict[str, Any]:
+    use, traffic = {"fds": fds, "threads": 9, "uss_mib": 50.0}, {"messages": 3.0, "message bytes": 64_000.0 / ranks}
     phases = {"regroup_s": 0.01 * ranks, "restore_s": 0.02 * ranks, "replay_s": 0.1}
     kill = {"seconds": 0.5, "ledger": {"phases": phases}}
     parts = {"round_s": [0.02], "exchange_s": [0.01], "vote_s": [0.01]}
-    lists = {"use": [use], "traffic": [traffic], "kills": [kill, {"failed": "lost"}], "gathers": [7.0]}
+    lists = {"use": [use], "traffic": [traffic], "kills": [kill, {"failed": "lost"}]}
     return {"ranks": ranks, "start_s": 5.0, "step_s": 0.1, **parts, **lists}
 
 
 def test_the_tables_of_a_measurement() -> None:
-    worlds = [row(8, 41), row(16, 57), row(32, 89)]
-    times, use = scale.tables(Namespace(), {"worlds": worlds, "left_out": ["64 ranks do not fit"]})
+    times, use = scale.Scale().tables({"worlds": [row(8, 41), row(16, 57)]})
     assert "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 |" in times.markdown()
-    assert "64 ranks do not fit" in times.markdown()
-    assert "| 16 | 57 | 57 | 9 |" in use.markdown()
+    assert "| 16 | 57 | 9 | 50.0 | 3 | 4000 |" in use.markdown()
 
 
-def test_a_world_that_does_not_fit_names_the_number_that_does() -> None:
-    total_mib = psutil.virtual_memory().total / 2**20
-    assert "ranks would" in str(scale.room_for(64, row(32, 89, uss_mib=total_mib / 32)))
-    assert scale.room_for(64, row(32, 89, uss_mib=0.001)) is None
+def test_traffic_is_counted_between_two_reports() -> None:
+    before, after = ({"rounds_s": {"round": [0.1] * 5}, "counts": {"messages": count}} for count in (7, 22))
+    assert scale.traffic_of(before, after) == {"messages": 3.0}
 
 
 def test_a_model_that_is_calibrated_on_its_own_figures_agrees() -> None:
@@ -54,9 +48,9 @@ def test_a_model_that_is_calibrated_on_its_own_figures_agrees() -> None:
             "small exchange": one.exchange(ranks, 1, bare_world.SMALL_BYTES),
             "large exchange": one.exchange(ranks, 1, bare_world.LARGE_BYTES),
         }
-        requests = {"wall_s": ranks * bare_world.REQUESTS * NETWORK.request_s, "cpu_s": 0.0, "bytes": 0.0}
+        requests = {"wall_s": ranks * bare_world.REQUESTS * NETWORK.request_s, "bytes": 0.0}
         return {"requests": requests} | {
-            name: {"wall_s": cost.seconds, "cpu_s": 0.0, "bytes": cost.sent_bytes} for name, cost in costs.items()
+            name: {"wall_s": cost.seconds, "bytes": cost.sent_bytes} for name, cost in costs.items()
         }
 
     bare = {ranks: figures(ranks) for ranks in projection.COMPARED}
@@ -81,4 +75,3 @@ def test_one_rank_of_a_large_world_runs_the_protocol() -> None:
     found = {ranks: (regroup(NETWORK, world, 9), restore(NETWORK, world, 9)) for ranks, world in worlds.items()}
     for before, after in zip(found[64], found[512], strict=True):
         assert 1 < after.cost.messages / before.cost.messages < 9
-    assert all(restored.gathers == 6 for _, restored in found.values())

@@ -1,10 +1,21 @@
-from argparse import Namespace
+import cProfile
+import json
 from typing import Any
 
 import pytest
 
 from benchmarks.jobs.gpt import state_bytes
-from benchmarks.steady_state import CKPTLESS, DDP, busy_ms, measured, split_table, tables
+from benchmarks.jobs.profiled import MIRROR, by_file
+from benchmarks.steady_state import (
+    CKPTLESS,
+    DDP,
+    SteadyState,
+    measured,
+    profile_of,
+    split_table,
+    training_cpu_ms,
+    training_ms,
+)
 
 
 def segment(step_ms: float, **parts: Any) -> dict[str, Any]:
@@ -30,11 +41,11 @@ RESULTS: dict[str, Any] = {"pairs": [pair("tiny", 0.1), pair("1M", 10.0), pair("
 
 
 DEVICE = {DDP: 0.010, CKPTLESS: 0.012}
-STEPS, PARTS, SPLIT = tables(Namespace(accelerator="cpu", ranks=2, fsdp2=False), RESULTS)
+STEPS, PARTS, SPLIT = SteadyState().tables(RESULTS)
 
 
 def test_overhead_is_the_median_of_neighbours_on_the_slower_rank() -> None:
-    over = measured(RESULTS["pairs"][1])[1].over_ms()
+    over = measured(RESULTS["pairs"][1])[1].over()
 
     assert [round(value, 6) for value in over] == [2.0, 2.0, 40.0]
     row = next(row for row in STEPS.rows if row[0] == "1M" and row[2] == "ckptless")
@@ -53,7 +64,7 @@ def test_an_outlier_at_a_large_size_moves_the_fixed_part_little() -> None:
     for segment in pairs[-1]["segments"][CKPTLESS]:
         for rank in segment["ranks"]:
             rank["steps_s"] = [step + 0.01 for step in rank["steps_s"]]
-    fixed_ms = split_table({"pairs": pairs}).rows[0][1]
+    fixed_ms = split_table([measured(pair)[1] for pair in pairs]).rows[0][1]
 
     assert float(fixed_ms) == pytest.approx(1.0, abs=0.05)
 
@@ -61,14 +72,14 @@ def test_an_outlier_at_a_large_size_moves_the_fixed_part_little() -> None:
 def test_waits_do_not_count_as_work_of_the_training_thread() -> None:
     ours = measured(RESULTS["pairs"][0])[1]
 
-    assert round(busy_ms(ours), 6) == 2.2
-    assert round(busy_ms(ours, "cpu_"), 6) == 1.1
+    assert round(training_ms(ours), 6) == 2.2
+    assert round(training_cpu_ms(ours), 6) == 1.1
 
 
 def test_a_step_on_a_device_is_the_mean_of_its_segment() -> None:
     segments = {name: [{"ranks": [{"mean_s": mean_s}], "cpu_per_step_s": 0.0}] for name, mean_s in DEVICE.items()}
     pair = {"size": "33M", "batch": 64, "segments": segments}
-    steps, *_ = tables(Namespace(accelerator="gpu", ranks=1, fsdp2=False), {"pairs": [pair]})
+    steps, *_ = SteadyState(accelerator="gpu").tables({"pairs": [pair]})
     assert [row[3:5] for row in steps.rows] == [("10.00", ""), ("12.00", "2.00")]
 
 
@@ -78,3 +89,19 @@ def test_every_mirrored_strategy_has_its_parts() -> None:
 
 def test_the_state_is_three_times_the_parameters() -> None:
     assert 3 * 4 * 30e6 < state_bytes("33M") < 3 * 4 * 36e6
+
+
+def test_calls_are_counted_per_version() -> None:
+    ranks = [{"versions": 2, "profiles": {MIRROR: {"a": [4, 2, 0.002], "b": [2, 0, 0.00001]}}} for _ in range(2)]
+    table = profile_of(MIRROR, [{"ranks": [rank]} for rank in ranks])
+    assert table.rows == [("all", "3.0", "1.0", "1005", "100%"), ("a", "2.0", "1.0", "1000", "100%")]
+
+
+def test_built_in_functions_count_for_the_file_that_calls_them() -> None:
+    profile = cProfile.Profile()
+    profile.runcall(json.dumps, [1])
+    [(name, (calls, built_in, took_s))] = by_file(profile).items()
+    assert name == "Python's library"
+    assert calls >= 2
+    assert built_in >= 1
+    assert took_s > 0

@@ -1,9 +1,10 @@
 import io
+from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 
-from benchmarks.harness.machine import describe, facts
+from benchmarks.harness.benchmark import Benchmark, describe, machine, option
 from benchmarks.harness.table import Column, Table, percentile, verdict
 
 
@@ -33,7 +34,7 @@ def test_a_verdict_names_both_numbers() -> None:
 
 
 def test_the_machine_is_described() -> None:
-    known = facts()
+    known = machine()
 
     assert known["cores"] >= 1 and known["torch"].startswith("2.")
     assert known["date"] in describe(known) and known["torch"] in describe(known)
@@ -43,3 +44,19 @@ def test_percentiles_lie_between_their_neighbours() -> None:
     assert percentile([4.0, 1.0, 2.0, 3.0], 50) == 2.5
     assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
     assert percentile([7.0], 95) == 7.0
+
+
+@dataclass
+class Sample(Benchmark):
+    repeats: int = option(30, "kills", quick=2)
+    sizes: tuple[str, ...] = option((), "sizes", choices=("tiny", "1M"))
+    fsdp2: bool = option(False, "shard")
+
+
+def test_options_are_the_fields_of_a_benchmark() -> None:
+    assert Sample.parse([]) == Sample(repeats=30)
+    assert Sample.parse(["--quick"]) == Sample(quick=True, repeats=2)
+    assert Sample.parse(["--quick", "--repeats", "5", "--fsdp2"]) == Sample(quick=True, repeats=5, fsdp2=True)
+    assert Sample.parse(["--sizes", "1M", "tiny", "--patience", "0"]) == Sample(sizes=("1M", "tiny"), patience=0.0)
+    with pytest.raises(SystemExit):
+        Sample.parse(["--sizes", "2M"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
-from benchmarks.vote import WAYS, tables
+from benchmarks.vote import WAYS, Vote
 
 
 def test_the_blocks_of_all_ranks_count() -> None:
     ranks = [[{"way": way, "us": us + rank, "cpu_us": us / 10} for way in WAYS for us in (10, 20)] for rank in (0, 2)]
-    (table,) = tables(Namespace(), {"2": ranks})
+    (table,) = Vote().tables({"2": ranks})
     for way in WAYS:
         assert f"| 2 ranks, {way} | 16 | 1.5 |" in table.markdown()

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak.draw import scenario
-from benchmarks.soak.run import run
-from benchmarks.soak.stage import Undisturbed
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.conftest import LAB
+from tests.soak.draw import scenario
+from tests.soak.run import run
+from tests.soak.stage import Undisturbed
 
 SELECTION = (148, 166)
 """DDP with dataloader workers and durable states, and a 2D mesh with a standby; one of the runs has flipped bytes."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from benchmarks.soak.scenario import (
+from lightning_ckptless.protocol.fault_script import ALL, Fault, FaultKind, Moment
+from tests.soak.scenario import (
     SILENT,
     STEPS,
     Configuration,
@@ -15,7 +16,6 @@ from benchmarks.soak.scenario import (
     Phase,
     Scenario,
 )
-from lightning_ckptless.protocol.fault_script import ALL, Fault, FaultKind, Moment
 
 NODES_SHARE = 0.12
 """Share of scenarios with several agents, or with the loss of the only one: they take ten times as long per fault."""

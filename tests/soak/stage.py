@@ -1,4 +1,4 @@
-"""The environment of a run: its folders, undisturbed runs to compare with, and a check for leaked files."""
+"""The environment of a run: its folders, and the undisturbed runs to compare with."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ class Place:
     Args:
         files: folder for everything that it writes.
         arenas: folder in shared memory.
-        disk: folder for its durable states.
         has_own_disk: whether `disk` is a small separate disk, which can be filled without harm.
     """
 
     files: Path
     arenas: Path
-    disk: Path
-    has_own_disk: bool
+    has_own_disk: bool = False
+
+    @property
+    def disk(self) -> Path:
+        """Folder for its durable states."""
+        return self.files / "disk"
 
     @property
     def commits(self) -> Path:
@@ -53,11 +56,7 @@ class Place:
 
 @contextmanager
 def place_for(folder: Path) -> Iterator[Place]:
-    """Create the folders of a run; shared memory and disk are removed at the end, files are kept.
-
-    Args:
-        folder: folder for the files; emptied first.
-    """
+    """Create the folders of a run in an emptied one; shared memory and disk are removed at the end, files are kept."""
     disk = folder / "disk"
     if os.path.ismount(disk):
         # Left by a soak test that was killed.
@@ -68,7 +67,7 @@ def place_for(folder: Path) -> Iterator[Place]:
     arenas = Path(tempfile.mkdtemp(prefix="ckptless-soak-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder))
     mounted = _mount(disk)
     try:
-        yield Place(folder, arenas, disk, mounted)
+        yield Place(folder, arenas, mounted)
     finally:
         if mounted:
             _unmount(disk)
@@ -86,16 +85,6 @@ def _unmount(disk: Path) -> None:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-@contextmanager
-def temporary_files_in(folder: Path) -> Iterator[None]:
-    """Create this process's temporary files in a folder, so that leaked ones can be found."""
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
 class Undisturbed:
     """Undisturbed runs, one per configuration, computed once and kept.
 
@@ -109,10 +98,7 @@ class Undisturbed:
         self._parent = parent
 
     def run(self, options: Options) -> Variant:
-        """Return the undisturbed run with the given options.
-
-        Args:
-            options: options of the test script.
+        """Return the undisturbed run with the given options of the test script.
 
         Raises:
             LaunchError: If it fails.

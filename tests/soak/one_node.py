@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
-from collections.abc import Callable
-from contextlib import redirect_stderr
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
+from pathlib import Path
 
 from benchmarks.harness.processes import ENVIRONMENT
-from benchmarks.soak.bounds import deadline_s
-from benchmarks.soak.evidence import Evidence, lost_steps
-from benchmarks.soak.outside import Action, OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
-from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
-from benchmarks.soak.stage import Place, Undisturbed, temporary_files_in
-from benchmarks.soak.stuck import dump_before
-from benchmarks.soak.watching import View, Watch, commits_of
 from lightning_ckptless import environment
 from lightning_ckptless.errors import TimeLimitError
 from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL
 from lightning_ckptless.testing.compare import compare
-from lightning_ckptless.testing.drill import Ladder, Progress, Variant, run_variant
+from lightning_ckptless.testing.drill import Ladder, Variant, run_variant
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from tests.faults.conftest import command_for
 from tests.lab.parts import Options
+from tests.soak.judge import Evidence, deadline_s, lost_steps
+from tests.soak.outside import (
+    Action,
+    View,
+    Watch,
+    commits_of,
+    fill_disk,
+    flip_bytes,
+    limit_memory,
+    outside_faults,
+    send,
+    sidecar_of,
+)
+from tests.soak.scenario import OutsideFault, OutsideKind, Scenario
+from tests.soak.stage import Place, Undisturbed
+
+BEFORE_S = 10.0
+"""Seconds before the deadline at which the workers write their stacks; afterwards they no longer exist."""
+WRITE_S = 3.0
 
 
 def options_of(scenario: Scenario, place: Place) -> Options:
@@ -40,36 +57,27 @@ def options_of(scenario: Scenario, place: Place) -> Options:
     )
 
 
-def prepare(
-    scenario: Scenario,
-    place: Place,
-    parent: ForkServer,
-    undisturbed: Undisturbed,
-    progress: Callable[[Progress], None] | None,
-) -> Callable[[], Evidence]:
+def prepare(scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> Callable[[], Evidence]:
     """Make the undisturbed run, and return the function that makes the run with faults."""
     right = undisturbed.run(scenario.configuration.undisturbed)
 
     def strike() -> Evidence:
-        run, struck = _strike(scenario, place, parent, progress)
+        run, struck = _strike(scenario, place, parent)
         return _evidence(scenario, place, right, run, struck)
 
     return strike
 
 
-def _strike(
-    scenario: Scenario, place: Place, parent: ForkServer, progress: Callable[[Progress], None] | None
-) -> tuple[Variant | None, list[str]]:
+def _strike(scenario: Scenario, place: Place, parent: ForkServer) -> tuple[Variant | None, list[str]]:
     """Run it with its faults; returns the run (None if it missed its deadline) and the injected outside faults."""
     options, folder, limit_s = options_of(scenario, place), place.files / "run", deadline_s(scenario)
     watch, at_the_end = (Watch(folder / "runs", place.commits) for _ in range(2))
-    outside = OutsideFaults(scenario.outside, watch, _actions(place, parent, scenario))
     with (
         (place.files / "agent.log").open("w") as log,
         redirect_stderr(log),
-        temporary_files_in(place.temporary),
-        dump_before(limit_s, at_the_end, place.temporary, place.files / "stuck"),
-        outside,
+        _temporary_files_in(place.temporary),
+        _stacks_before(limit_s, at_the_end, place),
+        outside_faults(scenario.outside, watch, _actions(place, parent, scenario)) as struck,
     ):
         try:
             found = run_variant(
@@ -82,11 +90,10 @@ def _strike(
                 env=ENVIRONMENT | {environment.ARENA_DIR: str(place.arenas)},
                 ladder=Ladder(max_restarts=100),
                 timeout_s=limit_s,
-                progress=progress,
             )
         except TimeLimitError:
             found = None
-    return found, outside.struck
+    return found, struck
 
 
 def _actions(place: Place, parent: ForkServer, scenario: Scenario) -> dict[OutsideKind, Action]:
@@ -131,3 +138,44 @@ def _evidence(scenario: Scenario, place: Place, right: Variant, run: Variant | N
         why=f"end of its output: {variant.tail(8)}" if variant.exit_code else "",
         left_out=("disk_full: no disk can be mounted",) if fills and not place.has_own_disk else (),
     )
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Create this process's temporary files in a folder, so that leaked ones can be found."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@contextmanager
+def _stacks_before(limit_s: float, watch: Watch, place: Place) -> Iterator[None]:
+    """Keep the stacks of the workers shortly before a run misses its deadline, unless the block ends earlier."""
+
+    def keep() -> None:
+        for pid in filter(_handles_stacks, watch.look().pids.values()):
+            send(pid, STACKS_SIGNAL)
+        threading.Event().wait(WRITE_S)
+        (place.files / "stuck").mkdir(exist_ok=True)
+        for path in place.temporary.glob("ckptless-scratch-agent-*/*"):
+            with suppress(OSError):
+                shutil.copy(path, place.files / "stuck" / path.name)
+
+    timer = threading.Timer(limit_s - BEFORE_S, keep)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _handles_stacks(pid: int) -> bool:
+    """Return whether a process has a handler of the signal; without one, the signal would end it."""
+    with suppress(OSError):
+        status = Path("/proc", str(pid), "status").read_text().splitlines()
+        caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> (STACKS_SIGNAL - 1) & 1)
+    return False

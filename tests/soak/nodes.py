@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,12 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.soak.bounds import deadline_s
-from benchmarks.soak.evidence import Evidence, lost_steps
-from benchmarks.soak.one_node import options_of
-from benchmarks.soak.scenario import Loss, Scenario
-from benchmarks.soak.stage import Place, Undisturbed
-from benchmarks.soak.watching import Watch, commits_of
 from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import compare
@@ -31,6 +26,11 @@ from tests.faults.cluster import Cluster, free_port
 from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import BOUND, Nodes, run_undisturbed
 from tests.faults.hosts import ADDRESSES, Hosts, make_hosts
+from tests.soak.judge import Evidence, deadline_s, lost_steps
+from tests.soak.one_node import options_of
+from tests.soak.outside import Watch, commits_of
+from tests.soak.scenario import Loss, Scenario
+from tests.soak.stage import Place, Undisturbed
 
 LOOK_S = 0.02
 PACED = ("--samples", "360", "--pace", "0.25")
@@ -105,7 +105,7 @@ class FixedNodes:
         if loss is Loss.LINK:
             self._cut(agents[lost])
         else:
-            if (code := self._end_of(agents[lost], lost)) != -signal.SIGKILL:
+            if (code := self._end_of(agents[lost])) != -signal.SIGKILL:
                 raise NotAsExpectedError(f"node {lost} was to be killed, but exited with code {code}", code or 1)
             if loss is not Loss.AGENT:
                 self.cluster.remove_arena(agents[lost])
@@ -113,7 +113,7 @@ class FixedNodes:
                 # The new agent hosts the rendezvous again.
                 self.cluster.agents.clear()
         agents[lost] = self._start(lost)
-        return max((self._end_of(agent, node) for node, agent in enumerate(agents)), key=abs)
+        return max(map(self._end_of, agents), key=abs)
 
     def _start(self, node: int) -> psutil.Popen:
         faults = ",".join(map(str, self.scenario.injected))
@@ -129,16 +129,16 @@ class FixedNodes:
         while watch.look().committed < fault.step:
             if time.monotonic() > self.until:
                 raise NotAsExpectedError(f"step {fault.step} was not committed in time")
-            time.sleep(LOOK_S)
+            threading.Event().wait(LOOK_S)
         self.hosts.cut()
-        self._end_of(agent, 1)
+        self._end_of(agent)
         self.hosts.restore()
 
-    def _end_of(self, agent: psutil.Popen, node: int) -> int:
+    def _end_of(self, agent: psutil.Popen) -> int:
         try:
             return int(agent.wait(timeout=max(0.0, self.until - time.monotonic())))
         except psutil.TimeoutExpired as error:
-            raise NotAsExpectedError(f"node {node} did not exit in time") from error
+            raise NotAsExpectedError(f"an agent did not exit in time: {error}") from error
 
 
 def lose_node(scenario: Scenario, place: Place, right: Variant) -> Evidence:

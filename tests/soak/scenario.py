@@ -13,6 +13,8 @@ BATCH = 4
 EPOCHS = 2
 STEPS_PER_EPOCH = 24
 STEPS = EPOCHS * STEPS_PER_EPOCH
+SILENT = frozenset({FaultKind.HANG, FaultKind.STOP})
+"""Injected faults that end no process: they are detected when the others have waited long enough."""
 
 
 class OutsideKind(StrEnum):
@@ -123,30 +125,25 @@ class Configuration:
         """Options of the test script for the undisturbed run; they do not depend on how the run is protected."""
         data_ranks = int(self.mesh.split("x")[0]) if self.mesh else self.ranks
         return Options(
-            devices=self.ranks,
-            epochs=EPOCHS,
-            samples=BATCH * data_ranks * self.accumulate * STEPS_PER_EPOCH,
-            workers=self.workers,
-            accumulate=self.accumulate,
-            val_interval=self.val_interval or 1.0,
-            mesh=self.mesh,
-        )
+            devices=self.ranks, epochs=EPOCHS, samples=BATCH * data_ranks * self.accumulate * STEPS_PER_EPOCH,
+            workers=self.workers, accumulate=self.accumulate, val_interval=self.val_interval or 1.0, mesh=self.mesh,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         kind = "DDP" if not self.mesh else "FSDP2" if self.mesh.endswith("x1") else f"2-D {self.mesh}"
-        parts = [
-            f"{kind} on {self.ranks}",
-            f"{self.nodes} nodes" if self.nodes > 1 else "",
-            f"loses {self.loss}" if self.loss else "",
-            "elastic" if self.elastic else "",
-            f"workers={self.workers}" if self.workers else "",
-            f"accumulate={self.accumulate}" if self.accumulate > 1 else "",
-            f"val every {self.val_interval}" if self.val_interval else "",
-            "standby" if self.standbys else "",
-            "durable" if self.durable else "",
-            "copies on ranks" if self.copies else "",
-        ]
-        return ", ".join(part for part in parts if part)
+        parts = {
+            f"{kind} on {self.ranks}": True,
+            f"{self.nodes} nodes": self.nodes > 1,
+            f"loses {self.loss}": self.loss,
+            "elastic": self.elastic,
+            f"workers={self.workers}": self.workers,
+            f"accumulate={self.accumulate}": self.accumulate > 1,
+            f"val every {self.val_interval}": self.val_interval,
+            "standby": self.standbys,
+            "durable": self.durable,
+            "copies on ranks": self.copies,
+        }
+        return ", ".join(part for part, applies in parts.items() if applies)
 
 
 @dataclass(frozen=True)
@@ -177,15 +174,6 @@ class Scenario:
         loss = self.configuration.loss
         return str(fault) if loss is None or fault.kind is not FaultKind.NODE else str(fault).replace("node", loss, 1)
 
-    @property
-    def repeat(self) -> str:
-        """The command that repeats it."""
-        return f"python -m benchmarks.soak --seed {self.seed}"
-
     def __str__(self) -> str:
         load = ", both cores loaded" if self.load else ""
         return f"seed {self.seed}: {self.configuration}, {len(self.faults)} faults{load}"
-
-
-SILENT = frozenset({FaultKind.HANG, FaultKind.STOP})
-"""Injected faults that end no process: they are detected when the others have waited long enough."""
