@@ -19,6 +19,7 @@ import torch
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
+from lightning_ckptless.trainer.state.refilling import refilled
 from lightning_ckptless.trainer.state.seen import Seen
 
 Changed = dict[str, dict[str, dict[str, Any]]]
@@ -284,7 +285,7 @@ def _copied(value: Any) -> Any:
 def _equal(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
-    if isinstance(left, np.ndarray):
+    if isinstance(left, np.ndarray) and not left.dtype.hasobject:
         return bool(left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes())
     try:
         # About 100 times faster for containers of numbers and text.
@@ -296,20 +297,5 @@ def _equal(left: Any, right: Any) -> bool:
 
 def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
     """Set an attribute, in place where possible: other code may hold a reference to the current object."""
-    there = attributes.get(name, _ABSENT)
-    if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):
-        if there.shape == value.shape and there.dtype == value.dtype and not there.requires_grad:
-            there.copy_(value)
-            return
-    elif isinstance(value, np.ndarray) and type(there) is np.ndarray:
-        if there.shape == value.shape and there.dtype == value.dtype and there.flags.writeable:
-            there[...] = value
-            return
-    elif isinstance(value, list) and type(there) is type(value):
-        there[:] = value
-        return
-    elif isinstance(value, dict) and type(there) is type(value):
-        there.clear()
-        there.update(value)
-        return
-    attributes[name] = value
+    held = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = refilled(held, {name: value})[name]

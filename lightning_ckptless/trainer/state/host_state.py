@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.formats.packing import PartCache
+from lightning_ckptless.formats.packing import PartCache, pack, unpack
 from lightning_ckptless.internals.lightning.averaging import join_scheduler, steps_with_old_gradients
 from lightning_ckptless.internals.lightning.clocks import ages_of, set_ages
 from lightning_ckptless.internals.lightning.distribution import distribution_of, module
@@ -302,11 +302,11 @@ class HostState:
 
     def _apply_module(self, saved: dict[str, Any]) -> None:
         of_module = saved["module"]
-        self._attributes.put(copy.deepcopy(of_module["plain"]), of_module["held"], of_module["others"])
+        self._attributes.put(unpack(pack(of_module["plain"])), of_module["held"], of_module["others"])
         set_hyperparameters(self.module, copy.deepcopy(saved["module"]["hyperparameters"]))
         set_owned_generators(self.module, saved["module"]["generators"])
         self._apply_extra_state(saved["module"]["extra_state"])
-        self._submodules.apply(copy.deepcopy(saved["module"]["submodules"]))
+        self._submodules.apply(unpack(pack(saved["module"]["submodules"])))
 
     def _apply_extra_state(self, saved: dict[str, Any]) -> None:
         for name, state in saved.items():
