@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_ckptless.trainer.state.object_attributes import has_plain_items
 from lightning_ckptless.trainer.state.plain_values import is_plain, plain_attributes
 from lightning_ckptless.trainer.state.refilling import can_be_refilled, refilled
 from lightning_ckptless.trainer.state.rng import GENERATORS, generators_of, state_of
@@ -112,8 +113,8 @@ class AttributeReader:
 
 
 def _is_lost(value: Any) -> bool:
-    """Return whether a value is a container of data that cannot be captured."""
-    if not isinstance(value, CONTAINERS) or is_plain(value):
+    """Return whether a value is a container of data that is captured neither here nor as an object of the script."""
+    if not isinstance(value, CONTAINERS) or is_plain(value) or has_plain_items(value):
         return False
     return not all(isinstance(part, (*_NO_DATA, str)) or callable(part) for part in items_of(value))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.torch_internals import version_counter
+from lightning_ckptless.trainer.state.object_attributes import attributes_of
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
 from lightning_ckptless.trainer.state.refilling import refilled
 from lightning_ckptless.trainer.state.seen import Seen
@@ -107,13 +108,18 @@ class Changes:
 
 
 class _Owner:
-    """One object with the original values of its attributes. The reference is weak: the object may hold this one."""
+    """One object with the original values of its attributes.
+
+    The reference is weak, since the object may hold this one, unless it has no `__dict__` or other parts too.
+    """
 
     def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
-        self._object = weakref.ref(owner)
+        is_usual = hasattr(owner, "__dict__") and attributes_of(owner) is vars(owner) and type(owner).__weakrefoffset__
+        self._parts = None if is_usual else attributes_of(owner)
+        self._object = weakref.ref(owner) if is_usual else lambda: owner
         self._leave = leave
         self._policy = policy
-        self._first = {name: _Value(value) for name, value in vars(owner).items() if name not in leave}
+        self._first = {name: _Value(value) for name, value in attributes_of(owner).items() if name not in leave}
         self._marked = {name: first for name, first in self._first.items() if first.is_marked}
         self._seen = Seen(leave | self._marked.keys())
         self._changed: dict[str, Any] = {}
@@ -126,7 +132,9 @@ class _Owner:
         return self._object()
 
     @property
-    def _attributes(self) -> dict[str, Any] | None:
+    def _attributes(self) -> MutableMapping[str, Any] | None:
+        if self._parts is not None:
+            return self._parts
         owner = self._object()
         return None if owner is None else vars(owner)
 
@@ -144,7 +152,7 @@ class _Owner:
         self._is_known = all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items())
         return self._changed
 
-    def _find(self, attributes: dict[str, Any]) -> dict[str, Any]:
+    def _find(self, attributes: MutableMapping[str, Any]) -> dict[str, Any]:
         changed, gone = {}, []
         for name in self._differing(attributes):
             value = attributes.get(name, _ABSENT)
@@ -185,7 +193,7 @@ class _Owner:
             else:
                 self._first[name].put_into(attributes, name)
 
-    def _differing(self, attributes: dict[str, Any]) -> Iterator[str]:
+    def _differing(self, attributes: MutableMapping[str, Any]) -> Iterator[str]:
         """Yield the names of attributes that differ from their original values."""
         for name in {**self._first, **attributes}:
             if name in self._leave:
@@ -232,7 +240,7 @@ class _Value:
             return value is self._object or (type(value) is type(self._object) and bool(value == self._object))
         return _equal(value, self._copy)
 
-    def put_into(self, attributes: dict[str, Any], name: str) -> None:
+    def put_into(self, attributes: MutableMapping[str, Any], name: str) -> None:
         """Restore the attribute to its original value."""
         attributes[name] = self._object
         if self._copy is not _ABSENT:
@@ -295,7 +303,7 @@ def _equal(left: Any, right: Any) -> bool:
         return is_same(left, right)
 
 
-def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
+def _put(attributes: MutableMapping[str, Any], name: str, value: Any) -> None:
     """Set an attribute, in place where possible: other code may hold a reference to the current object."""
     held = {name: attributes[name]} if name in attributes else {}
     attributes[name] = refilled(held, {name: value})[name]

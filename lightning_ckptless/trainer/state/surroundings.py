@@ -55,6 +55,10 @@ class Surroundings:
         known = {identity for changes in self._training() for identity in changes.identities()}
         self._objects = UserObjects(self._trainer, known)
 
+    def unreadable(self) -> list[str]:
+        """Return the user's objects whose state cannot be read."""
+        return [] if self._objects is None else self._objects.unreadable()
+
     def note_loss(self, path: str, name: str = "") -> None:
         """Report, once, an attribute whose change would be lost with the process."""
         whole = f"{path}.{name}" if name else path
