@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.settings import kept_elsewhere, optimizer_wrappers, settings_of
-from lightning_ckptless.trainer.data.loader import tracker_of, watch_attributes
+from lightning_ckptless.trainer.data.dataset_generators import LoaderGenerators
+from lightning_ckptless.trainer.data.loader import holders, tracker_of, watch_attributes
 from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
 from lightning_ckptless.trainer.state.schedulers import Schedulers
@@ -45,6 +46,8 @@ class Surroundings:
         settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
         self._settings = Changes(settings, kept_elsewhere(trainer), policy=SETTINGS)
         self._validation: list[Changes] = []
+        self._generators: list[LoaderGenerators] = []
+        self._waiting_generators: list[Any] = []
         self._validation_data: Any = None
         self._waiting: list[Changed] = []
         self._waiting_settings: Changed = {}
@@ -72,6 +75,7 @@ class Surroundings:
         state = {
             "settings": self._settings.capture(),
             "validation": self._waiting or [changes.capture() for changes in self._validation],
+            "validation_generators": self._waiting_generators or [each.capture() for each in self._generators],
             "objects": self.objects(),
         }
         for name in () if self._objects is None else self._objects.lost():
@@ -103,6 +107,7 @@ class Surroundings:
         self.put_back_objects(saved["objects"])
         self._look_for_validation_data()
         self._waiting, self._waiting_settings = saved["validation"], saved["settings"]
+        self._waiting_generators = saved["validation_generators"]
         if self._validation_data is not None:
             self._fill_validation_data()
 
@@ -117,15 +122,19 @@ class Surroundings:
     def _fill_validation_data(self) -> None:
         for changes, saved in zip(self._validation, self._waiting, strict=False):
             changes.apply(saved)
-        self._waiting = []
+        for generators, states in zip(self._generators, self._waiting_generators, strict=False):
+            generators.apply(states)
+        self._waiting, self._waiting_generators = [], []
 
     def _look_for_validation_data(self) -> bool:
         combined = self._loops.validation_loader
         if combined is self._validation_data:
             return False
         self._validation_data = combined
-        loaders = [] if combined is None else combined.flattened
-        self._validation = [watch_attributes(loader) for loader in loaders if isinstance(loader, DataLoader)]
+        found = [] if combined is None else combined.flattened
+        loaders = [loader for loader in found if isinstance(loader, DataLoader)]
+        self._validation = [watch_attributes(loader) for loader in loaders]
+        self._generators = [LoaderGenerators(loader, holders(loader)) for loader in loaders]
         return True
 
     def _training(self) -> list[Changes]:
