@@ -71,6 +71,7 @@ class Changes:
         owners: the objects by path. Equivalent objects in different processes have the same path.
         leave: names of attributes to ignore, by path.
         policy: how changed attributes are handled.
+        earlier: an observation of some of these objects from before hooks that a new process does not run.
     """
 
     def __init__(
@@ -79,9 +80,15 @@ class Changes:
         leave: Mapping[str, Collection[str]] | None = None,
         *,
         policy: Policy = EVERYTHING,
+        earlier: Changes | None = None,
     ) -> None:
         left = leave or {}
-        self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners}
+        known = {} if earlier is None else {id(owner.watched): owner for owner in earlier._owners.values()}
+        for owner in known.values():
+            owner.accept_objects()
+        self._owners = {
+            path: known.get(id(owner)) or _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners
+        }
 
     def capture(self) -> Changed:
         """Return copies of everything that differs from the first observation. See `lost` for what is not captured."""
@@ -137,6 +144,15 @@ class _Owner:
             return self._parts
         owner = self._object()
         return None if owner is None else vars(owner)
+
+    def accept_objects(self) -> None:
+        """Take what cannot be captured as it is now, not as it was at the first observation."""
+        attributes = self._attributes or {}
+        for name in list(self._differing(attributes)):
+            if name in attributes and _size(attributes[name]) is not Size.FITS:
+                self._first[name] = _Value(attributes[name])
+        self._marked = {name: first for name, first in self._first.items() if first.is_marked}
+        self._seen = Seen(self._leave | self._marked.keys())
 
     def changed(self) -> dict[str, Any]:
         """Return what differs from the original attributes; the same object as at the last call if nothing changed."""

@@ -19,7 +19,7 @@ from lightning_ckptless.trainer.data.loader import holders, tracker_of, watch_at
 from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
 from lightning_ckptless.trainer.state.schedulers import Schedulers
-from lightning_ckptless.trainer.state.user_objects import UserObjects
+from lightning_ckptless.trainer.state.user_objects import UserObjects, watch_before_start
 
 _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
 
@@ -51,12 +51,13 @@ class Surroundings:
         self._validation_data: Any = None
         self._waiting: list[Changed] = []
         self._waiting_settings: Changed = {}
+        self._earlier = watch_before_start(trainer)
         self._objects: UserObjects | None = None
 
     def watch_objects(self) -> None:
         """Start watching the user's objects: the start hooks of the fit have created them."""
         known = {identity for changes in self._training() for identity in changes.identities()}
-        self._objects = UserObjects(self._trainer, known)
+        self._objects = UserObjects(self._trainer, known, self._earlier)
 
     def unreadable(self) -> list[str]:
         """Return the user's objects whose state cannot be read."""

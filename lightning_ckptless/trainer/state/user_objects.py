@@ -36,29 +36,60 @@ _OF_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightnin
 _CLIENTS = ("wandb", "mlflow", "comet_ml", "neptune", "aim", "tensorboard", "tensorboardX", "tqdm", "rich")
 
 
+class _Found:
+    """The objects to be watched now.
+
+    Args:
+        trainer: in `fit`.
+        known: identities of objects that are watched elsewhere.
+
+    Attributes:
+        roots: the objects that hooks are called on, by path, with names of attributes to ignore.
+        variables: the same of the classes and modules of the script.
+        own: objects that the script determines, by path.
+        installed: objects of installed packages.
+    """
+
+    def __init__(self, trainer: Any, known: Collection[int]) -> None:
+        self.roots = dict(_roots(trainer))
+        held = list(_held_by(self.roots, known))
+        owners = [*(root for root, _ in self.roots.values()), *(it for _, it in held)]
+        self.variables = dict(variables_of(owners))
+        held += [(path, root) for path, (root, _) in self.variables.items()]
+        held += _held_by(self.variables, {*known, *map(id, owners), *(id(it) for _, it in held)})
+        held += _held_by_hooks(trainer.lightning_module, {id(it) for _, it in held})
+        self.own = {path: it for path, it in held if path in self.variables or _is_of_script(it)}
+        self.installed = {path: it for path, it in held if path not in self.own}
+
+    def watch_own(self, earlier: Changes | None = None) -> Changes:
+        """Return what watches the objects that the script determines."""
+        leave = {path: names for path, (_, names) in self.variables.items()}
+        return Changes(self.own.items(), leave, policy=OBJECTS_LEFT_ALONE, earlier=earlier)
+
+
+def watch_before_start(trainer: Any) -> Changes:
+    """Watch the objects that are there before the hooks of a starting fit, some of which a new process does not run."""
+    return _Found(trainer, ()).watch_own()
+
+
 class UserObjects:
     """Watches the user's objects from the end of the `on_train_start` hooks.
 
     Args:
         trainer: in `fit`.
         known: identities of objects that are watched elsewhere.
+        earlier: what watches the objects that were there before these hooks.
     """
 
-    def __init__(self, trainer: Any, known: Collection[int]) -> None:
-        roots = dict(_roots(trainer))
-        held = list(_held_by(roots, known))
-        variables = dict(variables_of([*(root for root, _ in roots.values()), *(it for _, it in held)]))
-        held += [(path, root) for path, (root, _) in variables.items()]
-        held += _held_by(variables, {*known, *(id(it) for _, it in held), *(id(root) for root, _ in roots.values())})
-        held += _held_by_hooks(trainer.lightning_module, {id(it) for _, it in held})
-        leave = {path: names for path, (_, names) in variables.items()}
-        own = {path: it for path, it in held if path in variables or _is_of_script(it)}
-        self._own = Changes(own.items(), leave, policy=OBJECTS_LEFT_ALONE)
-        self._installed = Changes(((path, it) for path, it in held if path not in own), policy=NAMED_ONLY)
-        attributes = {path: _searched(root, names) for path, (root, names) in (roots | variables).items()}
+    def __init__(self, trainer: Any, known: Collection[int], earlier: Changes | None = None) -> None:
+        found = _Found(trainer, known)
+        roots, every = found.roots, found.roots | found.variables
+        self._own = found.watch_own(earlier)
+        self._installed = Changes(found.installed.items(), policy=NAMED_ONLY)
+        attributes = {path: _searched(root, names) for path, (root, names) in every.items()}
         generators = {id(generator) for root, _ in roots.values() for generator in generators_of(root).values()}
         self._held = HeldStates(attributes, {*_captured_elsewhere(trainer), *generators}, _is_own_object)
-        self._caches = [f"{path}.{name}" for path, (root, _) in variables.items() for name in caches_of(root)]
+        self._caches = [f"{path}.{name}" for path, (root, _) in found.variables.items() for name in caches_of(root)]
         self._children = _Children(trainer.lightning_module)
         self._references = [_References(path, root, leave) for path, (root, leave) in roots.items()]
 

@@ -307,3 +307,23 @@ def test_generators_and_metrics_in_containers_are_restored(tmp_path: Path) -> No
 
     fit(tmp_path, step, held=held)
     assert drawn[2] == drawn[0] != drawn[1]
+
+
+def test_what_the_sanity_check_changed_is_restored_where_none_runs(tmp_path: Path) -> None:
+    model, trainer = tiny_module(), tiny_trainer(tmp_path)
+    model.tracker = Tracker()
+    trainer.strategy.connect(model)
+    first = Surroundings(trainer)
+    model.tracker.step()
+    model.tracker.resource = object()
+    first.watch_objects()
+    saved = first.capture()
+    model.tracker = Tracker()
+    second = Surroundings(trainer)
+    second.watch_objects()
+    second.apply(unpack(pack(saved)))
+    assert (model.tracker.count, model.tracker.seen, saved["objects"]["own"].keys()) == (
+        1,
+        [0.0, 0.5],
+        {"Tiny.tracker"},
+    )
