@@ -29,6 +29,7 @@ from lightning_ckptless.trainer.data.position import data_position
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
+from lightning_ckptless.trainer.state.kept_gradients import KeptGradients
 from lightning_ckptless.trainer.state.late_modules import LateModules
 from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
 from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters
@@ -84,6 +85,8 @@ class HostState:
         self._own_states: dict[int, OwnState] = {}
         self._parts: defaultdict[str, PartCache] = defaultdict(PartCache)
         self._buckets = BucketWatch()
+        tell = partial(self._surroundings.note_loss, type(self.module).__name__, "parameters().grad")
+        self._kept_gradients = KeptGradients(self.module, trainer.optimizers, tell)
         self._submodules = ModuleAttributes(self.module, self._tell_of_submodule)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         distribution = module(distribution_of(trainer))
@@ -165,9 +168,10 @@ class HostState:
         }
 
     def _gradients(self) -> dict[str, Any] | None:
-        """Return the last step's gradients in the rare case that another step uses them, else None."""
+        """Return the last step's gradients if the next step may use them, else None."""
+        kept = self._kept_gradients.capture()
         if not steps_with_old_gradients(self._callbacks, self.trainer):
-            return None
+            return kept
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
 
     def _apply_gradients(self, saved: dict[str, Any]) -> None:
