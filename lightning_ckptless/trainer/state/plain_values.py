@@ -64,7 +64,10 @@ def is_plain(value: Any, depth: int = 0) -> bool:
         return type(value) is np.ndarray and is_plain(value.ravel().tolist(), depth)
     if isinstance(value, _ATOMS):
         return True
-    parts = None if depth >= MAX_DEPTH else _parts(value)
+    if depth >= MAX_DEPTH:
+        return False
+    # Without a call for the most common ones.
+    parts = value if type(value) in _SEQUENCES else _parts(value)
     return parts is not None and all(is_plain(part, depth + 1) for part in parts)
 
 
