@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_ckptless.trainer.state.reachability import reach
+from lightning_ckptless.trainer.state.reachability import has_attributes, reach
 from lightning_ckptless.trainer.state.rng import generators_of, owned_generators, set_owned_generators
 
 _SEARCHES = 3
@@ -30,7 +30,9 @@ class DatasetGenerators:
     """
 
     def __init__(self, dataset: Any, collate: Any) -> None:
-        self._roots = {"dataset": dataset, "collate": collate}
+        self._roots = {
+            name: root for name, root in (("dataset", dataset), ("collate", collate)) if has_attributes(root)
+        }
         self._owners: Mapping[str, Any] = self._roots
         self._searches = 0
 

@@ -43,8 +43,11 @@ def attributes_of(owner: Any) -> MutableMapping[str, Any]:
 def consists_of_parts(owner: Any) -> bool:
     """Return whether an object that has no `__dict__`, or not only that, can be read and written."""
     if isinstance(owner, FunctionType):
-        return bool(owner.__closure__ or owner.__dict__ or owner.__defaults__)
-    return isinstance(owner, functools.partial) or is_derived_container(owner) or bool(_slots_of(type(owner)))
+        changing = any(isinstance(default, list | dict | set | deque) for default in owner.__defaults__ or ())
+        return bool(owner.__closure__ or owner.__dict__ or changing)
+    if isinstance(owner, functools.partial):
+        return bool(owner.args or owner.keywords)
+    return is_derived_container(owner) or bool(_slots_of(type(owner)))
 
 
 def is_derived_container(value: Any) -> bool:

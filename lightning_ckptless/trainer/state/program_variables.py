@@ -56,6 +56,8 @@ def is_users_module(name: str) -> bool:
     file = getattr(sys.modules.get(name), "__file__", None)
     if name == "__main__" or file is None:
         return name == "__main__"
+    if name.partition(".")[0] == "lightning_ckptless":
+        return False
     # An environment may use packages of another one, whose folders sysconfig does not report.
     if not _PACKAGES.isdisjoint(Path(file).parts):
         return False

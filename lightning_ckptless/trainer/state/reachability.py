@@ -18,6 +18,7 @@ MOST_OBJECTS = 128
 MOST_ITEMS = 64
 """Largest container that is searched; a longer one is treated as data."""
 _DATA = frozenset({"numpy", "pandas", "pyarrow", "polars", "PIL", "h5py", "zarr", "scipy"})
+_LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 _SEEN_OF_TORCH = ("torch.utils.data", "torch.nn", "torchdata")
 _CONTAINERS = frozenset({"argparse", "collections", "functools", "queue", "types"})
 """Modules of the standard library whose objects are what their attributes are."""
@@ -58,6 +59,10 @@ def has_attributes(value: Any) -> bool:
     if not is_kept or is_part_of_a_run(value):
         return False
     top = module.partition(".")[0]
+    if isinstance(value, types.FunctionType | functools.partial):
+        # Functions of Lightning and torch keep nothing that training changes.
+        inner = getattr(value, "func", value)
+        return str(getattr(inner, "__module__", None)).partition(".")[0] not in _LIGHTNING | {"torch"}
     if top == "torch":
         return module.startswith(_SEEN_OF_TORCH)
     return top in ("__main__", *_CONTAINERS) or (top not in _DATA and top not in sys.stdlib_module_names)
