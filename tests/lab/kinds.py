@@ -290,7 +290,7 @@ class Unusual:
         self.recent.append(value)
         self.numbers[0] += value
         self.waiting.put(self.called())
-        queued = sum(self.waiting.queue) + next(self.numbered) + STEPS
+        queued: int = sum(self.waiting.queue) + next(self.numbered) + STEPS
         return sum(self.recent) + self.numbers[0] + Unusual.total + queued + self.draws[0].random()
 
 

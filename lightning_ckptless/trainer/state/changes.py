@@ -86,7 +86,7 @@ class Changes:
         known = {} if earlier is None else {id(owner.watched): owner for owner in earlier._owners.values()}
         for owner in known.values():
             owner.accept_objects()
-        self._owners = {
+        self._owners: dict[str, _Owner] = {
             path: known.get(id(owner)) or _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners
         }
 

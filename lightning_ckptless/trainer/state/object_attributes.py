@@ -34,7 +34,7 @@ def attributes_of(owner: Any) -> MutableMapping[str, Any]:
         return _Parts(owner, _cells_of(owner) | {"defaults": _Slot("__defaults__")})
     if isinstance(owner, functools.partial):
         return _Parts(owner, {"arguments": _Arguments(), "keywords": _Keywords()})
-    parts: dict[str, _Part] = {name: _Slot(name) for name in _slots_of(type(owner))}
+    parts: dict[str, _Part] = {name: _Slot(name) for name in _slots_of(_class_of(owner))}
     if has_plain_items(owner):
         parts[ITEMS] = _Items()
     return _Parts(owner, parts) if parts or not hasattr(owner, "__dict__") else vars(owner)
@@ -47,7 +47,7 @@ def consists_of_parts(owner: Any) -> bool:
         return bool(owner.__closure__ or owner.__dict__ or changing)
     if isinstance(owner, functools.partial):
         return bool(owner.args or owner.keywords)
-    return is_derived_container(owner) or bool(_slots_of(type(owner)))
+    return is_derived_container(owner) or bool(_slots_of(_class_of(owner)))
 
 
 def is_derived_container(value: Any) -> bool:
@@ -60,8 +60,12 @@ def has_plain_items(value: Any) -> bool:
     return is_derived_container(value) and is_plain(_Items().get(value))
 
 
+def _class_of(owner: Any) -> Any:
+    return type(owner)
+
+
 @functools.cache
-def _slots_of(kind: type) -> tuple[str, ...]:
+def _slots_of(kind: Any) -> tuple[str, ...]:
     with_slots = [base for base in kind.__mro__ if "__slots__" in vars(base)]
     members = [(name, held) for base in with_slots for name, held in vars(base).items()]
     return tuple(name for name, held in members if isinstance(held, MemberDescriptorType))

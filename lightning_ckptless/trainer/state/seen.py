@@ -28,7 +28,7 @@ _EXACT = frozenset({type(None), bool, int, float, complex, str})
 _SERIALIZED = frozenset({list, tuple, dict, set, frozenset})
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _BASIC = (int, float, complex, str, bytes)
-_MUTABLE_DATA = (torch.Tensor, np.ndarray, bytearray, array, count, *ITERATORS)
+_MUTABLE_DATA: tuple[Any, ...] = (torch.Tensor, np.ndarray, bytearray, array, count, *ITERATORS)
 
 
 class _Kind(Enum):

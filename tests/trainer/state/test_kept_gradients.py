@@ -48,6 +48,7 @@ def test_gradients_of_another_optimizer_are_not_kept_by_being_there() -> None:
     models = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
     kept = KeptGradients(models, optimizers)
+    captured = kept.capture()
     for _ in range(2):
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer)

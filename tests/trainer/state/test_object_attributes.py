@@ -24,6 +24,7 @@ class Slotted:
     """Has no `__dict__`."""
 
     __slots__ = ("count", "seen", "unset")
+    unset: Any
 
     def __init__(self) -> None:
         self.count, self.seen = 0, [0]
@@ -101,14 +102,14 @@ def appended(to: list[int], *, also: dict[str, int]) -> int:
     return sum(to) + also["n"]
 
 
-def use_slots(held: Slotted) -> int:
+def use_slots(held: Slotted) -> Any:
     held.count += 1
     held.seen.append(held.count)
     held.unset = getattr(held, "unset", 0) + 2
     return held.count + sum(held.seen) + held.unset
 
 
-def use_both(held: Both) -> float:
+def use_both(held: Both) -> Any:
     held.more *= 2
     return held.more + use_slots(held)
 
@@ -124,7 +125,7 @@ def use_numbers(held: Numbers) -> int:
     return sum(held) + held.total
 
 
-def use_mapping(held: Any) -> int:
+def use_mapping(held: Any) -> Any:
     held["last"] = held.pop("last", 0) + 1
     held[str(held["last"])] = held["last"]
     return sum(held.values()) + 10 * list(held).index("last")
@@ -140,7 +141,7 @@ def use_set(held: Different) -> int:
     return sum(held)
 
 
-def use_queue(held: Any) -> int:
+def use_queue(held: Any) -> Any:
     held.put(held.qsize() + 1)
     if held.qsize() > 2:
         held.get()
@@ -152,15 +153,15 @@ def use_nested(held: Any) -> int:
     return int(held["k"]["l"])
 
 
-def use_namespace(held: Any) -> int:
+def use_namespace(held: Any) -> Any:
     return use_slots(held.inner)
 
 
-def use_list(held: Any) -> int:
+def use_list(held: Any) -> Any:
     return use_slots(held[0]) + use_slots(held[1]["a"])
 
 
-def use_wrapped(held: Any) -> int:
+def use_wrapped(held: Any) -> Any:
     return use_slots(held["a"])
 
 
@@ -225,6 +226,7 @@ class Watched:
 def test_it_continues_from_the_version(kind: str, *, is_new: bool) -> None:
     make, use = KINDS[kind]
     first = Watched(make())
+    saved = first.capture()
     for _ in range(3):
         use(first.value)
         saved = first.capture()
