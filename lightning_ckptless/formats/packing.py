@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import importlib
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from types import FunctionType
@@ -37,6 +39,10 @@ class SmallTensorPickler(pickle.Pickler):
             return rebuild_storage, storage_bytes(value)
         if isinstance(value, enum.Enum) and found_in_program(kind.__module__, kind.__qualname__) is kind:
             return member, (kind.__module__, kind.__qualname__, value.value)
+        if kind is itertools.count:
+            # Later versions of Python cannot pickle it.
+            start = ast.literal_eval(repr(value).removeprefix("count"))
+            return kind, start if isinstance(start, tuple) else (start,)
         if isinstance(value, type | FunctionType):
             KINDS.add(value)
         else:

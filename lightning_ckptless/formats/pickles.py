@@ -48,14 +48,18 @@ class UntrustedError(SchemaError):
         self.name = name
 
 
-_BUILTINS = "bool bytearray bytes complex dict float frozenset int list range set slice str tuple"
+_BUILTINS = (
+    "bool bytearray bytes complex dict enumerate float frozenset int iter list range reversed set slice str tuple zip"
+)
 _NAMES = {
     "builtins": _BUILTINS,
-    "collections": "Counter OrderedDict defaultdict deque",
+    "array": "_array_reconstructor array",
+    "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque",
     "datetime": "date datetime time timedelta timezone",
     "decimal": "Decimal",
     "fractions": "Fraction",
     "uuid": "UUID SafeUUID",
+    "itertools": "count",
     "types": "SimpleNamespace",
     "argparse": "Namespace",
     "random": "Random",

@@ -204,6 +204,12 @@ def child_dict(module: torch.nn.Module) -> dict[str, Any]:
     return module._modules
 
 
+def hooks_of(module: torch.nn.Module) -> list[Any]:
+    """Return the functions that are called before or after the forward or backward pass of a module."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
 def gradient_hooks(tensor: torch.Tensor) -> int:
     """Return how many functions are called with the gradient of a tensor before it is accumulated."""
     return len(tensor._backward_hooks or ())

@@ -275,9 +275,11 @@ def test_steps_of_manual_optimization_are_counted(distribution: str, tmp_path: P
     module, found = tiny_module(distribution), list[tuple[int, int]]()
     module.automatic_optimization = False
     module.training_step = lambda *_: [module.optimizers().step() for _ in range(2)] and None
-    hooks = callback(distribution, on_train_batch_end=lambda *_: found.append((loops.step, trainer.global_step)))
+    hooks = callback(
+        distribution,
+        on_train_batch_end=lambda trainer, *_: found.append((FitLoops(trainer).step, trainer.global_step)),
+    )
     trainer = tiny_trainer(tmp_path, distribution, callbacks=[hooks], max_epochs=1)
-    loops = FitLoops(trainer)
     trainer.fit(module, tiny_loader())
     assert found[:2] == [(2, 2), (4, 4)]
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import os
+import queue
+import random
 import signal
 import threading
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -252,23 +257,62 @@ class Losses(NamedTuple):
     loss: Any
 
 
+STEPS = 0
+
+
+class Recent(deque[float]):
+    """The last values, in a container of its own class."""
+
+
+class Unusual:
+    """State in slots, a class, a module, a closure, containers, iterators and generators."""
+
+    __slots__ = ("called", "draws", "numbered", "numbers", "recent", "waiting")
+    total = 0.0
+
+    def __init__(self) -> None:
+        calls = 0
+
+        def called() -> int:
+            nonlocal calls
+            calls += 1
+            return calls
+
+        self.called, self.recent = called, Recent(maxlen=3)
+        self.draws, self.numbered = [random.Random(3)], itertools.count(1)
+        self.numbers, self.waiting = array("d", [0.0]), queue.Queue[int]()
+
+    def step(self, value: float) -> float:
+        """Change all of it; the result depends on all of it."""
+        global STEPS  # noqa: PLW0603
+        STEPS += 1
+        Unusual.total += value
+        self.recent.append(value)
+        self.numbers[0] += value
+        self.waiting.put(self.called())
+        queued: int = sum(self.waiting.queue) + next(self.numbered) + STEPS
+        return sum(self.recent) + self.numbers[0] + Unusual.total + queued + self.draws[0].random()
+
+
 def peculiar(distribution: Any) -> Any:
     """Return a callback with state where scripts like to keep it.
 
     It makes the ranks differ in a bias, makes an average of a layer with the first batch, keeps a teacher in a list and
-    named tuples in another, and records in a closure.
+    named tuples in another, records in a closure, and keeps a quarter of each gradient for the next step.
     """
 
     class Peculiar(distribution.callbacks.Callback):
         def __init__(self) -> None:
             self.average: Any = None
             self.losses: list[Losses] = []
+            self.unusual = Unusual()
             self.norms = norms = list[float]()
             self.record = lambda layer, _, output: norms.append(float(output.detach().norm()))
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.head.register_forward_hook(self.record)
             self.teachers = [copy.deepcopy(pl_module.head)]
+            pl_module.optimizer_zero_grad = partial(keep_a_quarter, pl_module)
 
         @torch.no_grad()
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -285,6 +329,7 @@ def peculiar(distribution: Any) -> Any:
             pl_module.log("average", self.average.weight.sum())
             pl_module.log("teacher", self.teachers[0].bias.sum())
             pl_module.log("norms", sum(self.norms))
+            pl_module.log("unusual", self.unusual.step(float(outputs["loss"])))
             pl_module.log("all_losses", sum(float(each.loss) for each in self.losses))
 
     return Peculiar()
@@ -327,6 +372,13 @@ def dragging(distribution: Any) -> Any:
                     Path("swift").touch()
 
     return Dragging()
+
+
+def keep_a_quarter(module: nn.Module, *_: Any) -> None:
+    """Scale the gradients instead of dropping them."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.25)
 
 
 def kill_once(rank: int, *_: Any) -> None:

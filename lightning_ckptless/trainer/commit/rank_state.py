@@ -38,6 +38,11 @@ OBJECT_NOT_CAPTURED = (
     "replacement starts with its initial value. Keep values that change in a number, a list or an array of their own, "
     "or in `state_dict()` of a callback"
 )
+UNREADABLE = (
+    "%s: the state of a generator, an iterator, a cache or an open file cannot be read, so no version contains it. "
+    "After a fault a replacement has what the script creates, and the other ranks continue with what they have. Keep "
+    "the position or the results in numbers, lists or arrays of their own"
+)
 
 
 class RankState:
@@ -104,6 +109,8 @@ class RankState:
         if self._host_state is None and self._trainer.is_global_zero:
             warn_of_loaders(self._data.loops.combined_loader.flattened)
             self.host_state.hooks.warn_of_uncovered()
+            for name in self._surroundings.unreadable():
+                log.warning("ckptless: %s", UNREADABLE % name)
 
     def _warn_of_loss(self, name: str) -> None:
         if self._trainer.is_global_zero:

@@ -18,8 +18,9 @@ from typing import Any
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals import torch_internals
+from lightning_ckptless.trainer.data.dataset_generators import DatasetGenerators
 from lightning_ckptless.trainer.state.plain_values import plain_attributes, set_plain_attributes
-from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
+from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ class FirstFetch:
 
     Args:
         loader: returns the loader while it exists.
-        dataset: the loader's dataset.
+        generators: the generators that its dataset draws from.
     """
 
-    def __init__(self, loader: Callable[[], Any], dataset: Any) -> None:
+    def __init__(self, loader: Callable[[], Any], generators: DatasetGenerators) -> None:
         self._loader = loader
-        self._dataset = dataset
+        self._of_dataset = generators
         self._known = Fetches()
         self._restored: Fetches | None = None
         self._is_lazy = False
@@ -161,12 +162,12 @@ class FirstFetch:
         return plain_attributes(self._loader()) if self._is_lazy else {}
 
     def _generators(self) -> Packed:
-        return pack((capture_rng(), owned_generators(self._dataset)))
+        return pack((capture_rng(), self._of_dataset.capture()))
 
     def _set_generators(self, saved: Packed) -> None:
         rng, owned = unpack(saved)
         apply_rng(rng)
-        set_owned_generators(self._dataset, owned)
+        self._of_dataset.apply(owned)
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> frozenset[str]:

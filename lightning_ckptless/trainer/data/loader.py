@@ -25,6 +25,7 @@ from lightning_ckptless.errors import CkptlessError
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals import torch_internals
+from lightning_ckptless.trainer.data.dataset_generators import DatasetGenerators, States
 from lightning_ckptless.trainer.data.first_fetch import Fetches, FirstFetch
 from lightning_ckptless.trainer.data.sampler_replay import (
     Order,
@@ -59,7 +60,7 @@ class LoaderPosition:
         workers: generators of each worker after its last returned batch.
         own_state: `state_dict()` of a loader that restores its own position.
         fetches: observations about the fetches of such a loader.
-        dataset: state of the generators that the dataset owns.
+        dataset: state of the generators that the dataset and the collate function own.
         attributes: changes to the loader, its dataset, samplers and functions since they were created.
         skipped: batches of this iteration that were skipped after a rewind, as if the sampler did not produce them.
         skips_next: batches to skip at the start of the next iteration.
@@ -74,7 +75,7 @@ class LoaderPosition:
     workers: dict[int, Packed]
     own_state: dict[str, Any] | None
     fetches: Fetches
-    dataset: dict[str, Any]
+    dataset: States
     attributes: Changed
     skipped: int = 0
     skips_next: int = 0
@@ -116,7 +117,7 @@ class LoaderTracker:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = weakref.ref(loader)
         self._iterator: Callable[[], Any] = lambda: None
-        self.dataset = loader.dataset
+        self.generators = DatasetGenerators(loader.dataset, loader.collate_fn)
         self.attributes = watch_attributes(loader)
         self.states_itself = restores_its_position(loader)
         self.iterates_itself = iterates_in_its_own_way(loader)
@@ -132,7 +133,7 @@ class LoaderTracker:
         self.at_fetch: tuple[Any, Any, Changed] | None = None
         self.state_before_fetch: dict[str, Any] | None = None
         self.workers: dict[int, Packed] = {}
-        self._first = FirstFetch(self._loader, self.dataset)
+        self._first = FirstFetch(self._loader, self.generators)
         self._order: Order | None = None
         self._sampler_resume: LoaderPosition | None = None
         self._orders_to_pass = 0
@@ -161,7 +162,7 @@ class LoaderTracker:
             workers=dict(self.workers),
             own_state=own_state,
             fetches=self._first.position(),
-            dataset=owned_generators(self.dataset),
+            dataset=self.generators.capture(),
             attributes=self.attributes.capture(),
             skipped=self.skipped,
             skips_next=self.skips_next,
@@ -219,9 +220,9 @@ class LoaderTracker:
             (rng, owned, attributes), self._refetch = self._refetch, None
             self.attributes.apply(attributes)
             apply_rng(rng)
-            set_owned_generators(self.dataset, owned)
+            self.generators.apply(owned)
         if self._prefetched:
-            self.at_fetch = (capture_rng(), owned_generators(self.dataset), self.attributes.capture())
+            self.at_fetch = (capture_rng(), self.generators.capture(), self.attributes.capture())
             if self.states_itself and loader is not None:
                 self.state_before_fetch = loader.state_dict()
 
@@ -234,8 +235,8 @@ class LoaderTracker:
         if resume is not None:
             return self._restart(loader, resume)
         self.skipped, self.skips_next = self.skips_next, 0
-        owned = [owned_generators(part) for part in self._holders(loader)]
-        before = pack((capture_rng(), owned, self.attributes.capture()))
+        owned = [owned_generators(part) for part in holders(loader)]
+        before = pack((capture_rng(), owned, self.generators.capture(), self.attributes.capture()))
         self.at_sampler = None
         if self.states_itself:
             self._first.begin()
@@ -260,21 +261,18 @@ class LoaderTracker:
         if self.by_index and loader.num_workers > 0:
             instead["collate_fn"] = RngCollate(loader.collate_fn)
         if workers:
-            instead["worker_init_fn"] = WorkerStart(loader.worker_init_fn, workers)
+            instead["worker_init_fn"] = WorkerStart(loader.worker_init_fn, loader.collate_fn, workers)
         sampler = WatchedSampler(torch_internals.index_sampler(loader), self)
         return torch_internals.make_iterator(loader, sampler, rotation, instead)
-
-    def _holders(self, loader: DataLoader[Any]) -> list[Any]:
-        """Return the objects whose generators may affect the start of an iteration."""
-        return [loader, self.dataset, *sampler_parts(_sampler_of(loader))]
 
     def _restart(self, loader: DataLoader[Any], resume: LoaderPosition) -> Any:
         self.at_start, self.workers = resume.at_start, dict(resume.workers)
         self.skipped, self.skips_next = resume.skipped, resume.skips_next
-        rng, owned, attributes = unpack(resume.at_start)
+        rng, owned, of_dataset, attributes = unpack(resume.at_start)
         self.attributes.apply(attributes)
         apply_rng(rng)
-        for part, generators in zip(self._holders(loader), owned, strict=True):
+        self.generators.apply(of_dataset)
+        for part, generators in zip(holders(loader), owned, strict=True):
             set_owned_generators(part, generators)
         if resume.own_state is not None:
             self._first.restore(resume.own_state, resume.fetches, resume.yielded)
@@ -287,7 +285,7 @@ class LoaderTracker:
         self._skip(iterator, resume)
         # The epoch length is read next, and must be as it was when the epoch began.
         self.attributes.apply(attributes)
-        set_owned_generators(self.dataset, resume.dataset)
+        self.generators.apply(resume.dataset)
         return iterator
 
     def _skip(self, iterator: Any, resume: LoaderPosition) -> None:
@@ -315,6 +313,11 @@ class LoaderTracker:
     def before_buffer(self, position: LoaderPosition) -> None:
         """Fetch a batch that was prefetched again, with the generators as they were before it."""
         self._refetch, self._prefetched = position.at_fetch, True
+
+
+def holders(loader: DataLoader[Any]) -> list[Any]:
+    """Return the objects besides the dataset whose generators may affect the start of an iteration."""
+    return [loader, *sampler_parts(_sampler_of(loader))]
 
 
 def read_again(iterator: Iterator[Any], batches: int) -> None:

@@ -13,7 +13,8 @@ from torch.utils.data import get_worker_info
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals import torch_internals
-from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
+from lightning_ckptless.trainer.data.dataset_generators import DatasetGenerators
+from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 
 class BatchWithRng:
@@ -32,21 +33,25 @@ class RngCollate:
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
+        self._generators: DatasetGenerators | None = None
 
     def __call__(self, samples: Any) -> Any:
         """Collate; in a worker, add its generators."""
         data = self.collate(samples)
         if (worker := get_worker_info()) is None:
             return data
-        generators = pack((capture_rng(), owned_generators(worker.dataset)))
-        return BatchWithRng(data, worker.id, generators)
+        if self._generators is None:
+            self._generators = DatasetGenerators(worker.dataset, self.collate)
+        return BatchWithRng(data, worker.id, pack((capture_rng(), self._generators.capture())))
 
 
 class WorkerStart:
     """Runs the user's `worker_init_fn`, then restores the worker's generators."""
 
-    def __init__(self, init: Callable[[int], None] | None, generators: dict[int, Packed]) -> None:
-        self.init, self.generators = init, generators
+    def __init__(
+        self, init: Callable[[int], None] | None, collate: Callable[[Any], Any], generators: dict[int, Packed]
+    ) -> None:
+        self.init, self.collate, self.generators = init, collate, generators
 
     def __call__(self, worker_id: int) -> None:
         """Called in each worker when it starts."""
@@ -57,4 +62,4 @@ class WorkerStart:
             assert worker is not None
             rng, owned = unpack(saved)
             apply_rng(rng)
-            set_owned_generators(worker.dataset, owned)
+            DatasetGenerators(worker.dataset, self.collate).apply(owned)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_ckptless.trainer.state.object_attributes import has_plain_items
 from lightning_ckptless.trainer.state.plain_values import is_plain, plain_attributes
 from lightning_ckptless.trainer.state.refilling import can_be_refilled, refilled
 from lightning_ckptless.trainer.state.rng import GENERATORS, generators_of, state_of
@@ -30,6 +31,7 @@ class AttributeReader:
     Attributes:
         owner: returns the object.
         seen: its attributes as of the last look.
+        is_usual: see `watch.Watched`.
         has_marks: see `watch.Watched`.
         changes: number of readings that differed, or may have differed, from the one before.
         held: names of the attributes that have been the same object since the first reading, as of the last one.
@@ -40,6 +42,7 @@ class AttributeReader:
         self, owner: object, leave: Collection[str] = (), tell: Callable[[str], None] = lambda _: None
     ) -> None:
         self.changes = 0
+        self.is_usual = hasattr(owner, "__dict__")
         self.has_marks = False
         self._tell = tell
         self._owner = owner
@@ -132,8 +135,8 @@ def _reference_to(owner: Any) -> Callable[[], Any]:
 
 
 def _is_lost(value: Any) -> bool:
-    """Return whether a value is a container of data that cannot be captured."""
-    if not isinstance(value, CONTAINERS) or is_plain(value):
+    """Return whether a value is a container of data that is captured neither here nor as an object of the script."""
+    if not isinstance(value, CONTAINERS) or is_plain(value) or has_plain_items(value):
         return False
     return not all(isinstance(part, (*_NO_DATA, str)) or callable(part) for part in items_of(value))
 

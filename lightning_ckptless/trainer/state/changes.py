@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
@@ -19,7 +19,9 @@ import torch
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.torch_internals import version_counter
+from lightning_ckptless.trainer.state.object_attributes import attributes_of
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
+from lightning_ckptless.trainer.state.refilling import refilled
 from lightning_ckptless.trainer.state.seen import Seen
 from lightning_ckptless.trainer.state.watch import Watched
 
@@ -72,6 +74,7 @@ class Changes:
         owners: the objects by path. Equivalent objects in different processes have the same path.
         leave: names of attributes to ignore, by path.
         policy: how changed attributes are handled.
+        earlier: an observation of some of these objects from before hooks that a new process does not run.
     """
 
     def __init__(
@@ -80,9 +83,15 @@ class Changes:
         leave: Mapping[str, Collection[str]] | None = None,
         *,
         policy: Policy = EVERYTHING,
+        earlier: Changes | None = None,
     ) -> None:
         left = leave or {}
-        self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners}
+        known = {} if earlier is None else {id(owner.owner()): owner for owner in earlier._owners.values()}
+        for owner in known.values():
+            owner.accept_objects()
+        self._owners: dict[str, _Owner] = {
+            path: known.get(id(owner)) or _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners
+        }
         self._captured: Changed = {}
 
     @property
@@ -123,16 +132,21 @@ class _Owner:
     """One object with the original values of its attributes.
 
     Attributes:
-        owner: returns the object; None if it no longer exists. The reference is weak: the object may hold this one.
+        owner: returns the object; None if it no longer exists. The reference is weak, since the object may hold this
+            one, unless it has no `__dict__` or other parts too.
+        is_usual: whether the object consists of its `__dict__`.
         seen: the attributes that are not marked, as of the last look.
         lost: names whose change could not be captured.
     """
 
     def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
-        self.owner = weakref.ref(owner)
+        attributes = attributes_of(owner)
+        self.is_usual = bool(hasattr(owner, "__dict__") and attributes is vars(owner) and type(owner).__weakrefoffset__)
+        self._parts = None if self.is_usual else attributes
+        self.owner: Callable[[], Any] = weakref.ref(owner) if self.is_usual else lambda: owner
         self._leave = leave
         self._policy = policy
-        self._first = {name: _Value(value) for name, value in vars(owner).items() if name not in leave}
+        self._first = {name: _Value(value) for name, value in attributes.items() if name not in leave}
         self._marked = {name: first for name, first in self._first.items() if first.is_marked}
         self.seen = Seen(leave | self._marked.keys())
         self._changed: dict[str, Any] = {}
@@ -153,9 +167,20 @@ class _Owner:
         return all(first.is_unchanged(attributes.get(name)) for name, first in self._marked.items())
 
     @property
-    def _attributes(self) -> dict[str, Any] | None:
+    def _attributes(self) -> MutableMapping[str, Any] | None:
+        if self._parts is not None:
+            return self._parts
         owner = self.owner()
         return None if owner is None else vars(owner)
+
+    def accept_objects(self) -> None:
+        """Take what cannot be captured as it is now, not as it was at the first observation."""
+        attributes = self._attributes or {}
+        for name in list(self._differing(attributes)):
+            if name in attributes and _size(attributes[name]) is not Size.FITS:
+                self._first[name] = _Value(attributes[name])
+        self._marked = {name: first for name, first in self._first.items() if first.is_marked}
+        self.seen = Seen(self._leave | self._marked.keys())
 
     def changed(self) -> dict[str, Any]:
         """Return what differs from the original attributes; the same object as at the last call if nothing changed."""
@@ -173,7 +198,7 @@ class _Owner:
         self._is_known = self._are_unchanged(attributes)
         return self._changed
 
-    def _find(self, attributes: dict[str, Any]) -> dict[str, Any]:
+    def _find(self, attributes: MutableMapping[str, Any]) -> dict[str, Any]:
         changed, gone = {}, []
         for name in self._differing(attributes):
             value = attributes.get(name, _ABSENT)
@@ -209,7 +234,7 @@ class _Owner:
             else:
                 self._first[name].put_into(attributes, name)
 
-    def _differing(self, attributes: dict[str, Any]) -> Iterator[str]:
+    def _differing(self, attributes: MutableMapping[str, Any]) -> Iterator[str]:
         """Yield the names of attributes that differ from their original values."""
         for name in {**self._first, **attributes}:
             if name in self._leave:
@@ -256,7 +281,7 @@ class _Value:
             return value is self._object or (type(value) is type(self._object) and bool(value == self._object))
         return _equal(value, self._copy)
 
-    def put_into(self, attributes: dict[str, Any], name: str) -> None:
+    def put_into(self, attributes: MutableMapping[str, Any], name: str) -> None:
         """Restore the attribute to its original value."""
         attributes[name] = self._object
         if self._copy is not _ABSENT:
@@ -327,7 +352,7 @@ def _with_cloned_tensors(value: Any) -> Any:
 def _equal(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
-    if isinstance(left, np.ndarray):
+    if isinstance(left, np.ndarray) and not left.dtype.hasobject:
         return bool(left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes())
     try:
         # About 100 times faster for containers of numbers and text.
@@ -337,22 +362,7 @@ def _equal(left: Any, right: Any) -> bool:
         return is_same(left, right)
 
 
-def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
+def _put(attributes: MutableMapping[str, Any], name: str, value: Any) -> None:
     """Set an attribute, in place where possible: other code may hold a reference to the current object."""
-    there = attributes.get(name, _ABSENT)
-    if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):
-        if there.shape == value.shape and there.dtype == value.dtype and not there.requires_grad:
-            there.copy_(value)
-            return
-    elif isinstance(value, np.ndarray) and type(there) is np.ndarray:
-        if there.shape == value.shape and there.dtype == value.dtype and there.flags.writeable:
-            there[...] = value
-            return
-    elif isinstance(value, list) and type(there) is type(value):
-        there[:] = value
-        return
-    elif isinstance(value, dict) and type(there) is type(value):
-        there.clear()
-        there.update(value)
-        return
-    attributes[name] = value
+    held = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = refilled(held, {name: value})[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -20,9 +21,11 @@ from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.internals.torch_internals import leaves_of, version_counter
 from lightning_ckptless.trainer.state.layout_tensors import digest_of
+from lightning_ckptless.trainer.state.object_attributes import ITEMS, attributes_of
 from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES, is_same
 from lightning_ckptless.trainer.state.reachability import MOST_ITEMS
 from lightning_ckptless.trainer.state.rng import GENERATORS, set_state, state_of
+from lightning_ckptless.trainer.state.unreadable import is_unreadable
 
 _WITH_STATE_DICT = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 _KINDS = (nn.Module, *_WITH_STATE_DICT, *GENERATORS)
@@ -39,12 +42,17 @@ class HeldStates:
         roots: attributes to search, by path.
         known: identities of objects that are captured elsewhere.
         is_own: returns whether a value is an object of the script, whose attributes are searched too.
+
+    Attributes:
+        unreadable: paths of objects whose state cannot be read.
     """
 
     def __init__(
         self, roots: Mapping[str, Mapping[str, Any]], known: Collection[int], is_own: Callable[[Any], bool]
     ) -> None:
-        found = [(path, held) for path, held in _search(roots, is_own) if id(held) not in known and _is_readable(held)]
+        every = [(path, held) for path, held in _search(roots, is_own) if id(held) not in known]
+        self.unreadable = [path for path, held in every if not isinstance(held, _KINDS)]
+        found = [(path, held) for path, held in every if path not in self.unreadable and _is_readable(held)]
         self._modules = {path: _WatchedModule(held) for path, held in found if isinstance(held, nn.Module)}
         self._others = {path: held for path, held in found if not isinstance(held, nn.Module)}
         for path, watched in self._modules.items():
@@ -157,16 +165,17 @@ def _search(roots: Mapping[str, Mapping[str, Any]], is_own: Callable[[Any], bool
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, _KINDS):
+        if isinstance(value, _KINDS) or is_unreadable(value):
             yield path, value
         elif depth < _DEEPEST:
             waiting += [(f"{path}{name}", part, depth + 1) for name, part in _parts_of(value, is_own)]
 
 
 def _parts_of(value: Any, is_own: Callable[[Any], bool]) -> list[tuple[str, Any]]:
-    if isinstance(value, list | tuple | dict):
-        if len(value) > MOST_ITEMS:
-            return []
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return [(f"[{key!r}]", part) for key, part in items]
-    return [(f".{name}", part) for name, part in vars(value).items()] if is_own(value) else []
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, list | tuple | dict | deque) and len(value) <= MOST_ITEMS:
+        items = list(value.items()) if isinstance(value, dict) else enumerate(value)
+        parts += [(f"[{key!r}]", part) for key, part in items]
+    if is_own(value):
+        parts += [(f".{name}", part) for name, part in attributes_of(value).items() if name != ITEMS]
+    return parts

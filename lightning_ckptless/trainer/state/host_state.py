@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.formats.packing import PartCache
+from lightning_ckptless.formats.packing import PartCache, pack, unpack
 from lightning_ckptless.internals.lightning.averaging import join_scheduler, steps_with_old_gradients
 from lightning_ckptless.internals.lightning.clocks import ages_of, set_ages
 from lightning_ckptless.internals.lightning.distribution import distribution_of, module
@@ -29,6 +29,7 @@ from lightning_ckptless.trainer.data.position import data_position
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
+from lightning_ckptless.trainer.state.kept_gradients import KeptGradients
 from lightning_ckptless.trainer.state.late_modules import LateModules
 from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
 from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters
@@ -86,6 +87,8 @@ class HostState:
         self._parts: defaultdict[str, PartCache] = defaultdict(PartCache)
         self._watch = Watch(self._watched)
         self._buckets = BucketWatch()
+        tell = partial(self._surroundings.note_loss, type(self.module).__name__, "parameters().grad")
+        self._kept_gradients = KeptGradients(self.module, trainer.optimizers, tell)
         self._submodules = ModuleAttributes(self.module, self._tell_of_submodule)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         distribution = module(distribution_of(trainer))
@@ -196,9 +199,10 @@ class HostState:
         yield from self._surroundings.watched()
 
     def _gradients(self) -> dict[str, Any] | None:
-        """Return the last step's gradients in the rare case that another step uses them, else None."""
+        """Return the last step's gradients if the next step may use them, else None."""
+        kept = self._kept_gradients.capture()
         if not steps_with_old_gradients(self._callbacks, self.trainer):
-            return None
+            return kept
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
 
     def _apply_gradients(self, saved: dict[str, Any]) -> None:
@@ -325,11 +329,11 @@ class HostState:
 
     def _apply_module(self, saved: dict[str, Any]) -> None:
         of_module = saved["module"]
-        self._attributes.put(copy.deepcopy(of_module["plain"]), of_module["held"], of_module["others"])
+        self._attributes.put(unpack(pack(of_module["plain"])), of_module["held"], of_module["others"])
         set_hyperparameters(self.module, copy.deepcopy(saved["module"]["hyperparameters"]))
         set_owned_generators(self.module, saved["module"]["generators"])
         self._apply_extra_state(saved["module"]["extra_state"])
-        self._submodules.apply(copy.deepcopy(saved["module"]["submodules"]))
+        self._submodules.apply(unpack(pack(saved["module"]["submodules"])))
 
     def _apply_extra_state(self, saved: dict[str, Any]) -> None:
         for name, state in saved.items():

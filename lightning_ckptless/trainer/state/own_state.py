@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.lightning.averaging import AVERAGE_STATE, averages_weights
 from lightning_ckptless.internals.lightning.clocks import ages_of, readings_of, set_ages, set_windows, windows_of
 from lightning_ckptless.internals.lightning.distribution import is_a
@@ -88,7 +89,7 @@ class OwnState:
             self._put_attributes(saved)
 
     def _put_attributes(self, saved: dict[str, Any]) -> None:
-        owner, plain = self._owner, copy.deepcopy(saved["plain"])
+        owner, plain = self._owner, unpack(pack(saved["plain"]))
         if self._kept is None:
             self.reader.put(plain, saved["held"], {*saved["others"], *readings_of(owner)})
         else:

@@ -12,12 +12,14 @@ import enum
 import pathlib
 import struct
 from argparse import Namespace
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Collection
+from array import array
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, UserString, defaultdict, deque
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
+from itertools import chain, count
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
@@ -30,12 +32,19 @@ from lightning_ckptless.formats.pickles import found_in_program, is_record_class
 
 _ATOMS = (
     type(None), bool, int, float, complex, str, bytes, bytearray, Decimal, Fraction, UUID, enum.Enum, pathlib.PurePath,
-    dt.timedelta, dt.date, dt.time, dt.timezone, range, np.generic, torch.dtype, torch.device,
+    dt.timedelta, dt.date, dt.time, dt.timezone, range, array, count, np.generic, torch.dtype, torch.device,
 )  # fmt: skip
 _COMMON = frozenset({type(None), bool, int, float, str})
 _SEQUENCES = (list, tuple, set, frozenset, deque, torch.Size)
 _MAPPINGS = (dict, OrderedDict, Counter)
-_NAMESPACES = (SimpleNamespace, Namespace)
+NAMESPACES = (SimpleNamespace, Namespace, UserDict, UserList, UserString, ChainMap)
+"""Classes of the standard library whose instances are what their attributes are."""
+_EXAMPLES: tuple[Any, ...] = (
+    range(1), range(1 << 70), [1], (1,), "a", b"a", bytearray(b"a"), {1}, {1: 1}, {1: 1}.values(), {1: 1}.items(),
+)  # fmt: skip
+ITERATORS = (*(type(iter(example)) for example in _EXAMPLES), type(reversed([1])), reversed, zip, enumerate)
+"""Classes of iterators that can be copied together with the data that they iterate over."""
+_IN_PARTS = (slice, *ITERATORS)
 _FACTORIES = (None, int, float, str, list, dict, set, Counter)
 MAX_DEPTH = 10
 HEAVY_BYTES = 8_000_000
@@ -50,22 +59,33 @@ def is_plain(value: Any, depth: int = 0) -> bool:
         return _is_plain_tensor(value)
     if isinstance(value, np.ndarray):
         # A memory-mapped file is input data, not state.
-        return not value.dtype.hasobject and not isinstance(value, np.memmap)
+        if not value.dtype.hasobject:
+            return not isinstance(value, np.memmap)
+        return type(value) is np.ndarray and is_plain(value.ravel().tolist(), depth)
     if isinstance(value, _ATOMS):
         return True
     if depth >= MAX_DEPTH:
         return False
+    # Without a call for the most common ones.
+    parts = value if type(value) in _SEQUENCES else _parts(value)
+    return parts is not None and all(is_plain(part, depth + 1) for part in parts)
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    """Return what a container, record, slice or iterator consists of; None for anything else."""
     if type(value) in _SEQUENCES:
-        return all(is_plain(item, depth + 1) for item in value)
+        return value  # type: ignore[no-any-return]
     if _is_mapping(value):
-        return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
-    return is_record(value) and all(is_plain(item, depth + 1) for item in contents(value).values())
+        return chain(value.keys(), value.values())
+    if type(value) in _IN_PARTS:
+        return value.__reduce__()[1]  # type: ignore[no-any-return]
+    return contents(value).values() if is_record(value) else None
 
 
 def is_record(value: Any) -> bool:
-    """Return whether a value is a namespace, a named tuple, or an instance of a dataclass without code of its own."""
+    """Return whether a value is like a namespace, a named tuple, or a dataclass instance without code of its own."""
     kind: Any = type(value)
-    return kind in _NAMESPACES or _is_known_record_class(kind)
+    return kind in NAMESPACES or _is_known_record_class(kind)
 
 
 @cache
@@ -128,19 +148,17 @@ def measure(value: Any, limit_bytes: int, depth: int = 0) -> int | None:
         return len(value)
     if isinstance(value, torch.Tensor | np.ndarray):
         return int(value.nbytes) if is_plain(value) else None
+    if isinstance(value, array):
+        return len(value) * value.itemsize
     if isinstance(value, _ATOMS):
         return 8
-    if depth < MAX_DEPTH and is_record(value):
-        return measure(contents(value), limit_bytes, depth)
-    if depth >= MAX_DEPTH or not (type(value) in _SEQUENCES or _is_mapping(value)):
+    if depth >= MAX_DEPTH or (parts := _parts(value)) is None:
         return None
     total = 0
-    for item in value:
-        parts = (item, value[item]) if _is_mapping(value) else (item,)
-        for part in parts:
-            if (size := measure(part, limit_bytes - total, depth + 1)) is None:
-                return None
-            total += 8 + size
+    for part in parts:
+        if (size := measure(part, limit_bytes - total, depth + 1)) is None:
+            return None
+        total += 8 + size
         if total > limit_bytes:
             break
     return total

@@ -6,20 +6,19 @@ tensor may share its memory with a buffer or an array. A value that was replaced
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections import Counter, OrderedDict, defaultdict, deque
+from array import array
+from collections import Counter, OrderedDict, UserString, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_ckptless.trainer.state.plain_values import contents, is_same
+from lightning_ckptless.trainer.state.plain_values import NAMESPACES, contents, is_same
 
 _MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
-_CONTAINERS = (*_MAPPINGS, list, set, deque, bytearray, SimpleNamespace, Namespace)
+_CONTAINERS = (*_MAPPINGS, list, set, deque, bytearray, array)
 
 
 def can_be_refilled(value: Any) -> bool:
@@ -33,7 +32,9 @@ def can_be_refilled(value: Any) -> bool:
 
 
 def is_mutable_record(value: Any) -> bool:
-    """Return whether a value is an instance of a dataclass that is not frozen."""
+    """Return whether a value is like a namespace, or an instance of a dataclass that is not frozen."""
+    if type(value) in NAMESPACES:
+        return type(value) is not UserString
     return is_dataclass(value) and not getattr(type(value), "__dataclass_params__").frozen  # noqa: B009
 
 
@@ -59,6 +60,8 @@ def _is_alike(there: Any, value: Any) -> bool:
         return (there.dtype, there.shape, there.device) == (value.dtype, value.shape, value.device)
     if isinstance(there, np.ndarray):
         return (there.dtype, there.shape) == (value.dtype, value.shape)
+    if isinstance(there, array):
+        return bool(there.typecode == value.typecode)
     return not isinstance(there, deque) or there.maxlen == value.maxlen
 
 
@@ -89,7 +92,7 @@ def _with(known: Mapping[int, Any], value: Any, there: Any) -> Any:
     elif type(value) is tuple:
         parts = tuple(part(inner, others[at] if at < len(others) else None) for at, inner in enumerate(value))
         return value if all(new is old for new, old in zip(parts, value, strict=True)) else parts
-    elif isinstance(value, SimpleNamespace | Namespace) or is_mutable_record(value):
+    elif is_mutable_record(value):
         for name, inner in contents(value).items():
             setattr(value, name, part(inner, getattr(others, name, None)))
     return value
@@ -101,7 +104,7 @@ def _fill(there: Any, value: Any) -> None:
             there.copy_(value)
     elif isinstance(there, np.ndarray):
         there[...] = value
-    elif isinstance(there, list | bytearray):
+    elif isinstance(there, list | bytearray | array):
         there[:] = value
     elif isinstance(there, dict | set):
         there.clear()

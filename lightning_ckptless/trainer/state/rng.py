@@ -16,6 +16,7 @@ from lightning_ckptless.internals.generator_memory import (
     set_numpy_state,
     set_python_state,
 )
+from lightning_ckptless.trainer.state.object_attributes import attributes_of
 
 MAX_ATTRIBUTES = 256
 
@@ -50,10 +51,9 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 def generators_of(owner: object) -> dict[str, Any]:
     """Return the `random.Random`, NumPy and torch generators that an object holds as attributes."""
-    attributes = getattr(owner, "__dict__", {})
     return {
         name: value
-        for name, value in list(attributes.items())[:MAX_ATTRIBUTES]
+        for name, value in list(attributes_of(owner).items())[:MAX_ATTRIBUTES]
         if isinstance(value, GENERATORS) and not isinstance(value, random.SystemRandom)
     }
 

@@ -10,23 +10,25 @@ the answer is always that something may have changed.
 from __future__ import annotations
 
 import marshal
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum, auto
+from itertools import count
 from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_ckptless.trainer.state.plain_values import MAX_DEPTH, contents, is_record
+from lightning_ckptless.trainer.state.plain_values import ITERATORS, MAX_DEPTH, contents, is_record
 
 _EXACT = frozenset({type(None), bool, int, float, complex, str})
 """Classes that `marshal` writes differently for different values. Arrays and bytes it does not tell apart."""
 _SERIALIZED = frozenset({list, tuple, dict, set, frozenset})
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _BASIC = (int, float, complex, str, bytes)
-_MUTABLE_DATA = (torch.Tensor, np.ndarray, bytearray)
+_MUTABLE_DATA: tuple[Any, ...] = (torch.Tensor, np.ndarray, bytearray, array, count, *ITERATORS)
 
 
 class _Kind(Enum):

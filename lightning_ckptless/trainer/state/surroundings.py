@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.settings import kept_elsewhere, optimizer_wrappers, settings_of
-from lightning_ckptless.trainer.data.loader import LoaderTracker, tracker_of, watch_attributes
+from lightning_ckptless.trainer.data.dataset_generators import LoaderGenerators
+from lightning_ckptless.trainer.data.loader import LoaderTracker, holders, tracker_of, watch_attributes
 from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
 from lightning_ckptless.trainer.state.schedulers import Schedulers
-from lightning_ckptless.trainer.state.user_objects import UserObjects
+from lightning_ckptless.trainer.state.user_objects import UserObjects, watch_before_start
 from lightning_ckptless.trainer.state.watch import Watched
 
 _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
@@ -47,15 +48,22 @@ class Surroundings:
         settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
         self._settings = Changes(settings, kept_elsewhere(trainer), policy=SETTINGS)
         self._validation: list[Changes] = []
+        self._generators: list[LoaderGenerators] = []
+        self._waiting_generators: list[Any] = []
         self._validation_data: Any = None
         self._waiting: list[Changed] = []
         self._waiting_settings: Changed = {}
+        self._earlier = watch_before_start(trainer)
         self._objects: UserObjects | None = None
 
     def watch_objects(self) -> None:
         """Start watching the user's objects: the start hooks of the fit have created them."""
         known = {identity for tracker in self._trackers() for identity in tracker.attributes.identities()}
-        self._objects = UserObjects(self._trainer, known)
+        self._objects = UserObjects(self._trainer, known, self._earlier)
+
+    def unreadable(self) -> list[str]:
+        """Return the user's objects whose state cannot be read."""
+        return [] if self._objects is None else self._objects.unreadable()
 
     def note_loss(self, path: str, name: str = "") -> None:
         """Report, once, an attribute whose change would be lost with the process."""
@@ -77,6 +85,7 @@ class Surroundings:
         state = {
             "settings": self._settings.capture(),
             "validation": self._waiting or [changes.capture() for changes in self._validation],
+            "validation_generators": self._waiting_generators or [each.capture() for each in self._generators],
             "objects": self.objects(),
         }
         for name in () if self._objects is None else self._objects.lost():
@@ -114,6 +123,7 @@ class Surroundings:
         self.put_back_objects(saved["objects"])
         self._look_for_validation_data()
         self._waiting, self._waiting_settings = saved["validation"], saved["settings"]
+        self._waiting_generators = saved["validation_generators"]
         if self._validation_data is not None:
             self._fill_validation_data()
 
@@ -128,15 +138,19 @@ class Surroundings:
     def _fill_validation_data(self) -> None:
         for changes, saved in zip(self._validation, self._waiting, strict=False):
             changes.apply(saved)
-        self._waiting = []
+        for generators, states in zip(self._generators, self._waiting_generators, strict=False):
+            generators.apply(states)
+        self._waiting, self._waiting_generators = [], []
 
     def _look_for_validation_data(self) -> bool:
         combined = self._loops.validation_loader
         if combined is self._validation_data:
             return False
         self._validation_data = combined
-        loaders = [] if combined is None else combined.flattened
-        self._validation = [watch_attributes(loader) for loader in loaders if isinstance(loader, DataLoader)]
+        found = [] if combined is None else combined.flattened
+        loaders = [loader for loader in found if isinstance(loader, DataLoader)]
+        self._validation = [watch_attributes(loader) for loader in loaders]
+        self._generators = [LoaderGenerators(loader, holders(loader)) for loader in loaders]
         return True
 
     def _trackers(self) -> list[LoaderTracker]:

@@ -34,6 +34,10 @@ class Watched(Protocol):
         """Returns the object; None if it no longer exists."""
 
     @property
+    def is_usual(self) -> bool:
+        """Whether the object consists of its `__dict__`."""
+
+    @property
     def seen(self) -> Seen:
         """Its attributes as of the last look."""
 
@@ -92,7 +96,7 @@ class Watch:
 
 def _can_be_compared(watched: Watched) -> bool:
     is_known = watched.seen.names is not None and not watched.seen.unknown
-    return is_known and hasattr(watched.owner(), "__dict__") and watched.is_as_marked()
+    return is_known and watched.is_usual and watched.owner() is not None and watched.is_as_marked()
 
 
 class _Flat:

@@ -43,12 +43,6 @@ def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
             "forward pass, so a rank that waits there for a slow one looks slow itself, and might be drained in its "
             "place. Set broadcast_buffers=False, or leave the option out: stragglers are still reported"
         )
-    if trainer.is_global_zero and _may_keep_gradients(type(trainer.lightning_module)):
-        log.warning(
-            "ckptless: %s.optimizer_zero_grad: gradients that it keeps for a later step are not restored after a "
-            "fault; accumulate them with accumulate_grad_batches",
-            type(trainer.lightning_module).__name__,
-        )
     for index, optimizer in enumerate(trainer.optimizers):
         if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
             log.warning(
@@ -56,11 +50,6 @@ def check_trainer(trainer: Any, options: CkptlessOptions) -> None:
                 "values that change in `self.state`, or as numbers in separate attributes",
                 index, type(optimizer).__name__, ", ".join(names),
             )  # fmt: skip
-
-
-def _may_keep_gradients(cls: type) -> bool:
-    defined_by = getattr(getattr(cls, "optimizer_zero_grad", None), "__module__", None)
-    return defined_by is not None and defined_by.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _obstacle_to_replay(trainer: Any) -> str:

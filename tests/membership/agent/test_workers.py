@@ -49,12 +49,12 @@ class Workers:
 def test_workers_are_done_from_their_last_step_until_another_fit_trains() -> None:
     workers = Workers()
     done = [workers.group.are_done]
-    for message in (ReachedFit(), ENTERED, AskToLeave(0, 12, str(WhyEnded.NO_DATA))):
-        workers.say(message)
+    for begins in (ReachedFit(), ENTERED, AskToLeave(0, 12, str(WhyEnded.NO_DATA))):
+        workers.say(begins)
         done.append(workers.group.are_done)
     workers.group.allow_leave()
-    for message in (LeftLoop(), FitReturned()):
-        workers.say(message)
+    for ends in (LeftLoop(), FitReturned()):
+        workers.say(ends)
         done.append(workers.group.are_done)
     workers.say(ReachedFit())
     workers.say(ENTERED)

@@ -8,11 +8,14 @@ import io
 import math
 import pathlib
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque
+from array import array
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, UserString, defaultdict, deque
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -24,13 +27,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import admit
 from lightning_ckptless.trainer.state.plain_values import (
     MAX_DEPTH,
     is_plain,
     is_same,
+    measure,
     plain_attributes,
     set_plain_attributes,
 )
+from lightning_ckptless.trainer.state.seen import Seen
 
 
 class Phase(enum.Enum):
@@ -79,7 +85,7 @@ def the_same(left: Any, right: Any) -> bool:
         same_kind = (left.dtype, left.shape, left.device) == (right.dtype, right.shape, right.device)
         return same_kind and bool(left.tolist() == right.tolist())
     if isinstance(left, np.ndarray):
-        return (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+        return (left.dtype, left.shape, left.tolist()) == (right.dtype, right.shape, right.tolist())
     if isinstance(left, SimpleNamespace):
         return the_same(vars(left), vars(right))
     if isinstance(left, list | tuple | deque):
@@ -124,6 +130,11 @@ PLAIN = {
     "named tuples": [Output(1.0), Output(2.0)],
     "dataclasses": [Record(1, [2]), Fixed(3)],
     "dtype and device": {"dtype": torch.bfloat16, "device": torch.device("cpu")},
+    "slice": slice(1, None),
+    "compact arrays": [array("d", [1.5]), array("i")],
+    "array of plain objects": np.array([1, None, "a"], dtype=object),
+    "records in an array": np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+    "containers of the standard library": [UserDict(a=[1]), UserList([1]), UserString("a"), ChainMap({}, {"a": 1})],
     "deepest allowed": nested(MAX_DEPTH),
 }
 
@@ -135,7 +146,43 @@ def test_plain_data_survives_packing(kind: str) -> None:
     assert the_same(unpack(pack(value)), value.detach() if isinstance(value, torch.Tensor) else value)
 
 
+ITERATORS: dict[str, Callable[[], Iterator[Any]]] = {
+    "count": lambda: count(3, 2),
+    "fractional count": lambda: count(0.5),
+    "list": lambda: iter([1, 2, 3]),
+    "tuple": lambda: iter((1, 2, 3)),
+    "range": lambda: iter(range(4)),
+    "large range": lambda: iter(range(1 << 70)),
+    "text": lambda: iter("abc"),
+    "dictionary": lambda: iter({"a": 1, "b": 2}.items()),
+    "backwards": lambda: reversed([1, 2, 3]),
+    "numbered": lambda: enumerate("abc"),
+    "together": lambda: zip(count(), "abc", strict=False),
+}
+
+
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_continues_where_it_was(kind: str) -> None:
+    """Reading it for a version does not advance it."""
+    iterator = ITERATORS[kind]()
+    next(iterator)
+    assert is_plain(iterator) and measure(iterator, 1000) is not None
+    packed = admit(pack(iterator))
+    assert next(unpack(packed)) == next(iterator)
+
+
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_is_read_again_at_every_version(kind: str) -> None:
+    iterator = ITERATORS[kind]()
+    seen = Seen()
+    seen.look({"it": iterator})
+    next(iterator)
+    assert seen.look({"it": iterator}) == ["it"]
+
+
 NOT_PLAIN = {
+    "iterator over objects": iter([object()]),
+    "generator": (x for x in (1, 2)),
     "parameter": torch.nn.Parameter(torch.ones(1)),
     "tensor that is trained": torch.ones(1, requires_grad=True),
     "list with a parameter": [torch.nn.Parameter(torch.ones(1))],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, deque
+from array import array
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -37,14 +38,14 @@ def changed(value: Any) -> Any:
     other = copy.deepcopy(value)
     if isinstance(other, torch.Tensor):
         return other + 1
-    if isinstance(other, list | deque | bytearray):
+    if isinstance(other, list | UserList | deque | bytearray | array):
         other.append(7)
-    elif isinstance(other, dict):
+    elif isinstance(other, dict | UserDict | ChainMap):
         other["b"] = other.pop("a")
     elif isinstance(other, set):
         other.add(7)
     elif isinstance(other, np.ndarray):
-        other += 1
+        other[0] += 1
     else:
         other.count, other.seen = 5, [1, 2]
     return other
@@ -52,7 +53,8 @@ def changed(value: Any) -> Any:
 
 REFILLABLE = [
     [1, 2], {"a": 1, "c": 2}, OrderedDict(a=1, c=2), {1}, deque([1], maxlen=2), bytearray(b"a"), torch.zeros(2),
-    np.zeros(2), SimpleNamespace(count=1), Record(),
+    np.zeros(2), np.array([1, None], dtype=object), array("i", [1]), UserDict(a=1), UserList([1]), ChainMap({"a": 1}),
+    SimpleNamespace(count=1), Record(),
 ]  # fmt: skip
 
 
@@ -68,6 +70,7 @@ def test_the_object_stays(value: Any) -> None:
 OTHERS = [
     ([1], (1,)), (torch.zeros(2), torch.zeros(3)), (torch.zeros(2), torch.zeros(2, dtype=torch.int8)),
     (torch.zeros(1).expand(3), torch.ones(3)), (np.zeros(2), np.zeros(3)), (deque([1]), deque([1], maxlen=3)),
+    (array("i", [1]), array("d", [1])),
     (None, [1]), ([1], None),
 ]  # fmt: skip
 

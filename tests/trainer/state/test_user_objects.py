@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +17,8 @@ from omegaconf import OmegaConf
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
+from lightning_ckptless.trainer.state.program_variables import is_users_module
 from lightning_ckptless.trainer.state.surroundings import Surroundings
-from lightning_ckptless.trainer.state.user_objects import is_users_own
 from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
 
@@ -94,7 +97,7 @@ def test_a_change_in_an_installed_packages_object_is_reported_but_not_undone(tmp
             surroundings.apply(unpack(kept[0]))
 
     model, told = fit(tmp_path, step, config=held)
-    assert not is_users_own(class_of_package)
+    assert not is_users_module(class_of_package.__module__)
     assert told == ["Tiny.config.noted"]
     assert vars(model.config)["noted"] == 3
 
@@ -106,6 +109,92 @@ def test_nothing_is_reported_if_nothing_changes(tmp_path: Path) -> None:
 
     _, told = fit(tmp_path, step, tracker=Tracker(), ratio=Fraction(1, 2), inner=torch.nn.Linear(2, 2))
     assert told == []
+
+
+STEPS = 0
+SEEN: list[int] = []
+COUNTED: dict[str, Tracker] = {"of the module": Tracker()}
+
+
+class Counting:
+    """Counts in its class and in its module."""
+
+    calls = 0
+
+    def step(self) -> None:
+        global STEPS  # noqa: PLW0603
+        STEPS += 1
+        SEEN.append(STEPS)
+        COUNTED["of the module"].step()
+        Counting.calls += 1
+
+
+def test_variables_of_classes_and_modules_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((sys.modules[__name__], "STEPS"), (Counting, "calls")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    kept: list[Packed] = []
+    seen = SEEN
+
+    def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
+        model.counting.step()
+        kept.append(pack(surroundings.capture()))
+        if trainer.global_step == 3:
+            surroundings.apply(unpack(kept[1]))
+
+    _, told = fit(tmp_path, step, counting=Counting())
+    assert told == []
+    assert (STEPS, SEEN, Counting.calls, COUNTED["of the module"].count) == (2, [1, 2], 2, 2)
+    assert SEEN is seen
+
+
+def test_state_in_the_closure_of_a_hook_is_restored(tmp_path: Path) -> None:
+    calls = 0
+    kept: list[Packed] = []
+    inner = torch.nn.Identity()
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
+        model.inner(torch.ones(1))
+        kept.append(pack(surroundings.capture()))
+        if trainer.global_step == 3:
+            surroundings.apply(unpack(kept[0]))
+
+    inner.register_forward_hook(hook)
+    _, told = fit(tmp_path, step, inner=inner)
+    assert (told, calls) == ([], 1)
+
+
+class Caching:
+    """Keeps results, and has a position that cannot be read."""
+
+    def __init__(self) -> None:
+        self.numbers, self.iterators = (number for number in range(9)), {"a": itertools.cycle([1, 2])}
+        self.readable = itertools.count()
+
+    @functools.cache  # noqa: B019
+    def result(self) -> int:
+        return 1
+
+
+def test_what_cannot_be_read_is_named_before_it_changes(tmp_path: Path) -> None:
+    found: list[str] = []
+    with (tmp_path / "lines").open("w") as file:
+        fit(tmp_path, lambda _, __, now: found.extend(now.unreadable()), caching=Caching(), on_callback_file=file)
+    names = {"caching.numbers", "caching.iterators['a']", "on_callback_file", "result"}
+    assert {name.split(".", 1)[1] for name in found} == names
+
+
+def test_iterators_and_functions_set_in_training_are_named(tmp_path: Path) -> None:
+    def step(_: Any, model: Any, __: Surroundings) -> None:
+        model.batches, model.made = iter(tiny_loader()), Tracker if model.made is None else None
+        # Lightning does the same.
+        model.forward = model.forward
+
+    _, told = fit(tmp_path, step, made=None)
+    assert sorted(told) == ["Tiny.batches", "Tiny.made"]
 
 
 class Average:
@@ -218,3 +307,23 @@ def test_generators_and_metrics_in_containers_are_restored(tmp_path: Path) -> No
 
     fit(tmp_path, step, held=held)
     assert drawn[2] == drawn[0] != drawn[1]
+
+
+def test_what_the_sanity_check_changed_is_restored_where_none_runs(tmp_path: Path) -> None:
+    model, trainer = tiny_module(), tiny_trainer(tmp_path)
+    model.tracker = Tracker()
+    trainer.strategy.connect(model)
+    first = Surroundings(trainer)
+    model.tracker.step()
+    model.tracker.resource = object()
+    first.watch_objects()
+    saved = first.capture()
+    model.tracker = Tracker()
+    second = Surroundings(trainer)
+    second.watch_objects()
+    second.apply(unpack(pack(saved)))
+    assert (model.tracker.count, model.tracker.seen, saved["objects"]["own"].keys()) == (
+        1,
+        [0.0, 0.5],
+        {"Tiny.tracker"},
+    )

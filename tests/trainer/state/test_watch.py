@@ -26,7 +26,8 @@ class Watching:
     """Some objects that are read, and others whose changes are tracked, all of them compared at once."""
 
     def __init__(self) -> None:
-        self.read, self.tracked = [Holder() for _ in range(3)], [Holder() for _ in range(2)]
+        self.read: list[Any] = [Holder() for _ in range(3)]
+        self.tracked: list[Any] = [Holder() for _ in range(2)]
         for number, owner in zip(count(), [*self.read, *self.tracked]):
             vars(owner).update(first=[1, ("a", {2})], second=number, third={"a": 1.0, "b": Holder()})
         self.readers = [AttributeReader(owner) for owner in self.read]
@@ -105,7 +106,12 @@ def test_what_has_not_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) 
     watching = Watching()
     looks: list[Seen] = []
     look = Seen.look
-    monkeypatch.setattr(Seen, "look", lambda seen, attributes: looks.append(seen) or look(seen, attributes))
+
+    def note(seen: Seen, attributes: Any) -> Any:
+        looks.append(seen)
+        return look(seen, attributes)
+
+    monkeypatch.setattr(Seen, "look", note)
     watching.capture()
     looks.clear()
     first = watching.capture()
@@ -136,7 +142,7 @@ def test_an_object_that_is_gone_is_not_kept() -> None:
 
 
 def test_a_marked_value_is_compared() -> None:
-    holder = Holder()
+    holder: Any = Holder()
     holder.first = [Holder(), Holder()]
     changes = Changes([("holder", holder)], policy=EVERYTHING)
     watch = Watch(lambda: changes.watched)

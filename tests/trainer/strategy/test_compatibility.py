@@ -220,13 +220,3 @@ def test_only_attributes_whose_changes_cannot_be_detected_are_warned_of(
     optimizer.kept = [object()]
     check_trainer(trainer, CkptlessOptions())
     assert "optimizer 0 (Wrapper) keeps objects in kept, whose contents are not restored" in caplog.text
-
-
-def test_a_method_that_may_keep_gradients_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer, model = trainer_with(tmp_path), tiny_module()
-    trainer.strategy.connect(model)
-    check_trainer(trainer, CkptlessOptions())
-    assert "optimizer_zero_grad" not in caplog.text
-    model.__class__ = type("Keeping", (type(model),), {"optimizer_zero_grad": lambda *_: None})
-    check_trainer(trainer, CkptlessOptions())
-    assert "Keeping.optimizer_zero_grad: gradients" in caplog.text

@@ -1,0 +1,78 @@
+"""Gradients that a script keeps over an optimizer step, to accumulate those of the next step onto them.
+
+Usually they are dropped before the next backward pass, so no version needs them. Whether they are is observed: if an
+optimizer steps with a gradient that was there at the last version, they are kept, and are captured from then on. The
+first version that has gradients contains them, since nothing is known by then.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES
+
+_SAMPLES = 8
+"""Parameters of each optimizer that are observed."""
+
+
+class KeptGradients:
+    """Observes and captures the gradients of a model.
+
+    Args:
+        model: the model.
+        optimizers: its optimizers.
+        tell: called if gradients are kept that cannot be captured.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tell: Callable[[], None] = lambda: None
+    ) -> None:
+        self._model = model
+        self._tell = tell
+        self._are_kept: bool | None = None
+        self._samples = {id(optimizer): _samples_of(optimizer) for optimizer in optimizers}
+        self._old: dict[int, list[tuple[Tensor, weakref.ref[Tensor]]]] = {}
+        for optimizer in optimizers:
+            weakref.finalize(self, _call_after_step(optimizer, weakref.WeakMethod(self._after_step)))
+
+    def capture(self) -> dict[str, Tensor] | None:
+        """Return the gradients by parameter if the next step may use them, else None. They are live."""
+        self._old = {
+            index: [(parameter, weakref.ref(parameter.grad)) for parameter in samples if parameter.grad is not None]
+            for index, samples in self._samples.items()
+        }
+        if self._are_kept is False:
+            return None
+        found = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        are_whole = all(type(gradient) is Tensor for gradient in found.values())
+        if are_whole and sum(gradient.nbytes for gradient in found.values()) <= HEAVY_BYTES:
+            return found or None
+        if self._are_kept:
+            self._tell()
+        return None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not (old := self._old.pop(id(optimizer), None)):
+            return
+        if any(parameter.grad is not None and parameter.grad is gradient() for parameter, gradient in old):
+            self._are_kept = True
+        elif self._are_kept is None:
+            self._are_kept = False
+
+
+def _samples_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return parameters[:: max(1, len(parameters) // _SAMPLES)]
+
+
+def _call_after_step(optimizer: torch.optim.Optimizer, method: Callable[[], Any]) -> Callable[[], None]:
+    def called(stepped: Any, *_: Any) -> None:
+        if (bound := method()) is not None:
+            bound(stepped)
+
+    return optimizer.register_step_post_hook(called).remove
