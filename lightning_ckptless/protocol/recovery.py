@@ -91,7 +91,7 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
             Rung.RELAUNCH, f"recovery in place was tried {now.tries} times, and no step was completed since"
         )
     survivors = now.world_size - len(now.lost)
-    which = f"replacing {_ranks(now.lost)}"
+    which = f"replacing {name_ranks(now.lost)}"
     return RecoveryPlan(
         Rung.IN_PLACE,
         f"handing over: {survivors} of {now.world_size} ranks stay, {which}"
@@ -102,12 +102,15 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
 
 def _whereabouts(outside: Mapping[int, Stage]) -> str:
     by_stage = {stage: tuple(rank for rank in sorted(outside) if outside[rank] is stage) for stage in Stage}
-    return ", ".join(
-        f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} {stage}" for stage, ranks in by_stage.items() if ranks
-    )
+    return ", ".join(f"{name_ranks(at)} {_be(at)} {stage}" for stage, at in by_stage.items() if at)
 
 
-def _ranks(ranks: tuple[int, ...]) -> str:
+def _be(ranks: tuple[int, ...]) -> str:
+    return "is" if len(ranks) == 1 else "are"
+
+
+def name_ranks(ranks: tuple[int, ...]) -> str:
+    """Ranks as they are named in a sentence."""
     return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 

@@ -127,3 +127,35 @@ def test_a_node_that_ends_for_good_ends_the_others(
     (fault,) = first.result().faults
     assert fault.detected_at - fault.died_at > 1, "silence is part of the time that it took to see the loss"
     assert "node_lost" in events
+
+
+ENDS_FIRST = """
+    import os, time
+    from pathlib import Path
+    done = Path("done")
+    if os.environ["RANK"] == "0":
+        with done.open("a") as file:
+            file.write(f"{os.getpid()} ")
+    elif "CKPTLESS_FAULT_REPORT" not in os.environ:
+        while not done.exists() or Path("/proc", done.read_text().split()[0]).exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_a_node_whose_workers_have_succeeded_starts_them_again_after_a_fault(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The worker of rank 1 is killed when that of rank 0 has exited."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    program = script(write(ENDS_FIRST))
+    with ThreadPoolExecutor(2) as pool:
+        nodes = [
+            pool.submit(run, node_of_two(name, program, store.port, tmp_path), parent=bare)
+            for name in ("first", "second")
+        ]
+        outcomes = [node.result() for node in nodes]
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    assert sorted(fault.kind for outcome in outcomes for fault in outcome.faults) == ["killed", "lost"]
+    assert len((tmp_path / "done").read_text().split()) == 2

@@ -425,7 +425,7 @@ class SimulatedNode:
                 self._begin_rendezvous(meet)
                 return
             if not self.agent.workers.running:
-                self.is_over = True
+                self.is_over = self.agent.may_finish()
         found = self.agent.poll_nodes()
         if found is Found.NODES_CHANGED or (not self.is_over and others_wait(self.agent.admits_nodes)):
             self._begin_rendezvous(meet)

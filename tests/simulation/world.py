@@ -221,9 +221,8 @@ class World:
         self.poll_soon(self.nodes[process.node], 0.02)
 
     def kill_one(self) -> None:
-        """Kill a random process, unless all that train have made their last step."""
-        living = [process for process in self.newest().values() if process.alive]
-        if living and any(process.step < self.steps for process in living if process.generation):
+        """Kill a random process."""
+        if living := [process for process in self.newest().values() if process.alive]:
             self.die(self.scheduler.chance.choice(living), "")
 
     def die(self, process: Process, moment: str) -> None:
@@ -361,11 +360,14 @@ class World:
 
     def _find_lost(self, node: SimulatedNode, since: float) -> None:
         """The other nodes find out that one is lost."""
-        if node is not self.nodes[node.number]:
-            return
-        self._gone.add(node.number)
+        has_returned = node is not self.nodes[node.number]
+        if not has_returned:
+            self._gone.add(node.number)
         for other in self.nodes.values():
-            if other is not node and not other.is_over and not other.meets and other.rank >= 0:
+            if other is node or other.is_over or other.meets or other.rank < 0:
+                continue
+            # If it has returned, only nodes that do not meet it again can find out that its first agent is silent.
+            if not has_returned or not other.agent.admits_nodes:
                 silent_s = self.scheduler.now - since
                 other.heartbeat.finding = NodesLost((node.rank,), f"node {node.rank} is silent", silent_s)
         self._poll_others(node)

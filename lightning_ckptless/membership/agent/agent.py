@@ -70,7 +70,7 @@ from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop, NodeUnfit
 from lightning_ckptless.protocol.reconfiguration import MovePlan, NodeStatus
-from lightning_ckptless.protocol.recovery import Rung
+from lightning_ckptless.protocol.recovery import Rung, name_ranks
 
 _WAIT_S = 0.1
 
@@ -215,7 +215,7 @@ class NodeAgent:
             return NodeStatus()
         current = self._current
         return NodeStatus(
-            trains=self.workers.all_train,
+            trains=self.workers.all_train and not self._in_place.awaits_replacement,
             node_rank=current.rendezvous.node,
             world_size=current.rendezvous.world_size,
             number=current.regroupings.number,
@@ -352,11 +352,15 @@ class NodeAgent:
         received = workers.receive()
         self._receive(received)
         self._in_place.follow(workers)
+        self._current.reconfiguration.follow()
         has_recovered = bool(self._run.faults or self._in_place.number)
         self._kill_stuck(workers, has_recovered=has_recovered)
         rung = self._recover(workers)
         if rung is Rung.IN_PLACE:
             return Found.REPLACED
+        if rung is None and (reason := self._why_incomplete()):
+            self._stop_reason = reason
+            return Found.NODES_CHANGED
         loop_end.maintain(
             workers,
             number=self._in_place.number,
@@ -368,6 +372,13 @@ class NodeAgent:
         self._in_place.maintain_standbys()
         self._starter.maintain_successor(received, workers, trains=self._in_place.trains)
         return Found.OVER if rung is Rung.END else Found.NOTHING_NEW
+
+    def _why_incomplete(self) -> str:
+        """Why a regrouping that is under way cannot be completed; empty if it can."""
+        past = tuple(self._current.rendezvous.ranks[local_rank] for local_rank in self.workers.past_loop)
+        if not past or not self._in_place.is_regrouping:
+            return ""
+        return f"not in place: {name_ranks(past)} left the training loop after the last step"
 
     def _is_leaving_now(self, workers: WorkerGroup) -> bool:
         """Handle requests and notices; returns whether this node is leaving.
@@ -415,6 +426,10 @@ class NodeAgent:
     def note_success(self) -> None:
         """Record that all workers have succeeded."""
         self._run.exit_code = 0
+
+    def may_finish(self) -> bool:
+        """Record that this node is done; returns whether no other node may need its workers again, after a fault."""
+        return self._guard.has_lost_nodes or self._current.positions.all_have_finished()
 
     def _receive(self, received: Sequence[FromWorker]) -> None:
         for _, message, _ in received:

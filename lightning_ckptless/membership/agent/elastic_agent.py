@@ -118,6 +118,9 @@ class CkptlessAgent(LocalElasticAgent):
             result = super()._monitor_workers(worker_group)
         if result.state is api.WorkerState.SUCCEEDED:
             self._agent.note_success()
+            if not self._agent.may_finish():
+                # After a fault on another node, all start again.
+                result = _HEALTHY
         elif result.state is not api.WorkerState.HEALTHY:
             return result
         self._membership.admits_nodes = self._agent.admits_nodes

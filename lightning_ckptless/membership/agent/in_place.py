@@ -108,6 +108,7 @@ class _Progress:
 
     Args:
         began_at: when the round began.
+        began_with: number of the regrouping that it began with.
         tries: completed regroups since the last committed step. One that was interrupted by another fault is not
         counted, since its outcome is unknown.
         trains: whether a step was committed.
@@ -127,6 +128,7 @@ class _Progress:
     """
 
     began_at: float = 0.0
+    began_with: int = 0
     tries: int = 0
     trains: bool = False
     obstacle: str | None = None
@@ -208,7 +210,7 @@ class InPlaceRecovery:
         if env_of is None:
             self.number = regroupings.number
         self._round = _Round(regroupings, start_standby, env_of)
-        self._progress = _Progress(began_at=self._clock.monotonic())
+        self._progress = _Progress(began_at=self._clock.monotonic(), began_with=self.number)
 
     def end_round(self) -> None:
         """End the round: its workers have exited, or are about to."""
@@ -223,6 +225,21 @@ class InPlaceRecovery:
     def tries(self) -> int:
         """Recoveries in place since the last committed step, counting those whose ranks have regrouped."""
         return self._progress.tries
+
+    @property
+    def is_regrouping(self) -> bool:
+        """Whether the workers were notified of a regrouping that none of them has completed."""
+        return self.number > max(self._progress.began_with, self._progress.completed)
+
+    @property
+    def completed(self) -> int:
+        """Number of the last regrouping that a worker has completed in this round; 0 for none."""
+        return self._progress.completed
+
+    @property
+    def awaits_replacement(self) -> bool:
+        """Whether a new process is on its way to the training loop, in the place of a lost one."""
+        return bool(self._progress.coming)
 
     @property
     def trains(self) -> bool:

@@ -78,6 +78,11 @@ class PartitionGuard:
         found = self._heartbeat.finding
         return found.reason if isinstance(found, Partitioned) else ""
 
+    @property
+    def has_lost_nodes(self) -> bool:
+        """Whether other nodes are lost."""
+        return isinstance(self._heartbeat.finding, NodesLost)
+
     def begin_round(self, rendezvous: Round, plan: MovePlan) -> None:
         """Exchange heartbeats with the nodes of a round.
 

@@ -50,6 +50,7 @@ _ENDED = "ckptless/ended/{}/{}"
 _SILENT = "ckptless/silent/{}"
 _UNEVEN = "ckptless/uneven"
 _KNOWN = "ckptless/uneven/known"
+_FINISHED = "ckptless/finished"
 
 
 def _rank(value: Any, place: str) -> int:
@@ -201,6 +202,10 @@ class Positions:
     def all_know(self) -> bool:
         """Record that this node knows the reason; returns whether all nodes do, as far as that can be determined."""
         return not self.is_shared or self._answer(lambda: self._count(_KNOWN) >= len(self.peers), otherwise=True)
+
+    def all_have_finished(self) -> bool:
+        """Record that the workers of this node have succeeded; returns whether those of all nodes have."""
+        return not self.is_shared or self._answer(lambda: self._count(_FINISHED) >= len(self.peers), otherwise=True)
 
     # ------------------------------------------------------------------ the store
 

@@ -15,6 +15,7 @@ workers stay, and when all are relaunched instead.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from enum import Enum, auto
@@ -138,6 +139,18 @@ class Reconfiguration:
         """
         self._has_to_notify, self._world_before = True, world_before
 
+    @property
+    def _have_regrouped(self) -> bool:
+        return bool(self._plan.stay) and self._in_place.completed >= self._plan.number
+
+    def follow(self) -> None:
+        """Record that a fault has brought the workers that stay and those that join together."""
+        if self._has_to_notify and self._have_regrouped:
+            self._has_to_notify = False
+            self._positions.peers = self._plan.stay + self._plan.come
+            with suppress(DistError):
+                self._settle_on(_JOIN)
+
     def joined_regrouping(self, world_size: int) -> Regrouping | None:
         """Return the regrouping in which new workers of this node join the others; None if all start together.
 
@@ -205,7 +218,7 @@ class Reconfiguration:
 
     def _comes_too_late(self, workers: StayingWorkers) -> bool:
         """Announce that all workers wait at the loop; returns whether the nodes they join have left it meanwhile."""
-        if self._in_place.trains:
+        if self._in_place.trains or self._have_regrouped:
             return False
         if not self._has_announced and self._in_place.waiting_at_loop >= set(workers.pids()):
             self._store.set(_READY.format(self._node), "1")

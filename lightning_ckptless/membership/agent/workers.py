@@ -287,10 +287,15 @@ class WorkerGroup:
         return bool(self.at_end) and self.inside <= self.at_end.keys() | self.ending
 
     @property
+    def past_loop(self) -> tuple[int, ...]:
+        """Local ranks that have left the training loop, and have not entered that of another fit."""
+        left = (rank for rank in self._processes if rank in self.ending or self.stages[rank] is Stage.PAST)
+        return tuple(sorted(rank for rank in left if rank not in self.inside))
+
+    @property
     def are_done(self) -> bool:
         """Whether a worker has completed its last step, and has not entered the training loop of another fit."""
-        is_past_fit = any(stage is Stage.PAST for stage in self.stages.values())
-        return bool(self.at_end) or bool(self.ending) or is_past_fit
+        return bool(self.at_end or self.ending or self.past_loop) or not self._running
 
     # ------------------------------------------------------------------ exits
 

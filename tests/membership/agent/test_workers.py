@@ -14,7 +14,7 @@ from lightning_ckptless.protocol.uneven_steps import WhyEnded
 from tests.simulation.node import Machine, SimulatedChannel, SimulatedProcess
 
 ENTERED = EnteredLoop(True, 0, True, None, 10, 60, None, "none", "", 2.0, None)
-RANKS = (0, 1)
+RANKS: tuple[int, ...] = (0, 1)
 
 
 class Workers:
@@ -59,6 +59,16 @@ def test_workers_are_done_from_their_last_step_until_another_fit_trains() -> Non
     workers.say(ReachedFit())
     workers.say(ENTERED)
     assert [*done, workers.group.are_done] == [False, False, False, True, True, True, False]
+    assert workers.group.past_loop == ()
+
+
+def test_a_worker_that_has_left_the_loop_is_past_it() -> None:
+    workers = Workers()
+    workers.fit()
+    assert workers.group.past_loop == RANKS
+    workers.say(ReachedFit(), 1)
+    workers.say(ENTERED, 1)
+    assert workers.group.past_loop == (0,)
 
 
 @pytest.mark.parametrize("calls_before", [0, 1, 2])
