@@ -15,7 +15,9 @@ WORKER = {
     "torch:Tensor": "_backward_hooks _version",
     "torch.storage:TypedStorage": "_untyped_storage",
     "torch.cuda": "_is_in_bad_fork",
-    "torch.nn:Module": "_parameters _buffers _modules",
+    "torch.nn:Module": """
+        _parameters _buffers _modules _forward_pre_hooks _forward_hooks _backward_pre_hooks _backward_hooks
+    """,
     "torch.nn.parallel:DistributedDataParallel": """
         _build_debug_param_to_name_mapping _build_params_for_reducer _comm_hooks _ddp_init_helper _has_rebuilt_buckets
         _set_static_graph _update_process_group reducer

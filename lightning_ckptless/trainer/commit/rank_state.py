@@ -39,7 +39,7 @@ OBJECT_NOT_CAPTURED = (
     "or in `state_dict()` of a callback"
 )
 UNREADABLE = (
-    "%s: the state of a generator, an iterator, a cache or an open file cannot be read, so no version contains it. "
+    "%s: the state of a generator, an iterator or an open file cannot be read, so no version contains it. "
     "After a fault a replacement has what the script creates, and the other ranks continue with what they have. Keep "
     "the position or the results in numbers, lists or arrays of their own"
 )

@@ -15,7 +15,6 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from lightning_ckptless.trainer.state.object_attributes import attributes_of
-from lightning_ckptless.trainer.state.unreadable import caches_of
 
 _PACKAGES = {"site-packages", "dist-packages"}
 _MOST_MODULES = 32
@@ -30,7 +29,7 @@ def variables_of(owners: Iterable[Any]) -> Iterator[tuple[str, tuple[Any, Collec
         owners: the objects that hooks are called on.
     """
     kinds = dict.fromkeys(cls for owner in owners for cls in type(owner).__mro__ if is_users_module(cls.__module__))
-    yield from ((f"class {cls.__qualname__}", (cls, ())) for cls in kinds if attributes_of(cls) or caches_of(cls))
+    yield from ((f"class {cls.__qualname__}", (cls, ())) for cls in kinds if attributes_of(cls))
     for name in _modules({"__main__", *(cls.__module__ for cls in kinds)}):
         held = vars(sys.modules[name])
         leave = {key for key, value in held.items() if key.startswith("__") or isinstance(value, _CONSTANT)}

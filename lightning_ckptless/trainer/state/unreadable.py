@@ -5,7 +5,6 @@ They are named before the first version. What a script needs of them it can keep
 
 from __future__ import annotations
 
-import functools
 import io
 import sys
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
@@ -17,10 +16,9 @@ from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from lightning_ckptless.trainer.state.plain_values import is_plain
 
-_CACHE = type(functools.cache(repr))
 _NEVER = (
     Generator, AsyncGenerator, Coroutine, SimpleQueue, io.StringIO, io.BytesIO, memoryview, ContextVar, local,
-    WeakKeyDictionary, WeakValueDictionary, WeakSet, _CACHE,
+    WeakKeyDictionary, WeakValueDictionary, WeakSet,
 )  # fmt: skip
 _OF_LIBRARIES = ("builtins", "itertools", "torch", "torchdata")
 """Where iterators are from that keep their position to themselves."""
@@ -38,8 +36,3 @@ def is_unreadable(value: Any) -> bool:
 
 def _is_written(file: io.IOBase) -> bool:
     return file not in (sys.stdout, sys.stderr) and not file.closed and file.writable()
-
-
-def caches_of(kind: type) -> list[str]:
-    """Return the names of methods of a class that keep their results."""
-    return [name for name, held in vars(kind).items() if isinstance(held, _CACHE)]

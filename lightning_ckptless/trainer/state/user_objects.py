@@ -27,7 +27,7 @@ from lightning_ckptless.trainer.state.program_variables import is_users_module, 
 from lightning_ckptless.trainer.state.reachability import has_attributes, home_of, is_of_standard_library, reach
 from lightning_ckptless.trainer.state.rng import generators_of
 from lightning_ckptless.trainer.state.tensors import callback_modules
-from lightning_ckptless.trainer.state.unreadable import caches_of, is_unreadable
+from lightning_ckptless.trainer.state.unreadable import is_unreadable
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _VALUES = methodcaller("values")
@@ -91,7 +91,6 @@ class UserObjects:
         attributes = {path: _searched(root, names) for path, (root, names) in every.items()}
         generators = {id(generator) for root, _ in roots.values() for generator in generators_of(root).values()}
         self._held = HeldStates(attributes, {*_captured_elsewhere(trainer), *generators}, _is_own_object)
-        self._caches = [f"{path}.{name}" for path, (root, _) in found.variables.items() for name in caches_of(root)]
         self._children = _Children(trainer.lightning_module)
         self._references = _References(roots)
 
@@ -112,7 +111,7 @@ class UserObjects:
 
     def unreadable(self) -> list[str]:
         """Return the objects whose state cannot be read."""
-        return [*self._held.unreadable, *self._caches]
+        return self._held.unreadable
 
     def lost(self) -> list[str]:
         """Return the attributes whose change since the last call would be lost with the process, each once."""

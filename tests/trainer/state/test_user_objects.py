@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from fractions import Fraction
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
-from lightning_ckptless.trainer.state.program_variables import is_users_module
+from lightning_ckptless.trainer.state import program_variables
 from lightning_ckptless.trainer.state.surroundings import Surroundings
 from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
@@ -97,7 +96,7 @@ def test_a_change_in_an_installed_packages_object_is_reported_but_not_undone(tmp
             surroundings.apply(unpack(kept[0]))
 
     model, told = fit(tmp_path, step, config=held)
-    assert not is_users_module(class_of_package.__module__)
+    assert not program_variables.is_users_module(class_of_package.__module__)
     assert told == ["Tiny.config.noted"]
     assert vars(model.config)["noted"] == 3
 
@@ -168,22 +167,18 @@ def test_state_in_the_closure_of_a_hook_is_restored(tmp_path: Path) -> None:
 
 
 class Caching:
-    """Keeps results, and has a position that cannot be read."""
+    """Has positions of which one can be read."""
 
     def __init__(self) -> None:
         self.numbers, self.iterators = (number for number in range(9)), {"a": itertools.cycle([1, 2])}
         self.readable = itertools.count()
-
-    @functools.cache  # noqa: B019
-    def result(self) -> int:
-        return 1
 
 
 def test_what_cannot_be_read_is_named_before_it_changes(tmp_path: Path) -> None:
     found: list[str] = []
     with (tmp_path / "lines").open("w") as file:
         fit(tmp_path, lambda _, __, now: found.extend(now.unreadable()), caching=Caching(), on_callback_file=file)
-    names = {"caching.numbers", "caching.iterators['a']", "on_callback_file", "result"}
+    names = {"caching.numbers", "caching.iterators['a']", "on_callback_file"}
     assert {name.split(".", 1)[1] for name in found} == names
 
 
