@@ -45,7 +45,7 @@ if __name__ == "__main__":
         strategy=lightning_ckptless.CkptlessStrategy(durable_every_n_steps=1, trusted_classes=trusted),
         callbacks=[phases],
     ).fit(Model(), DataLoader(TensorDataset(torch.randn(64, 8)), 4))
-    print("phase", phases.phase.number)
+    sys.stdout.write(f"phase {phases.phase.number}\\n")
 """
 SCHEDULE = """
 class Phase:

@@ -124,10 +124,6 @@ def link_is_down() -> None:
     raise OSError("the link is down")
 
 
-SPIKED: list[int] = []
-"""Batches that have spiked in this process."""
-
-
 class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Samples that encode their index, with random augmentation from every generator."""
 
@@ -282,9 +278,11 @@ def model_class(distribution: Any, options: Options) -> Any:
 
         def spikes(self, batch_idx: int) -> bool:
             """Return whether this batch spikes, which it does once."""
-            if SPIKED or options.drop or (self.global_rank, self.current_epoch, batch_idx) != (1, 0, 7):
+            # Variables of the script would be rewound.
+            has_spiked = "SPIKED" in os.environ
+            if has_spiked or options.drop or (self.global_rank, self.current_epoch, batch_idx) != (1, 0, 7):
                 return False
-            SPIKED.append(batch_idx)
+            os.environ["SPIKED"] = "1"
             return True
 
         def on_train_epoch_end(self) -> None:

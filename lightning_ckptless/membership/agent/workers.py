@@ -405,8 +405,9 @@ class WorkerGroup:
         """
         while self.wait_for_end(0):
             pass
-        # Workers that are already dying have failed by themselves.
-        self._stopped |= {rank for rank in self._running if not self._processes[rank].is_dying()}
+        # Workers that are already dying have failed by themselves. So have those that were killed as hung.
+        alive = self._running - self._hang_reasons.keys()
+        self._stopped |= {rank for rank in alive if not self._processes[rank].is_dying()}
         self._signal_running(death_signal)
         self._wait_all(grace_s)
         if self._running and death_signal != signal.SIGKILL:

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from lightning_ckptless import environment
 from lightning_ckptless.configuration.variables import with_variables
@@ -18,12 +17,6 @@ from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 from lightning_ckptless.trainer.session.arenas import find_arena
 from lightning_ckptless.trainer.session.identity import fits_before, identify
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
-
-MOST_KEPT_BYTES = 40_000_000
-"""Most memory that a standby keeps for its training. From 64 MB on, glibc would return part of it to the kernel."""
-_COPIES_OF_A_MODEL = 6
-"""Gradients, their buckets, two moments, and as much again for activations and data."""
-_BLOCK_BYTES = 1_000_000
 
 
 def wait_for_rank(channel: AgentChannel, strategy: Any, trainer: Any, model: torch.nn.Module | None = None) -> None:
@@ -39,8 +32,6 @@ def wait_for_rank(channel: AgentChannel, strategy: Any, trainer: Any, model: tor
     if model is not None:
         # The first question whether an object is a metric takes a moment for each class.
         metrics_of(model.named_modules())
-        if strategy.root_device.type == "cpu":
-            keep_memory(_COPIES_OF_A_MODEL * sum(p.nbytes for p in model.parameters() if not is_lazy(p)))
     if trainer is not None:
         arena = find_arena(identify(trainer), fits_before(), with_variables(strategy.options))
         if arena is not None:
@@ -86,20 +77,3 @@ def warm_up(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     apply_rng(generators)
-
-
-def keep_memory(nbytes: int) -> None:
-    """Obtain memory that the training will use, so that the kernel need not provide it page by page in a recovery.
-
-    That would take about as long as to copy a version. Where the memory is not allocated by glibc, this has no effect
-    but for the time that it takes.
-
-    Args:
-        nbytes: how much; `MOST_KEPT_BYTES` at most.
-    """
-    nbytes = min(nbytes, MOST_KEPT_BYTES)
-    # Once a block of this size was freed, glibc takes smaller ones from the heap, and keeps up to twice as much there.
-    large = torch.empty(nbytes * 3 // 4, dtype=torch.uint8)
-    del large
-    blocks = [torch.full((_BLOCK_BYTES,), 1, dtype=torch.uint8) for _ in range(nbytes // _BLOCK_BYTES)]
-    blocks.clear()

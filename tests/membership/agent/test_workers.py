@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 
 import pytest
 
 from lightning_ckptless.membership.agent.workers import WorkerGroup
+from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.messages import AskToLeave, EnteredLoop, FitReturned, LeftLoop, Message, ReachedFit
@@ -27,9 +29,17 @@ class Workers:
         self.group = WorkerGroup(Machine(self._start), jobs, stdouts=outputs, stderrs=outputs)
         self.group.start()
 
+        self.signals: dict[int, list[int]] = {rank: [] for rank in RANKS}
+
     def _start(self, _: Mapping[str, str]) -> SimulatedProcess:
+        rank = len(self.channels)
         self.channels.append(SimulatedChannel(lambda _: None))
-        return SimulatedProcess(len(self.channels), self.channels[-1], lambda _: None, lambda: None)
+        return SimulatedProcess(rank + 1, self.channels[-1], self.signals[rank].append, lambda: self._end_of(rank))
+
+    def _end_of(self, rank: int) -> End | None:
+        """The kernel takes a while to end a process: until it is sent a second signal, if it was killed as hung."""
+        sent = self.signals[rank]
+        return End(-sent[0], 1.0) if len(sent) > bool(self.group.hang_reason(rank)) else None
 
     def say(self, message: Message, *ranks: int) -> None:
         for rank in ranks or RANKS:
@@ -83,3 +93,11 @@ def test_workers_train_and_leave_together_in_every_fit(calls_before: int) -> Non
     assert not workers.group.all_at_end
     workers.say(AskToLeave(0, 24, str(WhyEnded.NO_DATA)), 1)
     assert workers.group.all_at_end
+
+
+def test_a_hung_worker_that_is_slow_to_die_has_failed() -> None:
+    workers = Workers()
+    workers.group.kill_hung([0], "hung", 0.0)
+    assert workers.group.failed() == {}
+    workers.group.stop(signal.SIGTERM, 1.0)
+    assert list(workers.group.failed()) == [0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from lightning_ckptless.replica.layout import layout as layout_module
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
-from lightning_ckptless.trainer.session.standby import keep_memory, wait_for_rank
+from lightning_ckptless.trainer.session.standby import wait_for_rank
 
 
 class Channel:
@@ -72,12 +71,3 @@ def test_a_standby_parses_the_layouts_of_its_node(tmp_path: Path, monkeypatch: p
     assert found is not None and found.chunks == layout.chunks
     monkeypatch.setattr(layout_module, "_hull", refuse)
     assert found.held_by(3)["weight"].shape == (3, 5)
-
-
-def test_a_standby_keeps_memory_for_its_training() -> None:
-    nbytes = 20_000_000
-    keep_memory(nbytes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.zeros(1_000_000, dtype=torch.uint8) for _ in range(nbytes // 2_000_000)]
-    obtained = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert obtained < sum(block.nbytes for block in blocks) // resource.getpagesize() // 4
