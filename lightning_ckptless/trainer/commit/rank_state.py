@@ -72,6 +72,11 @@ class RankState:
             self._host_state = HostState(self._trainer, self._session.options, self._surroundings)
         return self._host_state
 
+    def before_backward(self) -> None:
+        """Called before each backward pass."""
+        if self._host_state is not None:
+            self._host_state.before_backward()
+
     def capture(self, version: Version, tensors: Mapping[str, Tensor], interval: int | None) -> dict[str, Any]:
         """Return the current state. It refers to live objects: pack it before training continues.
 

@@ -186,6 +186,7 @@ class Engine:
         if self.running is not None:
             if point is Point.BACKWARD:
                 self.session.report.time.end_own_work()
+                self.running.rank_state.before_backward()
             self.running.progress.beat(point)
 
     def before_optimizer_step(self) -> None:

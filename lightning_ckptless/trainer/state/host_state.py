@@ -198,6 +198,10 @@ class HostState:
         yield from (owner.reader for owner in self._own_states.values())
         yield from self._surroundings.watched()
 
+    def before_backward(self) -> None:
+        """Observe which gradients the backward pass is about to add to."""
+        self._kept_gradients.before_backward()
+
     def _gradients(self) -> dict[str, Any] | None:
         """Return the last step's gradients if the next step may use them, else None."""
         kept = self._kept_gradients.capture()

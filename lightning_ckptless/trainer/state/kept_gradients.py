@@ -1,8 +1,9 @@
 """Gradients that a script keeps over an optimizer step, to accumulate those of the next step onto them.
 
-Usually they are dropped before the next backward pass, so no version needs them. Whether they are is observed: if an
-optimizer steps with a gradient that was there at the last version, they are kept, and are captured from then on. The
-first version that has gradients contains them, since nothing is known by then.
+Usually they are dropped or zeroed before the next backward pass, so no version needs them. This is observed: if an
+optimizer steps with a gradient that was there at the last version, and was not zero before any backward pass since,
+gradients are kept, and are captured from then on. The first version that has gradients contains them, since nothing is
+known by then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES
 
 _SAMPLES = 8
 """Parameters of each optimizer that are observed."""
+_MOST_LOOKS = 16
+"""Versions whose gradients are looked at for zeros, which on a device waits for it."""
+_Sample = tuple[Tensor, "weakref.ref[Tensor]"]
+"""A parameter, and its gradient at the last version."""
 
 
 class KeptGradients:
@@ -35,17 +40,15 @@ class KeptGradients:
         self._model = model
         self._tell = tell
         self._are_kept: bool | None = None
+        self._looks = 0
         self._samples = {id(optimizer): _samples_of(optimizer) for optimizer in optimizers}
-        self._old: dict[int, list[tuple[Tensor, weakref.ref[Tensor]]]] = {}
+        self._old: dict[int, list[_Sample]] = {}
         for optimizer in optimizers:
             weakref.finalize(self, _call_after_step(optimizer, weakref.WeakMethod(self._after_step)))
 
     def capture(self) -> dict[str, Tensor] | None:
         """Return the gradients by parameter if the next step may use them, else None. They are live."""
-        self._old = {
-            index: [(parameter, weakref.ref(parameter.grad)) for parameter in samples if parameter.grad is not None]
-            for index, samples in self._samples.items()
-        }
+        self._old = {index: old for index, samples in self._samples.items() if (old := _with_gradients(samples))}
         if self._are_kept is False:
             return None
         found = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
@@ -56,13 +59,37 @@ class KeptGradients:
             self._tell()
         return None
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not (old := self._old.pop(id(optimizer), None)):
+    def before_backward(self) -> None:
+        """Forget the gradients of the last version that were dropped or zeroed."""
+        if self._are_kept or not self._old:
             return
-        if any(parameter.grad is not None and parameter.grad is gradient() for parameter, gradient in old):
+        self._old = {index: list(filter(_is_there, old)) for index, old in self._old.items()}
+        if any(self._old.values()):
+            self._looks += 1
+            looks = self._looks <= _MOST_LOOKS
+            self._old = {index: list(filter(_is_not_zero, old)) if looks else [] for index, old in self._old.items()}
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if (old := self._old.pop(id(optimizer), None)) is None:
+            return
+        if any(map(_is_there, old)):
             self._are_kept = True
         elif self._are_kept is None:
             self._are_kept = False
+
+
+def _with_gradients(samples: Iterable[Tensor]) -> list[_Sample]:
+    return [(parameter, weakref.ref(parameter.grad)) for parameter in samples if parameter.grad is not None]
+
+
+def _is_there(sample: _Sample) -> bool:
+    parameter, gradient = sample
+    return parameter.grad is not None and parameter.grad is gradient()
+
+
+def _is_not_zero(sample: _Sample) -> bool:
+    gradient = sample[0].grad
+    return gradient is not None and bool(gradient.any())
 
 
 def _samples_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
