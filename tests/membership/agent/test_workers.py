@@ -24,12 +24,11 @@ class Workers:
 
     def __init__(self) -> None:
         self.channels: list[SimulatedChannel] = []
+        self.signals: dict[int, list[int]] = {rank: [] for rank in RANKS}
         job, outputs = Job(Program("script", "train.py", ()), {}, ""), dict.fromkeys(RANKS, "")
         jobs = dict.fromkeys(RANKS, job)
         self.group = WorkerGroup(Machine(self._start), jobs, stdouts=outputs, stderrs=outputs)
         self.group.start()
-
-        self.signals: dict[int, list[int]] = {rank: [] for rank in RANKS}
 
     def _start(self, _: Mapping[str, str]) -> SimulatedProcess:
         rank = len(self.channels)
