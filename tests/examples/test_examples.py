@@ -38,11 +38,9 @@ def test_results_are_identical(example: str, drill: Drill) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [pytest.param("python", marks=pytest.mark.long), "torchrun"])
-@pytest.mark.parametrize(
-    "example",
-    ["digits", pytest.param("char_gpt", marks=pytest.mark.long), pytest.param("digits.yaml", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("example", ["digits", "char_gpt", "digits.yaml"])
 def test_results_are_identical_under_other_launchers(example: str, launcher: Launcher, drill: Drill) -> None:
     report = drill(COMMANDS[example], FAULTS, launcher)
     assert report.identical, report.problems

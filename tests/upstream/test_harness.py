@@ -121,6 +121,7 @@ class Harness:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_differences_are_found_and_listed_ones_accepted(tmp_path: Path) -> None:
     harness = Harness(tmp_path)
     found = harness.run("--discover")
