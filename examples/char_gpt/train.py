@@ -208,16 +208,14 @@ class BadBatch(Callback):
         step: step with this batch.
     """
 
-    happened = False
-
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         is_last_rank = trainer.global_rank == trainer.world_size - 1
-        if is_last_rank and trainer.global_step + 1 == self.step and not BadBatch.happened:
-            # On the class: attributes of the callback are rolled back when the run is rewound.
-            BadBatch.happened = True
+        if is_last_rank and trainer.global_step + 1 == self.step and "BAD_BATCH" not in os.environ:
+            # In the environment: attributes and variables of the script are rolled back when the run is rewound.
+            os.environ["BAD_BATCH"] = "given"
             batch[1].random_(len(ALPHABET))
 
 
