@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests import leaks
+from tests.busy_cores import busy_cores
 from tests.soak import nodes, one_node
 from tests.soak.judge import Evidence, Result, judge
 from tests.soak.scenario import Scenario
@@ -26,7 +25,6 @@ from tests.soak.stage import Place, Undisturbed, place_for
 
 GRACE_S = 10.0
 """Seconds for processes to exit."""
-BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**6))"
 
 
 def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undisturbed) -> Result:
@@ -51,25 +49,13 @@ def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undis
 def _strike(strike: Callable[[], Evidence], load: bool, place: Place, parent: ForkServer) -> Evidence:
     """Make the run with faults, and add to its evidence what it leaves behind."""
     files, known = _open_files(), {process.pid for process in leaks.marked_processes()}
-    with _busy_cores(os.cpu_count() or 1 if load else 0):
+    with busy_cores(os.cpu_count() or 1 if load else 0):
         evidence = strike()
     found = _left_over(known | {parent.pid or 0})
     found += [f"shared memory {path.name}" for path in place.arenas.iterdir()]
     found += [f"temporary {path.name}" for path in place.temporary.glob("ckptless-*")]
     found += [f"{count} open: {what}" for what, count in (_open_files() - files).items()]
     return replace(evidence, leaks=tuple(found))
-
-
-@contextmanager
-def _busy_cores(count: int) -> Iterator[None]:
-    """Keep this many cores busy while the block runs."""
-    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def _left_over(kept: set[int]) -> list[str]:

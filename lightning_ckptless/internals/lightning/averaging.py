@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 from lightning_ckptless.internals.lightning.distribution import is_subclass
@@ -14,12 +13,7 @@ AVERAGE_STATE = "average_model_state"
 
 def averages_weights(callback: Any) -> bool:
     """Return whether a callback is a `StochasticWeightAveraging`."""
-    return _is_averaging(callback.__class__)
-
-
-@cache
-def _is_averaging(cls: type) -> bool:
-    return is_subclass(cls, "callbacks", "StochasticWeightAveraging")
+    return is_subclass(callback.__class__, "callbacks", "StochasticWeightAveraging")
 
 
 def steps_with_old_gradients(callbacks: Iterable[Any], trainer: Any) -> bool:

@@ -78,13 +78,8 @@ def set_windows(callback: Any, saved: dict[Any, dict[str, list[Any]]]) -> None:
             values.extend(saved.get(stage, {}).get(name, ()))
 
 
-@cache
-def _measures_throughput(cls: type) -> bool:
-    return is_subclass(cls, "callbacks", "ThroughputMonitor")
-
-
 def _windows(callback: Any) -> list[tuple[Any, list[tuple[str, Any]]]]:
-    if not _measures_throughput(callback.__class__):
+    if not is_subclass(callback.__class__, "callbacks", "ThroughputMonitor"):
         return []
     return [
         (stage, [(name, values) for name, values in vars(throughput).items() if hasattr(values, "extend")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -44,8 +45,10 @@ def is_a(value: Any, module_name: str, class_name: str) -> bool:
     return any(isinstance(value, cls) for cls in _imported(module_name, class_name))
 
 
+@cache
 def is_subclass(cls: type, module_name: str, class_name: str) -> bool:
     """Return whether a class is derived from a class of either distribution, or is that class."""
+    # The answer lasts: a base of a class has been imported before it.
     return any(issubclass(cls, base) for base in _imported(module_name, class_name))
 
 

@@ -73,7 +73,7 @@ class RankState:
         return self._host_state
 
     def before_backward(self) -> None:
-        """Called before each backward pass."""
+        """Observe which gradients the backward pass is about to add to."""
         if self._host_state is not None:
             self._host_state.before_backward()
 

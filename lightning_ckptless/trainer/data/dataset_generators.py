@@ -14,8 +14,8 @@ from lightning_ckptless.trainer.state.reachability import has_attributes, reach
 from lightning_ckptless.trainer.state.rng import generators_of, owned_generators, set_owned_generators
 
 _SEARCHES = 3
-"""Captures that search anew: some generators are created with the first batch. Those of dataset and collate function
-are always found."""
+"""Captures that search again: some generators are created with the first batch. Those that the dataset and the collate
+function hold themselves are always found."""
 
 States = dict[str, dict[str, Any]]
 """States by name, by the path of the object that holds them."""
@@ -55,7 +55,7 @@ class DatasetGenerators:
 
 
 class LoaderGenerators:
-    """The same, and those of a loader and its samplers, for a loader that begins anew after a fault.
+    """These generators, and those of a loader and its samplers, for a loader that starts over after a fault.
 
     Args:
         loader: the loader.

@@ -184,10 +184,14 @@ class Engine:
     def beat(self, point: Point) -> None:
         """Report this rank's position in the step, which identifies hung ranks; raises if the agent has aborted it."""
         if self.running is not None:
-            if point is Point.BACKWARD:
-                self.session.report.time.end_own_work()
-                self.running.rank_state.before_backward()
             self.running.progress.beat(point)
+
+    def before_backward(self) -> None:
+        """Report that the forward pass is complete, and observe which gradients the backward pass adds to."""
+        if self.running is not None:
+            self.session.report.time.end_own_work()
+            self.running.rank_state.before_backward()
+            self.running.progress.beat(Point.BACKWARD)
 
     def before_optimizer_step(self) -> None:
         """Wait until the current version has been copied: the optimizer is about to change the tensors."""

@@ -11,6 +11,7 @@ import copy
 import pickle
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class HeldStates:
     ) -> None:
         every = [(path, held) for path, held in _search(roots, is_own) if id(held) not in known]
         self.unreadable = [path for path, held in every if not isinstance(held, _KINDS)]
-        found = [(path, held) for path, held in every if path not in self.unreadable and _is_readable(held)]
+        readable = (isinstance(held, _KINDS) and _is_readable(held) for _, held in every)
+        found = list(compress(every, readable))
         self._modules = {path: _WatchedModule(held) for path, held in found if isinstance(held, nn.Module)}
         self._others = {path: held for path, held in found if not isinstance(held, nn.Module)}
         for path, watched in self._modules.items():

@@ -67,7 +67,8 @@ class FitGuard:
         self.strategy.check_world()
         if is_standby():
             assert channel is not None, "a standby has a channel to its agent"
-            wait_for_rank(channel, self.strategy, trainer, next(filter(_is_module, args), None))
+            model = next((value for value in args if isinstance(value, torch.nn.Module)), None)
+            wait_for_rank(channel, self.strategy, trainer, model)
         if trainer is None:
             self._refuse_replacement(function)
             return function(*args, **kwargs)
@@ -233,10 +234,6 @@ class FitGuard:
         engine.session.report.raised(error)
         traceback.print_exception(error)
         leave_process()
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, torch.nn.Module)
 
 
 def _run_root(trainer: Any) -> Path:

@@ -354,7 +354,8 @@ class CkptlessMixin(LightningStrategy):
 
     def pre_backward(self, closure_loss: Any) -> None:
         """Report that the forward pass is complete."""
-        self._beat(Point.BACKWARD)
+        if self.engine is not None:
+            self.engine.before_backward()
         super().pre_backward(closure_loss)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.worker.connections import abort_connections_to
 from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, watched_by
+from tests.busy_cores import busy_cores
 
 NODES, ROUNDS, HOST = 3, 2, "127.0.0.1"
 ROUND_S = 10.0
@@ -27,7 +24,6 @@ CLOSE_AFTER_S = 6.0
 LOOK_S = 0.02
 BOUND = Bound(2.0, 3)
 """The defaults of `ckptless run`."""
-BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**6))"
 
 
 def agent(node: int, port: int) -> list[tuple[int, list[str]]]:
@@ -59,23 +55,12 @@ def watch(heartbeat: Heartbeat, store: Any, node: int) -> tuple[int, list[str]]:
     return closed, reasons
 
 
-@contextmanager
-def busy_cores() -> Iterator[None]:
-    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2 * (os.cpu_count() or 1))]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
-
-
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_no_agent_is_considered_lost_while_all_cores_are_busy() -> None:
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    with busy_cores(), ProcessPoolExecutor(NODES, mp_context=get_context("spawn")) as agents:
+    with busy_cores(2 * (os.cpu_count() or 1)), ProcessPoolExecutor(NODES, mp_context=get_context("spawn")) as agents:
         rounds = [found for of_agent in agents.map(agent, range(NODES), [store.port] * NODES) for found in of_agent]
     assert len(rounds) == ROUNDS * NODES
     assert all(closed for closed, _ in rounds)
