@@ -27,6 +27,7 @@ from benchmarks.jobs.job import JobOptions
 DDP, CKPTLESS, PROFILED = "ddp", "ckptless", "profiled"
 OPTIONS: dict[str, dict[str, Any]] = {
     "staging=blocking": {"staging": "blocking"},
+    "staging=device": {"staging": "device"},
     "checksum=crc32": {"checksum": "crc32"},
     "checksum=none": {"checksum": "none"},
     "mirror_every_n_steps=10": {"mirror_every_n_steps": 10},

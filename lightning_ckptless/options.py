@@ -18,7 +18,7 @@ OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
 Replicas = Literal["verify", "send"]
 OnDivergence = Literal["heal", "rewind", "raise", "warn"]
-Staging = Literal["overlap", "blocking"]
+Staging = Literal["overlap", "blocking", "device"]
 ElasticBatch = Literal["keep", "scale"]
 DeviceTierMode = Literal["on", "off"]
 CheckpointHooks = Literal["never", "every_version"]
@@ -54,7 +54,8 @@ class MirrorOptions(Options):
     )
     staging: Staging = option(
         "overlap",
-        "when the state is copied: `overlap` during the next forward and backward pass, `blocking` before them",
+        "when the state is copied: `overlap` during the next forward and backward pass, `blocking` before them, "
+        "`device` before them into a buffer in device memory, and from there during as many steps as it takes",
     )
     checksum: Checksum = option("xxh3", "algorithm of the checksum that protects every replica")
     replicas: Replicas | None = option(

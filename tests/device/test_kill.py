@@ -30,6 +30,9 @@ CELLS = {
     "during=validation-data=pinned": Cell(
         "kill:rank=0:step=7:at=validation", replace(ALONE, workers=2, pin_memory=True, val_interval=7)
     ),
+    "staging=device": Cell(
+        "kill:rank=0:step=5", replace(ALONE, strategy_options="{'staging': 'device', 'mirror_every_n_steps': 2}")
+    ),
     "precision=16": Cell("kill:rank=0:step=5", replace(ALONE, precision="16-mixed", clip=0.1)),
     "precision=bf16": Cell("kill:rank=0:step=5", replace(ALONE, precision="bf16-mixed", ema=True)),
 }

@@ -116,6 +116,24 @@ def test_tensors_copied_early_may_change_immediately(
     stager.close()
 
 
+def test_tensors_may_change_once_the_copy_into_a_buffer_is_queued(
+    tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot
+) -> None:
+    stager = Stager(layout, 0, buffered=True)
+    stager.finish(stager.take(slot.bulk, tensors, tensors.keys()))
+    for step in range(3):
+        before = {name: tensor.cpu() for name, tensor in tensors.items()}
+        _keep_busy()
+        pending = stager.take(slot.bulk, tensors, tensors.keys())
+        assert not torch.cuda.current_stream().query(), "the capture waited for the device"
+        for tensor in tensors.values():
+            tensor.add_(step + 1)
+        stager.finish(pending)
+        for chunk, view, live in zip(layout.of(0), _held(layout, slot), live_views(layout, 0, 0, before), strict=True):
+            assert torch.equal(view.flatten(), live.flatten()), chunk.name
+    stager.close()
+
+
 def test_a_write_to_a_late_tensor_is_detected(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
     stager = Stager(layout, 0)
     load = stager.take(slot.bulk, tensors, ())

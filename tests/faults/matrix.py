@@ -104,6 +104,16 @@ OPTIMIZATION = {
     ),
     "mirror_every=3": Cell("kill:rank=1:step=8", replace(BASE, strategy_options="{'mirror_every_n_steps': 3}")),
     "staging=blocking": Cell("kill:rank=0:step=4", replace(BASE, strategy_options="{'staging': 'blocking'}")),
+    # The copy into the arenas takes longer than the steps that follow: the mirror thread waits at its beginning.
+    "staging=device": Cell(
+        "kill:rank=0:step=8",
+        replace(
+            BASE,
+            slow_mirror_s=0.2,
+            slow_mirror_at="stage",
+            strategy_options="{'staging': 'device', 'failure_domain': 'rank', 'mirror_every_n_steps': 3}",
+        ),
+    ),
 }
 VALIDATION = {
     "mid_epoch-plateau": Cell(

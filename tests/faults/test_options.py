@@ -114,6 +114,12 @@ def test_a_late_mirror_is_awaited_or_skipped(on_late: str, skips: bool, job: Run
     assert (_columns(job.folder)["ckptless/mirror_skipped"][-1] > 0) is skips
 
 
+@pytest.mark.parametrize(("staging", "warns"), [("overlap", True), ("blocking", False), ("device", False)])
+def test_staging_decides_whether_weights_may_change_before_the_step(staging: str, warns: bool, job: Run) -> None:
+    assert job.start(replace(_with(staging=staging), callback="decaying")).exit_code == 0
+    assert ("From now on the state is copied before the next batch starts" in job.output) is warns
+
+
 def test_a_node_that_fails_its_health_check_is_excluded(job: Run) -> None:
     outcome = job.start(_with(health_check="parts.link_is_down"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)

@@ -200,7 +200,7 @@ def callback_of(kind: str, distribution: Any) -> Any:
     """Return a callback that changes schedulers or parameter groups during a run.
 
     Args:
-        kind: `averaging`, `finetuning`, `searching`, `dying`, `dragging`, `spiking` or `peculiar`.
+        kind: `averaging`, `finetuning`, `searching`, `dying`, `dragging`, `decaying`, `spiking` or `peculiar`.
         distribution: the distribution of Lightning.
     """
     if kind == "spiking":
@@ -216,6 +216,8 @@ def callback_of(kind: str, distribution: Any) -> Any:
         return dying(distribution)
     if kind == "dragging":
         return dragging(distribution)
+    if kind == "decaying":
+        return decaying(distribution)
 
     class Finetuning(distribution.callbacks.BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:
@@ -372,6 +374,17 @@ def dragging(distribution: Any) -> Any:
                     Path("swift").touch()
 
     return Dragging()
+
+
+def decaying(distribution: Any) -> Any:
+    """Return a callback that makes all weights smaller at the start of a batch, in a way that torch does not count."""
+
+    class Decaying(distribution.callbacks.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            for parameter in pl_module.parameters():
+                parameter.data.mul_(0.99)
+
+    return Decaying()
 
 
 def keep_a_quarter(module: nn.Module, *_: Any) -> None:

@@ -68,9 +68,10 @@ class Options:
             `compiled:BACKEND`, `exchanging` (with the other ranks) or `following:HOW` (a layer with a moving average).
         callback: `averaging` (StochasticWeightAveraging), `finetuning` (a parameter group for the body from epoch 1
             on), `searching` (LearningRateFinder before training and before epoch 1), `dying` (rank 0 dies in the
-            start hook of its second process), `dragging` (the first process of rank 1 is slow), `spiking` (the loss
-            that rank 1 reports once for batch 7 of epoch 0 is a hundred times too high, and all ranks are rewound) or
-            `peculiar` (state in unusual places, and a bias that differs between ranks).
+            start hook of its second process), `dragging` (the first process of rank 1 is slow), `decaying` (weights
+            change at the start of a batch), `spiking` (the loss that rank 1 reports once for batch 7 of epoch 0 is a
+            hundred times too high, and all ranks are rewound) or `peculiar` (state in unusual places, and a bias that
+            differs between ranks).
         thaw_at: step until which the first layers are frozen.
         commits: file that receives a line per commit and rank.
         settings: other arguments of the trainer, a Python dictionary; plugins by class name.

@@ -1,9 +1,12 @@
-"""Whether the device tier fits into memory, checked with the first version, before the first step.
+"""Whether what options keep in device memory fits, checked with the first version, before the first step.
 
-Apart from `device_tier`, because the arithmetic needs no tensors.
+Apart from `device_tier`, because the arithmetic needs no tensors, and buffers for staging are included.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -26,27 +29,51 @@ def room_bytes(device: torch.device, ranks: int) -> int:
     return int(free_bytes) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def require_room(slot_bytes: int, shards: int, world_size: int, growth: float, free_bytes: int, rank: int) -> None:
-    """Refuse a device tier that does not fit.
+@dataclass(frozen=True)
+class DeviceNeed:
+    """What an option keeps in device memory.
 
     Args:
-        slot_bytes: size of the slots now.
-        shards: number of shards that this rank keeps.
+        option: the option and its value, e.g. `staging='device'`.
+        instead: the value without which nothing is kept.
+        purpose: what the memory is for.
+        used_bytes: its size before the first step.
+        shards: number of shards that it contains.
+    """
+
+    option: str
+    instead: str
+    purpose: str
+    used_bytes: int
+    shards: int
+
+
+def require_room(
+    needs: Sequence[DeviceNeed], held_bytes: int, world_size: int, growth: float, free_bytes: int, rank: int
+) -> None:
+    """Refuse options whose memory does not fit on the device.
+
+    Args:
+        needs: what they keep there.
+        held_bytes: size of this rank's live tensors before the first step.
         world_size: number of shards of the state.
         growth: expected growth of the state with the first step, in which optimizers create their state.
         free_bytes: free memory of the device.
         rank: this rank.
 
     Raises:
-        OptionsError: it does not fit; the message contains the arithmetic.
+        OptionsError: they do not fit; the message contains the arithmetic.
     """
-    needed_bytes = growth * slot_bytes
-    # The first step also creates the optimizer state.
-    grown_bytes = (growth - 1.0) * slot_bytes * world_size / max(1, shards)
-    if needed_bytes + grown_bytes <= free_bytes:
+    grown_bytes = (growth - 1.0) * held_bytes
+    if growth * sum(need.used_bytes for need in needs) + grown_bytes <= free_bytes:
         return
+    what = " and ".join(need.option for need in needs) + (" does" if len(needs) == 1 else " do")
+    parts = ", ".join(
+        f"{need.shards}/{world_size} of the state = {as_size(growth * need.used_bytes)} for {need.purpose}"
+        for need in needs
+    )
     raise OptionsError(
-        f"rank {rank}: device_tier='on' does not fit: {shards}/{world_size} of the state = {as_size(needed_bytes)} for "
-        f"the slots, and {as_size(grown_bytes)} for the optimizers, but {as_size(free_bytes)} of device memory are "
-        "free: keep fewer copies, free memory, or set device_tier='off'"
+        f"rank {rank}: {what} not fit: {parts}, and {as_size(grown_bytes)} for the optimizers, but "
+        f"{as_size(free_bytes)} of device memory are free: keep fewer copies, free memory, or set "
+        f"{' or '.join(need.instead for need in needs)}"
     )

@@ -115,7 +115,8 @@ class MirrorSettings:
     Args:
         checksum: `xxh3`, `crc32` or `none`.
         threads: number of threads that compute a checksum.
-        staging: `overlap`, or `blocking` to copy everything before `submit` returns.
+        staging: `overlap`, `blocking` to copy everything before `submit` returns, or `device` to copy it into a buffer
+            on its device before that.
         slots: number of slots of each ring; those beyond two hold the history.
         history_every: optimizer steps between two versions of the history.
         verifies: whether holders fill in what their own tensors contain, and compare checksums; needs one.
@@ -193,7 +194,7 @@ class Mirror:
         self._settings = settings
         self._probe = probe
         self._vote = vote
-        self._blocking = settings.staging == "blocking"
+        self._blocking = settings.staging != "overlap"
         self._early: frozenset[str] = frozenset()
         self._rank = transport.rank
         self._rings = {shard: self._ring(shard) for shard in (self._rank, *placement.sources(self._rank))}
@@ -205,7 +206,7 @@ class Mirror:
             lambda shard, holder: sent_spans(layout, shard, holder, verifies=self._verifies),
         )
         copied = self._rings if self._verifies else {self._rank: self._rings[self._rank]}
-        self._copier = ShardCopier(layout, self._rank, copied)
+        self._copier = ShardCopier(layout, self._rank, copied, buffered=settings.staging == "device")
         self._rotation = Rotation(layout, self._rank, placement.holders if self._verifies else ())
         self._rounds_begun = 0
         self._queue: queue.SimpleQueue[Round | Job | None] = queue.SimpleQueue()
@@ -275,14 +276,16 @@ class Mirror:
         self, version: Version, tensors: Mapping[str, torch.Tensor], blob: Blob, blocking_names: Collection[str]
     ) -> float:
         stall_s = self._wait(self._last.ended if self._last is not None else None)
-        began_at = perf_counter()
-        early = tensors.keys() if self._blocking else self._early.union(blocking_names)
+        began_at, at_once = perf_counter(), self._blocking
+        early = tensors.keys() if at_once else self._early.union(blocking_names)
         copies = self._copier.take(lambda shard: self._stamp(version, shard), tensors, early)
         compared = copies if self._is_to_be_compared() else ()
         turn = self._next_turn()
-        audited = self._rotation.live(NO_TURN if self._blocking else turn, tensors, self._early)
+        audited = self._rotation.live(NO_TURN if at_once else turn, tensors, self._early)
         self.stats.submitted += 1
         self._submitted = Round(version, began_at, copies, compared, turn, audited, blob)
+        if at_once:
+            self._submitted.staged.reach()
         self._enqueue(self._submitted)
         return stall_s
 
@@ -498,7 +501,8 @@ class Mirror:
         found = round_.audited.digest()
         torn = next((name for copy in copies if (name := copy.pending.changed()) is not None), None)
         self.stats.last_stage_s = perf_counter() - round_.began_at
-        round_.staged.reach()
+        if not round_.staged.is_reached:
+            round_.staged.reach()
         if torn is not None:
             self.stats.torn += 1
             self.torn = version

@@ -42,12 +42,13 @@ class ShardCopier:
         layout: layout of the state.
         rank: this rank.
         rings: slot rings of the shards that are copied, by shard.
+        buffered: whether tensors are copied into a buffer on their device first.
     """
 
-    def __init__(self, layout: Layout, rank: int, rings: Mapping[int, SlotRing]) -> None:
+    def __init__(self, layout: Layout, rank: int, rings: Mapping[int, SlotRing], *, buffered: bool = False) -> None:
         self._rank = rank
         self._rings = rings
-        self._stagers = {shard: Stager(layout, rank, shard) for shard in rings}
+        self._stagers = {shard: Stager(layout, rank, shard, buffered=buffered) for shard in rings}
 
     def take(
         self, stamp_of: Callable[[int], Stamp], tensors: Mapping[str, torch.Tensor], early: Collection[str]

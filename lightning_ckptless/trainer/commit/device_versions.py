@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from lightning_ckptless.protocol.device_tier import slot_bytes
@@ -14,9 +13,10 @@ from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.device_tier.delivery import Delivery
 from lightning_ckptless.replica.device_tier.device_plan import DevicePlan
-from lightning_ckptless.replica.device_tier.device_room import require_room, room_bytes
+from lightning_ckptless.replica.device_tier.device_room import DeviceNeed
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
 from lightning_ckptless.replica.layout.layout import Layout
+from lightning_ckptless.replica.mirror.device_buffer import device_of
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.trainer.session.session import Session
@@ -62,27 +62,19 @@ class DeviceVersions:
         """
         members = self._session.members
         placement = self._session.device_placement
-        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), torch.device("cpu"))
+        device = device_of(tensors.values())
         shards = (members.rank, *placement.sources(members.rank))
         elsewhere = frozenset(name for name, tensor in tensors.items() if tensor.device != device)
         plan = DevicePlan(layout, members.rank, shards, hooked, elsewhere, device)
         self._opened = _Opened(plan, placement, members.generation)
 
-    def require_room(self, growth: float) -> None:
-        """Refuse a device tier that does not fit; called once, before the first step.
-
-        Args:
-            growth: expected growth of the state with the first step.
-
-        Raises:
-            OptionsError: it does not fit; the message contains the arithmetic.
-        """
+    def need(self) -> DeviceNeed:
+        """The device memory of the slots."""
         assert self._opened is not None
-        plan, members = self._opened.plan, self._session.members
+        plan = self._opened.plan
         sizes = [plan.layout.bulk_bytes(shard) for shard in range(plan.layout.world_size)]
-        needed_bytes = slot_bytes(self._opened.placement, plan.rank, sizes)
-        free_bytes = room_bytes(plan.device, len(members.ranks_of_node))
-        require_room(needed_bytes, len(plan.shards), plan.layout.world_size, growth, free_bytes, plan.rank)
+        used_bytes = slot_bytes(self._opened.placement, plan.rank, sizes)
+        return DeviceNeed("device_tier='on'", "device_tier='off'", "the slots", used_bytes, len(plan.shards))
 
     def take(self, version: Version, tensors: Mapping[str, Tensor], blob: Blob, mirror: Mirror) -> None:
         """Take a version that now exists; the mirror's thread delivers it, before later rounds.

@@ -17,10 +17,13 @@ from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS
 from lightning_ckptless.replica.cores import threads_of_a_rank
+from lightning_ckptless.replica.device_tier.device_room import DeviceNeed, room_bytes
+from lightning_ckptless.replica.device_tier.device_room import require_room as require_room_on_device
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import Described, from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
+from lightning_ckptless.replica.mirror.device_buffer import device_of
 from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
@@ -402,8 +405,8 @@ class Mirroring:
         mirror = self._mirror = self._open(planned, committed=None if previous is None else previous.committed)
         if previous is not None:
             mirror.difference, mirror.in_doubt = previous.difference, previous.in_doubt
-        if self._seen is None and self._device is not None:
-            self._device.require_room(self._expected_growth(layout))
+        if self._seen is None:
+            self._require_room_on_device(planned)
         self._keep_recipe(planned)
         return planned, mirror
 
@@ -422,6 +425,24 @@ class Mirroring:
         growth, members = self._expected_growth(layout), self._session.members
         sizes = [layout.bulk_bytes(shard) for shard, _ in members.rings_of_node]
         require_room_for_history(sizes, growth, self._options.history, members.arena.room_bytes)
+
+    def _require_room_on_device(self, planned: Planned) -> None:
+        layout, members, options = planned.layout, self._session.members, self._options
+        needs = [] if self._device is None else [self._device.need()]
+        if options.staging == "device":
+            sources = members.placement.sources(members.rank) if options.verifies_replicas else ()
+            needs.append(buffer_need(layout, (members.rank, *sources)))
+        if not needs:
+            return
+        held_bytes = sum(chunk.nbytes for chunk in layout.chunks if chunk.is_held_by(members.rank))
+        free_bytes = room_bytes(device_of(planned.index.read().values()), len(members.ranks_of_node))
+        growth = self._expected_growth(layout)
+        require_room_on_device(needs, held_bytes, layout.world_size, growth, free_bytes, members.rank)
+
+    def _staging(self) -> str:
+        """When the state is copied: in advance if something was found to write to tensors while they were copied."""
+        is_overlapped = self._options.staging == "overlap"
+        return "blocking" if is_overlapped and self._audit.stages_blocking else self._options.staging
 
     def _expected_growth(self, layout: Layout) -> float:
         return expected_growth(self._trainer.optimizers, _bytes_of(layout))
@@ -458,7 +479,7 @@ class Mirroring:
             settings=MirrorSettings(
                 options.checksum,
                 threads_of_a_rank(len(ranks), beside_training=True),
-                "blocking" if self._audit.stages_blocking else options.staging,
+                self._staging(),
                 slots,
                 options.history_every,
                 verifies=options.verifies_replicas and not self._audit.sends,
@@ -474,6 +495,17 @@ class Mirroring:
         if self._device is not None:
             self._device.open(layout, planned.index.read(), hooked)
         return mirror
+
+
+def buffer_need(layout: Layout, shards: Sequence[int]) -> DeviceNeed:
+    """The device memory of the buffers for `staging="device"`.
+
+    Args:
+        layout: layout of the state.
+        shards: shards that this rank copies from its own tensors.
+    """
+    used_bytes = sum(layout.bulk_bytes(shard) for shard in shards)
+    return DeviceNeed("staging='device'", "staging='overlap'", "the buffers", used_bytes, len(shards))
 
 
 def _bytes_of(layout: Layout) -> int:

@@ -78,7 +78,7 @@ def test_stats_count_what_was_done(world: MakeWorld, verifies: bool) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["xxh3", "crc32", "none"])
-@pytest.mark.parametrize("staging", ["overlap", "blocking"])
+@pytest.mark.parametrize("staging", ["overlap", "blocking", "device"])
 def test_every_option_commits(world: MakeWorld, algorithm: str, staging: str) -> None:
     ranks = world(2).begin(checksum=algorithm, staging=staging)
     ranks.submit(1)
