@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -177,8 +178,7 @@ class DurableFolder:
                         "use another folder"
                     )
                 return
-            ours = (FOLDER_MARKER, self._new_marker.name)
-            others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
+            others = sorted(path.name for path in self.path.iterdir() if not _is_marker(path.name))
         except OptionsError:
             raise
         except PermissionError as error:
@@ -201,13 +201,14 @@ class DurableFolder:
         self.require_ours()
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self._is_marked():
-            # Renamed when it is complete: on a full disk, only a part of it may be written.
-            write_synced(self._new_marker, json.dumps({"format": FORMAT}).encode())
-            self._new_marker.rename(self.path / FOLDER_MARKER)
-
-    @property
-    def _new_marker(self) -> Path:
-        return self.path / f"{FOLDER_MARKER}{_PART}"
+            # Renamed when it is complete: on a full disk, only a part of it may be written. The writers of several
+            # nodes, which may have the same process ids, do this at the same time.
+            draft = self.path / f"{FOLDER_MARKER}.{uuid.uuid4().hex}{_PART}"
+            try:
+                write_synced(draft, json.dumps({"format": FORMAT}).encode())
+                draft.rename(self.path / FOLDER_MARKER)
+            finally:
+                draft.unlink(missing_ok=True)
 
     def _is_marked(self) -> bool:
         """Whether the folder has a marker. An empty one is the rest of a write to a full disk."""
@@ -284,6 +285,11 @@ class DurableFolder:
         for path in self.path.iterdir():
             if path.name.endswith((_PART, _GOING)) and version_of(path.name[1:].rpartition(".")[0]) is not None:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_marker(name: str) -> bool:
+    """Whether a file is a marker, complete or not."""
+    return name == FOLDER_MARKER or (name.startswith(f"{FOLDER_MARKER}.") and name.endswith(_PART))
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -121,11 +121,18 @@ class SharedWriter:
         return copy_shard({arena.node: arena}, replicas, self._buffers)
 
     def _complete(self, arena: Arena) -> None:
-        """Complete states with all parts, and discard those that have waited too long."""
+        """Complete states with all parts, and discard those that have waited too long.
+
+        States of an earlier generation are discarded too: a node that has not written its part was probably lost.
+        """
         for pending in list(self._pending):
-            version = pending.parts.snapshot.version
+            snapshot = pending.parts.snapshot
+            version = snapshot.version
             try:
                 if missing := pending.parts.missing():
+                    if self._last is not None and snapshot.generation < self._last[0]:
+                        self._pending.remove(pending)
+                        continue
                     if time.monotonic() - pending.began_at < PARTS_WAIT_S:
                         continue
                     raise DurableError(

@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -46,6 +48,23 @@ def test_a_missing_folder_is_created_and_marked(tmp_path: Path) -> None:
     assert [path.name for path in folder.path.iterdir()] == [FOLDER_MARKER]
     assert folder.path.stat().st_mode & 0o777 == 0o700
     assert folder.states() == []
+
+
+def test_the_writers_of_several_nodes_prepare_a_folder_at_the_same_time(tmp_path: Path) -> None:
+    writers, rounds = 8, 20
+    together = Barrier(writers)
+
+    def prepare(number: int) -> None:
+        folder = DurableFolder(tmp_path / str(number))
+        together.wait()
+        folder.prepare()
+        folder.require_ours()
+
+    with ThreadPoolExecutor(writers) as pool:
+        for number in range(rounds):
+            list(pool.map(prepare, [number] * writers))
+    found = [sorted(path.name for path in folder.iterdir()) for folder in tmp_path.iterdir()]
+    assert found == [[FOLDER_MARKER]] * rounds
 
 
 def test_a_folder_can_be_prepared_after_the_disk_was_full(tmp_path: Path) -> None:

@@ -97,6 +97,18 @@ def test_a_state_that_a_node_has_missed_is_discarded(nodes: Nodes, monkeypatch: 
     assert [entry.name for entry in nodes.folder.path.iterdir()] == ["ckptless-durable.json"]
 
 
+def test_a_state_that_a_lost_node_has_missed_is_discarded_with_the_next_generation(nodes: Nodes) -> None:
+    nodes.train_to(5)
+    nodes.run_writers(0, 1, 3)
+    nodes.world.begin(committed=Version(5, True))
+    nodes.train_to(10)
+    nodes.run_writers(0, 1, 2, 3)
+    nodes.run_writers(0)
+    assert (nodes.folder.versions(), nodes.failures) == ((Version(10, True),), [])
+    nodes.run_writers(0, is_last=True)
+    assert sorted(entry.name for entry in nodes.folder.path.iterdir()) == ["ckptless-durable.json", "step-0000000010"]
+
+
 def test_the_next_state_removes_the_parts_of_a_lost_leader(nodes: Nodes) -> None:
     nodes.train_to(5)
     nodes.run_writers(1, 2)

@@ -140,6 +140,8 @@ def test_loss_of_all_replicas_falls_back_to_the_durable_state(
     assert "resumes from the durable state" in reason
     assert "no version is complete" in reason
     assert {facts["step"] % 2 for facts in nodes.cluster.events("durable_written")} == {0}
+    # The relaunch did not wait for the parts that the lost nodes owed.
+    assert not nodes.cluster.events("durable_failed")
     assert_identical(nodes.cluster, parent)
 
 

@@ -86,18 +86,23 @@ class CkptlessAgent(LocalElasticAgent):
             worker.id = pids[worker.local_rank]
         worker_group.state = api.WorkerState.HEALTHY
 
-    def _stop_workers(self, worker_group: api.WorkerGroup) -> None:
+    def _stop_workers(self, _: api.WorkerGroup) -> None:
+        """Stop running workers. Sidecars continue: others that take their place may follow."""
         self._agent.stop_workers()
-        super()._stop_workers(worker_group)
+        self._close_workers()
 
     def _shutdown(self, *_: Any, **__: Any) -> None:
-        """Stop running workers, whatever signal ended the agent, and kill them after our own grace time."""
+        """Stop running workers, whatever signal ended the agent, and the sidecars."""
         grace_s = self._agent.begin_end(sys.exception())
+        self._close_workers()
+        self._agent.end(grace_s)
+
+    def _close_workers(self) -> None:
+        """Ask workers that still run to exit, and kill them after our own grace time."""
         if self._pcontext is not None:
             # Not by torch's own shutdown, which takes no time-out before torch 2.12.
             self._pcontext.close(signal.SIGTERM, self._stop_grace_s)  # type: ignore[arg-type]
         super()._shutdown(signal.SIGTERM)
-        self._agent.end(grace_s)
 
     def _exit_barrier(self) -> None:
         self._agent.leave()

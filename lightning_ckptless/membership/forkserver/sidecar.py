@@ -1,7 +1,9 @@
 """Sidecars: processes that a node's workers request and that run during training.
 
-A sidecar belongs to the agent. It is forked by the fork server like a worker, exits with it, and is asked to end when
-the workers have exited. One that exits by itself is restarted, after a growing pause; training is not affected.
+A sidecar belongs to the agent. It is forked by the fork server like a worker, exits with it, and is asked to end with
+the run: it continues while all workers are relaunched, which therefore do not wait for its work. One that fails is
+restarted, after a growing pause; training is not affected. One that has completed its work is restarted if a worker
+requests it again.
 """
 
 from __future__ import annotations
@@ -105,15 +107,20 @@ class Sidecars:
         """Start the sidecars that are missing, and notice which have exited.
 
         Args:
-            received: what workers have sent; a repeated request starts nothing.
+            received: what workers have sent; a request for one that runs starts nothing.
         """
-        for _, message, _ in received:
-            if isinstance(message, StartSidecar) and message.argument not in self._asked:
-                self._asked[message.argument] = _Sidecar(message.module, message.argument, self._pause_s)
         for sidecar in self._asked.values():
             self._poll(sidecar)
+        for _, message, _ in received:
+            if isinstance(message, StartSidecar) and self._is_needed(message.argument):
+                self._asked[message.argument] = _Sidecar(message.module, message.argument, self._pause_s)
+        for sidecar in self._asked.values():
             if sidecar.process is None and not sidecar.done and time.monotonic() >= sidecar.next_at:
                 self._begin(sidecar)
+
+    def _is_needed(self, argument: str) -> bool:
+        asked = self._asked.get(argument)
+        return asked is None or asked.done
 
     def _begin(self, sidecar: _Sidecar) -> None:
         try:

@@ -110,6 +110,16 @@ def test_a_sidecar_that_has_completed_its_work_is_not_restarted(node: Node) -> N
     assert node.events == [] and len(node.seen("leaves")) == 1
 
 
+def test_a_sidecar_that_has_completed_its_work_is_started_again_on_request(node: Node) -> None:
+    node.ask("leaves")
+    node.until(lambda: bool(node.seen("leaves")))
+    (pid,) = node.seen("leaves")
+    node.until(lambda: not Path("/proc", str(pid)).exists())
+    node.ask("leaves")
+    node.until(lambda: len(node.seen("leaves")) == 2)
+    assert node.events == []
+
+
 def test_a_lost_sidecar_is_restarted(node: Node) -> None:
     node.ask("orderly")
     node.ready("orderly")
