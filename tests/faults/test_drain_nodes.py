@@ -70,7 +70,7 @@ def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitS
     answer = nodes.drain(2)
     assert answer.accepted, answer.reason
     found = nodes.finish(2)
-    assert found.sizes == [3, 2]
+    assert found.sizes[-2:] == [3, 2]
     assert found.processes == 3, "the others keep their processes"
     drained, recovery = nodes.only("node_drained"), nodes.only("recovery")
     assert drained["exit_codes"] == {"0": 0}
@@ -109,7 +109,8 @@ def test_the_node_of_rank_0_is_drained(tmp_path: Path, stack: ExitStack, parent:
     answer = nodes.drain(0)
     assert answer.accepted, answer.reason
     found = nodes.finish(2)
-    assert (found.sizes, found.processes) == ([3, 2], 3 + 1)
+    # On a busy machine two nodes may begin without the third.
+    assert (found.sizes[-2:], found.processes) == ([3, 2], 3 + 1)
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
     assert_same_training(found, tmp_path, parent, ranks=3)

@@ -10,11 +10,12 @@
     is finished, its agent exits             notify their workers, which regroup without it
 
 If rank 0 is on the leaving node, the workers of another node are restarted to take it. They cannot keep training
-meanwhile, so the leaving node does not wait for the others.
+meanwhile, so the ranks are handed over first: the leaving node does not wait for the others, and they rendezvous when
+it is finished. Otherwise the workers that are restarted would be missing from the step at which all ranks stop.
 
 | Key | Written by | Content |
 |---|---|---|
-| `departure` | the leaving node | why it leaves |
+| `departure` | the leaving node | why it leaves, and whether it hands over first |
 | `departure/ready` | a node that stays | |
 | `departure/beat` | the leaving node, periodically | a number that grows |
 | `departure/finished` | the leaving node | |
@@ -22,6 +23,7 @@ meanwhile, so the leaving node does not wait for the others.
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
@@ -62,27 +64,37 @@ class Departure:
         self._is_shared = is_shared
         self._looked_at = 0.0
         self._beat_at = 0.0
-        self._heard = 0, 0.0
+        self._heard: tuple[int, float] | None = None
         self._has_noted_ready = False
 
-    def announce(self, why: str) -> str:
-        """Announce that this node leaves; returns the given reason, or that of a node that announced it first."""
-        said: bytes = self._store.compare_set(_WHY, "", why)
-        return said.decode()
+    def announce(self, why: str, *, hands_over_first: bool = False) -> str:
+        """Announce that this node leaves; returns the given reason, or that of a node that announced it first.
+
+        Args:
+            why: the reason, as a sentence.
+            hands_over_first: whether the other nodes are to rendezvous only when its workers have exited.
+        """
+        said: bytes = self._store.compare_set(_WHY, "", json.dumps([why, hands_over_first]))
+        return str(json.loads(said)[0])
 
     def news(self) -> str:
-        """Return why a node leaves, as a sentence; empty if none does, or if it is too early to look again."""
-        return self._text(_WHY) if self._is_due() else ""
+        """Return why a node leaves, as a sentence, once the others are to rendezvous without it.
+
+        Empty if none leaves, if it hands over first, or if it is too early to look again.
+        """
+        if not self._is_due():
+            return ""
+        why, hands_over_first = self._said()
+        return "" if hands_over_first and not self.is_finished() else why
 
     def why(self) -> str:
         """Return why a node leaves, as a sentence; empty if none does."""
-        return self._text(_WHY)
+        return self._said()[0]
 
     def note_ready(self) -> None:
         """Record that the workers of the other nodes are ready to regroup without those of the leaving one."""
         if not self._has_noted_ready:
             self._has_noted_ready = True
-            self._heard = 0, self._clock.monotonic()
             self._set(_READY)
 
     def others_are_ready(self) -> bool:
@@ -102,14 +114,16 @@ class Departure:
         self._set(_FINISHED)
 
     def is_finished(self) -> bool:
-        """Whether the leaving node has handed over, or is silent; called after `note_ready`."""
+        """Whether the leaving node has handed over, or has been silent since this was first called."""
         if self._is_set(_FINISHED):
             return True
         now = self._clock.monotonic()
+        beats, heard_at = self._heard or (0, now)
         with suppress(DistError):
-            if (beats := self._store.add(_BEAT, 0)) != self._heard[0]:
-                self._heard = beats, now
-        return now - self._heard[1] > _SILENT_S
+            if (found := self._store.add(_BEAT, 0)) != beats:
+                beats, heard_at = found, now
+        self._heard = beats, heard_at
+        return now - heard_at > _SILENT_S
 
     def _is_due(self) -> bool:
         now = self._clock.monotonic()
@@ -118,12 +132,16 @@ class Departure:
         self._looked_at = now
         return True
 
-    def _text(self, key: str) -> str:
+    def _said(self) -> tuple[str, bool]:
+        """Why a node leaves, or nothing, and whether it hands over first."""
         try:
-            return bytes(self._store.get(key)).decode() if self._is_shared and self._store.check([key]) else ""
+            if not self._is_shared or not self._store.check([_WHY]):
+                return "", False
+            why, hands_over_first = json.loads(self._store.get(_WHY))
         except DistError:
             # The store was lost with its node, which heartbeats and the rendezvous detect.
-            return ""
+            return "", False
+        return str(why), bool(hands_over_first)
 
     def _is_set(self, key: str) -> bool:
         try:

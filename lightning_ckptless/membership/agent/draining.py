@@ -276,8 +276,13 @@ class Draining:
                 obstacle=self._in_place.obstacle_to_world_change,
             )
         )
-        if plan.action is not DrainAction.REFUSE and (other := departure.announce(plan.reason)) != plan.reason:
-            plan = DrainPlan(DrainAction.REFUSE, f"node {node} is not drained: another node is being drained ({other})")
+        # The workers of another node are restarted to take rank 0, so they cannot keep training meanwhile.
+        hands_over_first = rendezvous.node == 0
+        if plan.action is not DrainAction.REFUSE:
+            other = departure.announce(plan.reason, hands_over_first=hands_over_first)
+            if other != plan.reason:
+                why = f"node {node} is not drained: another node is being drained ({other})"
+                plan = DrainPlan(DrainAction.REFUSE, why)
         # A check that fails repeatedly is refused for the same reason each time.
         if (said := f"{plan.reason} ({reason})") != self._refused or taken is not None:
             self._report(DrainPlanned(self._node, reason, plan.reason, str(plan.action)))
@@ -285,8 +290,7 @@ class Draining:
         if plan.action is not DrainAction.REFUSE:
             self._membership.leave()
             self._node_request = taken
-            # The workers of another node are restarted to take rank 0, so they cannot keep training meanwhile.
-            wait_s = wait_s if rendezvous.node else 0.0
+            wait_s = 0.0 if hands_over_first else wait_s
             self.leaving = Leaving(self._node, reason, departure, wait_s, self._report, self._clock)
         return plan
 

@@ -150,13 +150,13 @@ class World:
                 self._rendezvous_store = RendezvousStore()
             raise
         when_joined()
-        _ask_the_store_once()
         restart_group_names()
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
             with (
                 self._connections.opening(world_size, self._rendezvous_store.sockets),
                 unchanged_excepthook(enabled=bool(regrouping)),
+                _one_request_to_store(),
             ):
                 dist.init_process_group(
                     backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
@@ -260,9 +260,8 @@ class World:
         """
         before = set(map(id, process_groups()))
         try:
-            with self._connections.opening(
-                dist.get_world_size() if self.is_open else 0, self._rendezvous_store.sockets
-            ):
+            ranks = dist.get_world_size() if self.is_open else 0
+            with self._connections.opening(ranks, self._rendezvous_store.sockets), _one_request_to_store():
                 yield
         finally:
             # Another fault may end the block when only some of its groups have been created.
@@ -314,10 +313,21 @@ def keep_through_device_errors() -> None:
         os.environ.setdefault(name, "0")
 
 
-def _ask_the_store_once() -> None:
-    """Let gloo read the addresses of all ranks in one request, and not in one per rank, and read short ones."""
-    for name in ("GLOO_ENABLE_STORE_V2_API", "GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER"):
-        os.environ.setdefault(name, "1")
+@contextmanager
+def _one_request_to_store() -> Iterator[None]:
+    """Let gloo read the addresses of all ranks in one request, and not in one per rank, and read short ones.
+
+    It reads these variables whenever a group is created. They are removed again: tests of users check that training
+    leaves the environment as it was.
+    """
+    names = "GLOO_ENABLE_STORE_V2_API", "GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER"
+    added = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(added, "1"))
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def world_group() -> dist.ProcessGroup:

@@ -57,7 +57,7 @@ class Nodes:
         self.workers = Workers()
 
     def leave(self, wait_s: float = 600.0) -> Leaving:
-        assert self.here.announce(WHY) == WHY
+        assert self.here.announce(WHY, hands_over_first=not wait_s) == WHY
         return Leaving("node1", WHY, self.here, wait_s, self.events.append, self.clock)
 
 
@@ -86,6 +86,30 @@ def test_a_node_that_may_not_wait_hands_over_at_once() -> None:
     nodes = Nodes()
     nodes.leave(0.0).poll(nodes.workers)
     assert nodes.workers.sent == [HandOver(WHY)]
+
+
+def test_the_others_learn_of_a_node_that_hands_over_at_once_when_it_has() -> None:
+    nodes = Nodes()
+    leaving = nodes.leave(0.0)
+    for _ in range(30):
+        leaving.poll(nodes.workers)
+        assert nodes.there.news() == ""
+        nodes.now += 2.0
+    assert nodes.there.why() == WHY
+    nodes.workers.hand_over()
+    with pytest.raises(DepartedError):
+        leaving.poll(nodes.workers)
+    assert nodes.there.news() == WHY
+
+
+def test_the_others_learn_of_a_node_that_is_lost_before_it_has_handed_over() -> None:
+    nodes = Nodes()
+    nodes.leave(0.0).poll(nodes.workers)
+    assert nodes.there.news() == ""
+    nodes.now += 9.0
+    assert nodes.there.news() == ""
+    nodes.now += 2.0
+    assert nodes.there.news() == WHY
 
 
 def test_the_others_wait_as_long_as_the_leaving_node_is_alive() -> None:

@@ -33,6 +33,22 @@ def test_nccl_leaves_the_process_alive_unless_the_user_configures_otherwise(
     assert [os.environ[name] for name in NAMES] == ["0", "0", "1", "0", "0"]
 
 
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_the_environment_is_as_before_once_a_group_has_been_created(
+    chosen: str | None, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = "GLOO_ENABLE_STORE_V2_API", "GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER"
+    for name in (first, second):
+        monkeypatch.setenv(name, chosen or "")
+        if name != first or chosen is None:
+            monkeypatch.delenv(name)
+    before, world = dict(os.environ), World()
+    with world.making():
+        dist.new_group(backend="gloo")
+        assert (os.environ[first], os.environ[second]) == (chosen or "1", "1")
+    assert dict(os.environ) == before
+
+
 class Counted:
     """A wait that counts how often it was aborted."""
 
