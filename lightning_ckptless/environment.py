@@ -64,20 +64,20 @@ SET_BY_AGENT = {
     AGENT: "process id of our agent; absent under torchrun",
     NODE: "name of this node, unique in the run, unchanged while its agent lives",
     FAULT_REPORT: "the fault that led to this generation, in JSON (`FaultReport`); absent in the first generation",
-    AGENT_DIR: "folder for exit reports, which can forbid a relaunch, and for records of finished trainer calls",
+    AGENT_DIR: "folder for exit reports, which can prevent a relaunch, and for records of finished trainer calls",
     AGENT_STARTED_AT: "wall-clock time, in seconds, at which the agent was started",
     SPAWNED_AT: "wall-clock time, in seconds, at which this worker was requested",
     GENERATION: "number of the generation that this worker has joined; set by the worker for itself",
     FIT_INDEX: "how many times this worker has entered `fit`; set by the worker for itself",
     MAIN_AT: "wall-clock time, in seconds, at which this worker entered the script",
     CHANNEL: "file descriptor of the channel to the agent; removed when the strategy has opened it",
-    STANDBY: "set for a worker that has no rank yet",
+    STANDBY: "set for a standby, which has no rank yet",
     REGROUPING: "number of the rendezvous with the survivors of a fault; absent if all workers start together",
     OUTPUT_FILE: "file for what this worker prints until it has joined the other ranks",
     HIDDEN_STREAMS: "file descriptors of its real stdout and stderr until then",
     HYDRA: "Hydra's output folder for the run, `run=FOLDER` or `sweep=FOLDER`; moved to the worker's command line and "
     "removed",
-    IMPORTS: "how far the agent had got with importing the script's modules when it started this worker",
+    IMPORTS: "progress of the agent in importing the script's modules when it started this worker",
     CALLS: "how many calls of its trainers other than `fit` this worker has made; set by the worker for itself",
 }
 """Variables that the agent sets for its workers, with their meaning."""

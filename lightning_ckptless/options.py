@@ -298,7 +298,7 @@ class CkptlessOptions(
 
     def _obstacle_to_device_tier(self) -> str:
         if not self.in_place:
-            return "is of no use with in_place=False: what is in device memory ends with the processes"
+            return "has no effect with in_place=False: device memory is lost with the processes"
         if not self.copies:
             return "needs copies=1 or more: device memory ends with the process of the lost rank"
         if not self.verifies_replicas:

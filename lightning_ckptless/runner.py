@@ -20,7 +20,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import main as run_agent
 from lightning_ckptless.membership.launch.launch import run
-from lightning_ckptless.protocol.conclusion import RunOutcome, conclude
+from lightning_ckptless.protocol.run_end import RunOutcome, conclude
 
 if TYPE_CHECKING:
     from lightning_ckptless.replica.arena import Arena

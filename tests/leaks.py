@@ -84,7 +84,7 @@ def find_leaks(before: Snapshot) -> list[str]:
     found += [f"shared memory {name}" for name in sorted(after.arenas - before.arenas)]
     found += [f"{name} in the repository" for name in sorted(after.in_repository - before.in_repository)]
     if after.in_process_group and not before.in_process_group:
-        found.append("an initialised process group")
+        found.append("an initialized process group")
     return [*found, *changed_variables(before, after), *changed_handlers(before, after)]
 
 

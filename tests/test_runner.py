@@ -10,7 +10,7 @@ import pytest
 
 from lightning_ckptless import runner
 from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_args
-from lightning_ckptless.protocol.conclusion import Conclusion, RunOutcome
+from lightning_ckptless.protocol.run_end import Conclusion, RunOutcome
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def vote(network: Network, ranks: int, vote_cost: Callable[[int], Cost]) -> Phas
 
 
 def regroup(network: Network, world: World, rank: int) -> Phase:
-    """The meeting in the store, two process groups, and what the ranks tell each other before they restore."""
+    """The rendezvous in the store, two process groups, and what the ranks exchange before they restore."""
     ranks, cost = len(world.nodes), Cost()
     transport = ModelledTransport(network, rank, ranks, network.ring_vote)
     stores = [ModelledStore(0), ModelledStore(1)]

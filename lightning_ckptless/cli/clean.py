@@ -30,16 +30,16 @@ def clean(
     """
     from rich.filesize import decimal
 
-    from lightning_ckptless.cli.leftovers import find_leftovers, remove_leftover
     from lightning_ckptless.membership.agent.scratch import find_abandoned, remove_abandoned
     from lightning_ckptless.replica.arena import default_arena_dir
+    from lightning_ckptless.replica.arena_cleanup import find_abandoned_arenas, remove_abandoned_arena
 
     folder = arena_dir or default_arena_dir()
-    leftovers, alive = find_leftovers(folder, run)
+    abandoned, alive = find_abandoned_arenas(folder, run)
     for path in alive:
         typer.echo(f"kept {path}: its agent is alive", err=run is not None)
-    for path, size_bytes in leftovers:
-        if dry_run or remove_leftover(path):
+    for path, size_bytes in abandoned:
+        if dry_run or remove_abandoned_arena(path):
             typer.echo(f"{'would remove' if dry_run else 'removed'} {path} ({decimal(size_bytes)})")
         else:
             typer.echo(f"kept {path}: an agent has just adopted it")
@@ -47,6 +47,6 @@ def clean(
     for path in scratch:
         if dry_run or remove_abandoned(path):
             typer.echo(f"{'would remove' if dry_run else 'removed'} {path}: temporary files of a killed agent")
-    if not leftovers and not alive and not scratch:
+    if not abandoned and not alive and not scratch:
         typer.echo(f"no arenas {'of ' + run if run else ''} in {folder}".replace("  ", " "))
     raise typer.Exit(1 if run is not None and alive else 0)

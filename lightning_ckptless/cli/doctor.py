@@ -125,7 +125,7 @@ def examine(
     from lightning_ckptless.cli.checks.limits import check_limits
     from lightning_ckptless.cli.checks.network import check_network
     from lightning_ckptless.cli.checks.processes import check_processes_of_others
-    from lightning_ckptless.cli.checks.room import check_room, inspect_folder
+    from lightning_ckptless.cli.checks.space import check_space, inspect_folder
     from lightning_ckptless.cli.checks.variables import check_variables
     from lightning_ckptless.cli.checks.versions import check_versions
     from lightning_ckptless.membership.launch.config import usual_modules
@@ -139,7 +139,7 @@ def examine(
     arena_folder = inspect_folder(arena_dir)
     return [
         *check_versions(),
-        *check_room(job, arena_folder, durable_dir),
+        *check_space(job, arena_folder, durable_dir),
         *check_limits(job, arenas_in_memory=arena_folder.in_memory),
         *check_processes_of_others(),
         *check_network(job, os.environ),

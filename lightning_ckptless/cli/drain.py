@@ -16,8 +16,8 @@ DEFAULT_TIMEOUT_S = 300.0
 
 def drain(
     run: Annotated[str | None, typer.Argument(help="Run id or run folder (default: the newest run).")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, metavar="R", help="Rank whose process is to exit.")] = None,
-    node: Annotated[int | None, typer.Option(min=0, metavar="N", help="Node that is to leave the run.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, metavar="R", help="Rank to drain.")] = None,
+    node: Annotated[int | None, typer.Option(min=0, metavar="N", help="Node to drain.")] = None,
     timeout_s: Annotated[
         float,
         typer.Option("--timeout", min=0.0, metavar="SECONDS", help="Longest wait for an agent, and for the hand-over."),
@@ -29,8 +29,8 @@ def drain(
     * `ckptless drain --rank 3`
     * `ckptless drain 20250131-120000-3fa2 --node 1`
 
-    What takes over is made ready first, while training continues: a new process for a rank; for a node one that waits
-    for a place, or the other nodes. Returns once the drained processes have exited.
+    What takes over is prepared first, while training continues: a new process for a rank; a spare node, or the other
+    nodes, for a node. Returns once the drained processes have exited.
     """
     from lightning_ckptless.cli.runs import find_live_run
     from lightning_ckptless.errors import LaunchError, OptionsError

@@ -74,12 +74,13 @@ def drill(
     * `ckptless drill train.py --fault kill:rank=1:step=7`
     * `ckptless drill train.py --nproc 4 --fault kill:rank=0:step=3:at=backward --fault raise:rank=2:step=9 -- --lr 0.1`
 
-    FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`, or `rewind:step=S:to=T`.
+    FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`, `flip:rank=R:step=S:tensor=NAME`, `wrong:rank=R:step=S` or
+    `rewind:step=S:to=T`.
 
     * kinds: kill, crash, raise, exit, leave, hang, stop
     * R: a rank, or `all`; S: the optimizer step in progress, counted from 1
     * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end,
-      regroup, connect, restore
+      regroup, connect, restore, rewind, go_back
 
     PATTERN is a shell-style pattern for the names of tensors, logged values or columns that the report shows:
     `--ignore samples_per_s`, `--ignore 'callback * (Speed)'`.

@@ -28,7 +28,7 @@ from lightning_ckptless.durable.checkpoint import (
     tensors_of,
 )
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
-from lightning_ckptless.durable.foreign import PICKLE_MODULE
+from lightning_ckptless.durable.host_state_pickle import PICKLE_MODULE
 from lightning_ckptless.durable.safetensors import write_safetensors
 from lightning_ckptless.durable.store import load_state, require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, DurableError, OptionsError

@@ -85,7 +85,7 @@ Spares = Annotated[
     str | None,
     typer.Option(
         metavar="N",
-        help="Nodes that wait for a lost node, or auto (default): too few in 1 % of the time.",
+        help="Spare nodes, or auto (default): enough for 99 % of the time.",
         rich_help_panel=_OPTIONS,
     ),
 ]
@@ -128,14 +128,16 @@ TraceDays = Annotated[
 ProcessShare = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", help="Failures that take a process, not its node (default: 0).", rich_help_panel=_FAILURES
+        metavar="SHARE",
+        help="Share of failures that end a process but not its node (default: 0).",
+        rich_help_panel=_FAILURES,
     ),
 ]
 WeibullShape = Annotated[
     float | None,
     typer.Option(
         metavar="K",
-        help="Shape of Weibull gaps; 1: exponential; less: clustered (default: that of the preset, or 1).",
+        help="Weibull shape of the gaps; 1: exponential; less: clustered (default: the preset's, or 1).",
         rich_help_panel=_FAILURES,
     ),
 ]
@@ -143,24 +145,28 @@ BurstShare = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="Node failures that take neighbours at once; 0: independent (default: 0.034).",
+        help="Share of node failures that also take neighbours; 0: none (default: 0.034).",
         rich_help_panel=_FAILURES,
     ),
 ]
 BurstNodes = Annotated[
-    int | None, typer.Option(metavar="N", help="Nodes that a burst takes (default: 2).", rich_help_panel=_FAILURES)
+    int | None,
+    typer.Option(metavar="N", help="Nodes that are lost in a burst (default: 2).", rich_help_panel=_FAILURES),
 ]
 RepairMedianH = Annotated[
     float | None,
-    typer.Option(metavar=_HOURS, help="Median repair of a node (default: 20.4).", rich_help_panel=_FAILURES),
+    typer.Option(metavar=_HOURS, help="Median repair time of a node (default: 20.4).", rich_help_panel=_FAILURES),
 ]
 RepairMeanH = Annotated[
-    float | None, typer.Option(metavar=_HOURS, help="Mean repair of a node (default: 133).", rich_help_panel=_FAILURES)
+    float | None,
+    typer.Option(metavar=_HOURS, help="Mean repair time of a node (default: 133).", rich_help_panel=_FAILURES),
 ]
 
 InPlaceS = Annotated[
     float | None,
-    typer.Option(metavar=_SECONDS, help="Recovery in place of a process (default: 0.3).", rich_help_panel=_RECOVERY),
+    typer.Option(
+        metavar=_SECONDS, help="Recovery in place from the loss of a process (default: 0.3).", rich_help_panel=_RECOVERY
+    ),
 ]
 StandbyS = Annotated[
     float | None,
@@ -220,14 +226,12 @@ Alternatives = Annotated[
 
 Config = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="YAML file with these options, named as here with _ for -.", rich_help_panel=_FILES
-    ),
+    typer.Option(metavar="FILE", help="YAML file with these options, with _ in place of -.", rich_help_panel=_FILES),
 ]
 FromRun = Annotated[
     str | None,
     typer.Option(
-        "--from", metavar="RUN", help="Take what this run has measured from its ledger.", rich_help_panel=_FILES
+        "--from", metavar="RUN", help="Take measured values from the ledger of this run.", rich_help_panel=_FILES
     ),
 ]
 RunRoot = Annotated[

@@ -85,7 +85,7 @@ def _has_ledger(folder: Path) -> bool:
     try:
         return (folder / LEDGER_NAME).is_file()
     except PermissionError as error:
-        raise OptionsError(f"{folder}: belongs to another user, who does not permit to read it ({error})") from error
+        raise OptionsError(f"{folder}: belongs to another user, who does not permit reading it ({error})") from error
 
 
 def find_live_run(name: str | None, root: Path | None, *, to_do: str) -> Run:

@@ -12,7 +12,7 @@ from lightning_ckptless.cli.flags import RunRoot
 
 if TYPE_CHECKING:
     from lightning_ckptless.cli.runs import Run
-    from lightning_ckptless.cli.view.story import Step
+    from lightning_ckptless.cli.view.timeline import Step
 
 
 def timeline(
@@ -51,7 +51,7 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
         OptionsError: a file has another suffix, the ledger is empty, there is no trace, or matplotlib is missing.
     """
     from lightning_ckptless.cli.view.drawing import draw
-    from lightning_ckptless.cli.view.story import story_of
+    from lightning_ckptless.cli.view.timeline import timeline_of
     from lightning_ckptless.cli.view.timeline_page import timeline_page
     from lightning_ckptless.errors import OptionsError
 
@@ -60,13 +60,13 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
             raise OptionsError(f"{target}: expected a .png, .svg or .html file")
     if not run.events:
         raise OptionsError(f"{run.folder}: the ledger has no events yet")
-    story = story_of(run.run_id, run.events, steps_of_trace(trace) if trace is not None else ())
+    drawn = timeline_of(run.run_id, run.events, steps_of_trace(trace) if trace is not None else ())
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".html":
-            target.write_text(timeline_page(story))
+            target.write_text(timeline_page(drawn))
         else:
-            draw(story, target, target.suffix[1:])
+            draw(drawn, target, target.suffix[1:])
 
 
 def steps_of_trace(folder: Path) -> list[Step]:
@@ -78,9 +78,9 @@ def steps_of_trace(folder: Path) -> list[Step]:
     Raises:
         OptionsError: the folder has no trace.
     """
-    from lightning_ckptless.cli.view.story import Step
+    from lightning_ckptless.cli.view.timeline import Step
     from lightning_ckptless.errors import OptionsError
-    from lightning_ckptless.testing.traces import read_traces
+    from lightning_ckptless.testing.trace_reader import read_traces
 
     traces = read_traces(folder)
     if not traces:

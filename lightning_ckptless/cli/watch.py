@@ -130,7 +130,7 @@ def pause_s(cost_s: float) -> float:
     """Return the time until the run is looked at again.
 
     Args:
-        cost_s: processor time of the last look, in seconds.
+        cost_s: CPU time of the last look, in seconds.
     """
     return max(EVERY_S, cost_s / MOST_SHARE)
 

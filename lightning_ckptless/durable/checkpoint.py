@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ckptless.durable.capture import Captured
-from lightning_ckptless.durable.foreign import read_pickle
+from lightning_ckptless.durable.host_state_pickle import read_pickle
 from lightning_ckptless.durable.recipe import Recipe, unseal_recipe
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.replica.layout.layout import local_name, part_of, slot_views

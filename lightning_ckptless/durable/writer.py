@@ -18,9 +18,9 @@ import torch
 
 from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
-from lightning_ckptless.durable.order import WriterOrder
-from lightning_ckptless.durable.shared import POLL_EVERY_S, SharedWriter
+from lightning_ckptless.durable.node_writer import POLL_EVERY_S, NodeWriter
 from lightning_ckptless.durable.store import require_space, state_bytes, write_state
+from lightning_ckptless.durable.writer_settings import WriterSettings
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
@@ -37,20 +37,20 @@ class DurableWriter:
     """Writes the durable states of one arena.
 
     Args:
-        order: settings of the writer.
+        settings: settings of the writer.
     """
 
-    def __init__(self, order: WriterOrder) -> None:
-        self._order = order
-        self._folder = DurableFolder(Path(order.folder))
-        self._ledger = Ledger(order.ledger)
+    def __init__(self, settings: WriterSettings) -> None:
+        self._settings = settings
+        self._folder = DurableFolder(Path(settings.folder))
+        self._ledger = Ledger(settings.ledger)
         self._buffers = CopyBuffers()
         self._arena: Arena | None = None
         self._last: Version | None = None
         self._last_at = time.monotonic()
         self._written: Version | None = None
         self._warned = False
-        self._shared = SharedWriter(order, self._failed)
+        self._node_writer = NodeWriter(settings, self._failed)
 
     def write_if_due(self, *, is_last: bool = False) -> None:
         """Write a state if one is due.
@@ -61,7 +61,7 @@ class DurableWriter:
         share = self._share()
         if share is not None and not share.is_whole:
             if share.shards and self._arena is not None:
-                self._shared.write_if_due(self._arena, share, is_last=is_last)
+                self._node_writer.write_if_due(self._arena, share, is_last=is_last)
             return
         if not is_last and not self._may_be_due():
             return
@@ -74,7 +74,7 @@ class DurableWriter:
         if is_last:
             due = self._written is None or newest > self._written
         else:
-            due = self._order.timetable.is_due(newest, self._last, since_s=since_s)
+            due = self._settings.timetable.is_due(newest, self._last, since_s=since_s)
         if due:
             self._last, self._last_at = newest, time.monotonic()
             self._try_to_write(newest)
@@ -82,19 +82,19 @@ class DurableWriter:
     def _share(self) -> Share | None:
         """Return the share of this node, as noted by its workers; None if they have not."""
         try:
-            self._arena = self._arena or Arena.attach(Path(self._order.arena))
+            self._arena = self._arena or Arena.attach(Path(self._settings.arena))
             return self._arena.notes().durable_share
         except (ArenaError, FileNotFoundError):
             return None
 
     def _may_be_due(self) -> bool:
         """Return whether to inspect the arena; with an interval in seconds, nothing is due before it has passed."""
-        order = self._order
-        return order.every_n_steps is not None or time.monotonic() - self._last_at >= (order.every_s or 0.0)
+        settings = self._settings
+        return settings.every_n_steps is not None or time.monotonic() - self._last_at >= (settings.every_s or 0.0)
 
     def _newest(self) -> Version | None:
         try:
-            self._arena = self._arena or Arena.attach(Path(self._order.arena))
+            self._arena = self._arena or Arena.attach(Path(self._settings.arena))
             found = newest_committed([self._arena])
         except (ArenaError, FileNotFoundError):
             return None
@@ -157,7 +157,7 @@ class DurableWriter:
         size_bytes = write_state(captured, part)
         write_manifest(part, self._manifest(captured))
         path = self._folder.complete(part, version)
-        for old in states_to_drop(self._folder.versions(), version, self._order.keep):
+        for old in states_to_drop(self._folder.versions(), version, self._settings.keep):
             self._folder.drop(old)
         return path, size_bytes
 
@@ -165,7 +165,7 @@ class DurableWriter:
         assert self._arena is not None
         notes = self._arena.notes()
         return Manifest(
-            run_id=self._order.run_id,
+            run_id=self._settings.run_id,
             snapshot=captured.snapshot,
             shards=tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards),
             origin=notes.origin or None,
@@ -187,7 +187,7 @@ class DurableWriter:
 
     def is_over(self) -> bool:
         """Return whether the run has finished, or its arena no longer exists."""
-        folder = Path(self._order.arena)
+        folder = Path(self._settings.arena)
         return (folder / MARKER).exists() or not folder.exists()
 
 
@@ -210,21 +210,21 @@ class _Written:
     tries: int
 
 
-def run(order: WriterOrder) -> None:
+def run(settings: WriterSettings) -> None:
     """Write durable states until the run or the agent ends.
 
     Args:
-        order: settings of the writer.
+        settings: settings of the writer.
     """
     torch.set_num_threads(1)
     # Blocked and polled between two states, so that a state is completed before the process exits.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        agent = os.pidfd_open(order.agent_pid)
+        agent = os.pidfd_open(settings.agent_pid)
     except ProcessLookupError:
         return
-    writer = DurableWriter(order)
+    writer = DurableWriter(settings)
     try:
         pause_s = POLL_EVERY_S
         while not (_is_terminated(pause_s) or _has_ended(agent) or writer.is_over()):

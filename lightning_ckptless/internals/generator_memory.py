@@ -1,8 +1,9 @@
 """Reads the states of Python's and NumPy's global generators from their memory, in a microsecond each.
 
 Both are Mersenne Twisters: 624 words and a position. The public functions convert each word to an object, which takes
-20 and 100 microseconds, several times per step. The words lie in one piece in the memory of the generator. Where is
-found once, by a search for the known state of another generator of the same class, and confirmed as that one advances.
+20 and 100 microseconds, several times per step. The words are contiguous in the memory of the generator. Their offset
+is found once, by a search for the known state of another generator of the same class, and confirmed as that one
+advances.
 A generator that is not confirmed is read by its public functions.
 """
 

@@ -24,6 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from lightning_ckptless.protocol.wording import name_ranks
+
 _MOST_STARTS = 3
 _MOST_STARTS_BEFORE_FIT = 2
 _MOST_CRASHES_AT_A_STEP = 4
@@ -157,7 +159,7 @@ def _judge_crash(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPl
 
 def _crashes_repeat(crashes: tuple[ProgramEnd, ...]) -> str:
     last, ranks = crashes[-1], sorted({crash.rank for crash in crashes})
-    crashed = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    crashed = name_ranks(ranks)
     signals = sorted({crash.signal_name for crash in crashes})
     starved = next((crash.out_of_memory for crash in reversed(crashes) if crash.out_of_memory), "")
     advice = (

@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lightning_ckptless.protocol.wording import counted
+
 
 class DrainAction(StrEnum):
     """What follows from a request to drain a rank or a node."""
@@ -135,7 +137,7 @@ def plan_node_drain(now: NodeSituation) -> DrainPlan:
 
 def _why_not_node(now: NodeSituation) -> str:
     if not 0 <= now.node < now.nodes:
-        return f"the run has {_nodes(now.nodes)}, numbered from 0"
+        return f"the run has {counted(now.nodes, 'node')}, numbered from 0"
     if now.nodes == 1:
         return "it is the only node of the run; end the run with SIGTERM instead"
     if now.leaving:
@@ -149,7 +151,7 @@ def _why_not_node(now: NodeSituation) -> str:
     left = now.nodes - 1 + now.spare_nodes
     if left < now.least_nodes:
         return (
-            f"{now.nodes} - 1 + {now.spare_nodes} spare = {_nodes(left)} would remain, but the run needs "
+            f"{now.nodes} - 1 + {now.spare_nodes} spare = {counted(left, 'node')} would remain, but the run needs "
             f"{now.least_nodes}; start an agent on another node first, or allow fewer with --nnodes MIN:MAX"
         )
     return ""
@@ -166,7 +168,3 @@ def _instead(now: NodeSituation) -> str:
         "its loss ends the run: restart it with several endpoints in --rdzv-endpoint, or with the rendezvous "
         "on a machine that stays"
     )
-
-
-def _nodes(count: int) -> str:
-    return f"{count} node{'' if count == 1 else 's'}"

@@ -22,6 +22,7 @@ from math import comb
 from typing import NamedTuple
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.wording import counted
 
 Circle = tuple[str, ...]
 
@@ -205,16 +206,16 @@ def _reason(shards: int, circles: Sequence[Circle], copies: int, kind: str) -> s
     count = sum(len(circle) for circle in circles)
     if count == 1 and copies:
         return (
-            f"{_counted(shards, 'shard')}, 1 copy each on 1 {kind}: a {kind} loss is not covered "
+            f"{counted(shards, 'shard')}, 1 copy each on 1 {kind}: a {kind} loss is not covered "
             f"(copies={copies} needs {copies + 1} {kind}s)"
         )
     if not copies:
-        return f"{_counted(shards, 'shard')}, 1 copy each over {_counted(count, kind)}: survives no {kind} loss"
+        return f"{counted(shards, 'shard')}, 1 copy each over {counted(count, kind)}: survives no {kind} loss"
     beyond = copies + 1
     odds = _survival(circles, copies, beyond)
     covered = f"any {kind} loss" if copies == 1 else f"any {copies} simultaneous {kind} losses"
     return (
-        f"{_counted(shards, 'shard')}, {beyond} copies each over {count} {kind}s in {_shape(circles, beyond)}: "
+        f"{counted(shards, 'shard')}, {beyond} copies each over {count} {kind}s in {_shape(circles, beyond)}: "
         f"survives {covered}, {beyond} at once with probability {odds:.3f}"
     )
 
@@ -228,9 +229,5 @@ def _shape(circles: Sequence[Circle], group_size: int) -> str:
 def _too_few(ranks: int, found: int, copies: int, kind: str) -> str:
     return (
         f"copies={copies} needs {copies + 1} {kind}s (the writer's own and {copies} more), "
-        f"but the {ranks} ranks are on {found}: set copies={found - 1} or add {_counted(copies + 1 - found, kind)}"
+        f"but the {ranks} ranks are on {found}: set copies={found - 1} or add {counted(copies + 1 - found, kind)}"
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -24,6 +24,7 @@ from enum import StrEnum
 
 from lightning_ckptless.errors import ProtocolError
 from lightning_ckptless.protocol.crash_loop import Stage
+from lightning_ckptless.protocol.wording import name_ranks
 
 TRIES_IN_PLACE = 2
 """Recoveries in place without a completed step in between, after which the run is relaunched."""
@@ -107,11 +108,6 @@ def _whereabouts(outside: Mapping[int, Stage]) -> str:
 
 def _be(ranks: tuple[int, ...]) -> str:
     return "is" if len(ranks) == 1 else "are"
-
-
-def name_ranks(ranks: tuple[int, ...]) -> str:
-    """Ranks as they are named in a sentence."""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
 class WorkerState(StrEnum):

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lightning_ckptless.protocol.wording import counted
+
 
 @dataclass(frozen=True, order=True, slots=True)
 class Version:
@@ -186,25 +188,21 @@ def _disagree(replicas: Iterable[Replica]) -> bool:
 
 def _found(snapshot: Snapshot, shards: tuple[tuple[Replica, ...], ...], bad: Collection[Replica]) -> str:
     fewest = min(len(kept) for kept in shards)
-    damaged = f"; {_damaged(len(bad))} ignored" if bad else ""
+    damaged = f"; {counted(len(bad), 'damaged replica')} ignored" if bad else ""
     return (
         f"{snapshot.version} of generation {snapshot.generation} is complete: {snapshot.world_size} of "
-        f"{snapshot.world_size} shards, at least {fewest} {'replica' if fewest == 1 else 'replicas'} each{damaged}"
+        f"{snapshot.world_size} shards, at least {counted(fewest, 'replica')} each{damaged}"
     )
 
 
 def _lost(newest: Snapshot, absent: tuple[int, ...], bad_count: int) -> str:
     names = ", ".join(str(s) for s in absent)
     shards, have = ("shard", "has") if len(absent) == 1 else ("shards", "have")
-    damaged = f" ({_damaged(bad_count)} ignored)" if bad_count else ""
+    damaged = f" ({counted(bad_count, 'damaged replica')} ignored)" if bad_count else ""
     return (
         f"no version is complete: {shards} {names} of {newest.world_size} {have} no replica of "
         f"{newest.version}{damaged}"
     )
-
-
-def _damaged(count: int) -> str:
-    return f"{count} damaged {'replica' if count == 1 else 'replicas'}"
 
 
 def _nothing_readable(bad_count: int) -> str:

@@ -35,12 +35,12 @@ from lightning_ckptless.replica.arena_metadata import ArenaMetadata, DamagedAren
 from lightning_ckptless.replica.arena_notes import ArenaNotes, read_notes, write_notes
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.arena_space import (
-    MAKE_ROOM,
-    Room,
+    SPACE_FIX,
+    SlotSpace,
     available_memory_bytes,
     default_arena_dir,
-    find_room,
     is_in_memory,
+    measure_space,
     taken_bytes,
 )
 from lightning_ckptless.replica.checksum import bytes_of, matches
@@ -186,7 +186,7 @@ class Arena:
             ArenaError: the file system has too little free space, and the agent cannot hold the slots in memory.
         """
         paths = self._slot_paths(shard, holder, layout, count)
-        reason = self._require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
+        reason = self._require_space(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
         missing = [path for path in paths if not is_there(path)]
         # A decision made for the whole node also applies if these slots alone would fit.
         if missing and (reason := self._reason or reason):
@@ -198,7 +198,7 @@ class Arena:
                 path.unlink(missing_ok=True)
         return tuple(self._open(path, bulk_bytes) for path in paths)
 
-    def require_room_for(self, rings: Iterable[tuple[int, int]], layout: Layout, *, count: int = LEAST_SLOTS) -> None:
+    def require_space_for(self, rings: Iterable[tuple[int, int]], layout: Layout, *, count: int = LEAST_SLOTS) -> None:
         """Check that the slots of all ranks of this node fit together.
 
         Every rank checks this before it creates its own slots. Otherwise each of them would find enough space for
@@ -217,42 +217,42 @@ class Arena:
             for shard, holder in rings
             for path in self._slot_paths(shard, holder, layout.digest, count)
         }
-        self._reason = self._require_room(sizes)
+        self._reason = self._require_space(sizes)
 
     @property
-    def room_bytes(self) -> int:
+    def usable_bytes(self) -> int:
         """Memory that slots of this arena may use: in its file system, or instead held by the agent."""
         taken = sum(taken_bytes(path) for path, _ in self._slot_files())
         disk = os.statvfs(self.path)
         in_memory = self.hold is not None and is_in_memory(self.path.parent)
         return taken + max(disk.f_bavail * disk.f_frsize, available_memory_bytes() if in_memory else 0)
 
-    def _require_room(self, sizes: Mapping[Path, int]) -> str:
+    def _require_space(self, sizes: Mapping[Path, int]) -> str:
         """Check that slots fit as files or in anonymous memory.
 
         Returns:
             Why missing slots must be in anonymous memory; empty if they can be files.
         """
-        room = find_room(sizes, self.path)
+        space = measure_space(sizes, self.path)
         # Slots of a node are all of one kind: if some are in memory, the host state of others would not fit either.
-        if room.fits and not any(is_memory_file(path) for path, _ in self._slot_files()):
+        if space.fits and not any(is_memory_file(path) for path, _ in self._slot_files()):
             return ""
-        if obstacle := self._obstacle_to_memory(room):
-            if room.fits:
+        if obstacle := self._obstacle_to_memory(space):
+            if space.fits:
                 return ""
             raise ArenaError(
-                f"{self.path}: {room}, and the agent cannot hold them in anonymous memory: {obstacle}: {MAKE_ROOM}"
+                f"{self.path}: {space}, and the agent cannot hold them in anonymous memory: {obstacle}: {SPACE_FIX}"
             )
-        return room.in_memory_instead()
+        return space.in_memory_instead()
 
-    def _obstacle_to_memory(self, room: Room) -> str:
+    def _obstacle_to_memory(self, space: SlotSpace) -> str:
         """Why the agent cannot hold slots in anonymous memory; empty if it can."""
         if not is_in_memory(self.path.parent):
             return f"{self.path.parent} is on a disk, whose contents may not fit into memory"
         if self.hold is None:
             return "the workers were not started by an agent of this package (`ckptless run`, `python train.py`)"
         available_bytes = available_memory_bytes()
-        if room.needed_bytes > available_bytes:
+        if space.needed_bytes > available_bytes:
             return f"only {available_bytes} bytes of memory are available on this machine or in this container"
         return ""
 

@@ -98,12 +98,12 @@ class ArenaNotes:
         origin: checkpoint path from which the run was started; empty if it was started without one.
         finished: whether the run has finished.
         committed: newest version that the ranks have committed.
-        recoveries: recoveries of the run, if a foreign agent does not count them.
+        recoveries: recoveries of the run, if an external agent does not count them.
         folders: folders of each rank.
         logger_identities: the logger runs that rank 0 writes to.
         durable_share: share of this node in the writing of durable states.
-        reaper_agent: process id of the foreign agent at whose exit a reaper removes the arena.
-        writer_agent: process id of the foreign agent at whose exit the durable writer of this node exits.
+        reaper_agent: process id of the external agent at whose exit a reaper removes the arena.
+        writer_agent: process id of the external agent at whose exit the durable writer of this node exits.
         data_hooks: state that the data hooks of the user have made, by rank and name of the hook.
         raised: kind of the last exception of the script and the step before it, by rank.
     """

@@ -19,7 +19,7 @@ from lightning_ckptless.system.memory_files import stat_file
 from lightning_ckptless.system.private_files import require_private
 
 SHARED_MEMORY = Path("/dev/shm")
-MAKE_ROOM = (
+SPACE_FIX = (
     "enlarge the mount (docker run --shm-size=..., in Kubernetes a volume of `medium: Memory`, elsewhere mount -o "
     "remount,size=...), set arena_dir= to a larger file system, or keep fewer copies or a smaller state"
 )
@@ -88,7 +88,7 @@ def _lines(path: Path) -> list[str]:
 def available_memory_bytes() -> int:
     """Memory that this process may still allocate. Beyond it the kernel kills processes instead of refusing."""
     left, group = int(psutil.virtual_memory().available), ceiling("memory")
-    return left if group is None else min(left, group.room)
+    return left if group is None else min(left, group.left)
 
 
 def taken_bytes(path: Path) -> int:
@@ -100,7 +100,7 @@ def taken_bytes(path: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SlotSpace:
     """The space that slots need and the space on their file system.
 
     Args:
@@ -138,7 +138,7 @@ class Room:
         )
 
 
-def find_room(sizes: Mapping[Path, int], folder: Path) -> Room:
+def measure_space(sizes: Mapping[Path, int], folder: Path) -> SlotSpace:
     """Compare the space that files need with the free space.
 
     Args:
@@ -150,4 +150,4 @@ def find_room(sizes: Mapping[Path, int], folder: Path) -> Room:
     # empty arena.
     disk = os.statvfs(folder.parent)
     needed_bytes = sum(max(0, file_bytes - taken_bytes(path)) for path, file_bytes in sizes.items())
-    return Room(folder, len(sizes), needed_bytes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
+    return SlotSpace(folder, len(sizes), needed_bytes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)

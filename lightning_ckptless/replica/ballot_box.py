@@ -10,9 +10,9 @@ architecture. The vote orders nothing else. Payloads have a checksum. What a ran
 in files, which are ordered by the kernel, or in messages.
 
 **Waiting.** A rank sleeps on the cell that it awaits, and whoever stores a ballot wakes those who sleep on it. The
-sleep ends early every `_LOOK_EVERY_S`, to check whether a process that has not voted still runs: under a foreign agent,
-nothing else reveals that. `abort` ends it within milliseconds. A call of `abort` has no effect if it comes after the
-sleeper has checked for it but before the kernel has put it to sleep; then the next call or check has. A process is
+sleep ends early every `_LOOK_EVERY_S`, to check whether a process that has not voted still runs: under an external
+agent, nothing else reveals that. `abort` ends it within milliseconds. A call of `abort` has no effect if it comes after
+the sleeper has checked for it but before the kernel has put it to sleep; then the next call or check has. A process is
 known from the moment at which it has opened the memory.
 """
 
@@ -67,7 +67,7 @@ class BallotBox:
 
         Raises:
             TransportError: another rank has exited or does not vote in time, or `abort` was called.
-            ArenaError: there is no room for the payload.
+            ArenaError: there is no space for the payload.
         """
         with self._or_abort():
             if payload is not None:
@@ -83,7 +83,7 @@ class BallotBox:
 
         Raises:
             TransportError: see `collect`.
-            ArenaError: there is no room for the payload.
+            ArenaError: there is no space for the payload.
         """
         self.collect(0, payload)
         with self._or_abort():
@@ -98,7 +98,7 @@ class BallotBox:
 
         Raises:
             TransportError: `abort` was called.
-            ArenaError: there is no room for the payload.
+            ArenaError: there is no space for the payload.
         """
         with self._or_abort():
             if payload is not None:

@@ -80,16 +80,16 @@ def _of_pieces(algorithm: str, parts: Sequence[Buffer], piece_bytes: int, thread
 def _cut(parts: Sequence[Buffer], piece_bytes: int) -> list[list[Buffer]]:
     """Divide buffers into pieces of equal length; a piece may span the end of one buffer and the start of the next."""
     pieces: list[list[Buffer]] = []
-    room_bytes = 0
+    left_bytes = 0
     for part in parts:
         rest = memoryview(part)
         while rest:
-            if not room_bytes:
+            if not left_bytes:
                 pieces.append([])
-                room_bytes = piece_bytes
-            taken, rest = rest[:room_bytes], rest[room_bytes:]
+                left_bytes = piece_bytes
+            taken, rest = rest[:left_bytes], rest[left_bytes:]
             pieces[-1].append(taken)
-            room_bytes -= len(taken)
+            left_bytes -= len(taken)
     return pieces
 
 

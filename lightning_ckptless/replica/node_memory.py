@@ -27,7 +27,7 @@ from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import text
 from lightning_ckptless.protocol.ballots import BALLOTS_PER_LINE, CELLS_PER_LINE
 from lightning_ckptless.replica.arena_owner import Owner
-from lightning_ckptless.replica.arena_space import MAKE_ROOM
+from lightning_ckptless.replica.arena_space import SPACE_FIX
 
 MEMORY_NAME = text(r"votes-[0-9a-f]{32}")
 """The schema of the name of a file."""
@@ -90,7 +90,7 @@ class NodeMemory:
             payload: what it sends.
 
         Raises:
-            ArenaError: the file system has no room for it.
+            ArenaError: the file system has no space for it.
         """
         data = memoryview(_HEAD.pack(number, len(payload), zlib.crc32(payload)) + payload)
         at = _place(line, number)
@@ -102,7 +102,7 @@ class NodeMemory:
         except OSError as error:
             raise ArenaError(
                 f"cannot write {len(payload)} bytes into the memory that the ranks of this node share: {error}: "
-                f"{MAKE_ROOM}"
+                f"{SPACE_FIX}"
             ) from error
 
     def read(self, line: int, number: int) -> bytes:
@@ -142,10 +142,10 @@ def make_memory(folder: Path, voters: int) -> Path:
     path = folder / f"votes-{uuid.uuid4().hex}"
     try:
         with open(path, "xb", opener=_private) as file:
-            # Written rather than left sparse: a file system without room for it refuses now, and not by a signal later.
+            # Written rather than left sparse: a full file system refuses now, and not by a signal later.
             file.write(bytes(_cells_bytes(voters)))
     except OSError as error:
-        raise ArenaError(f"{path}: cannot create the memory for votes: {error}: {MAKE_ROOM}") from error
+        raise ArenaError(f"{path}: cannot create the memory for votes: {error}: {SPACE_FIX}") from error
     return path
 
 

@@ -102,10 +102,10 @@ class NodeTransport:
         known = {place: _pack(of_node)}
         for target, source in dissemination(place, places):
             # The last step brings some nodes a second time.
-            told = _pack([known[(place - back) % places] for back in range(len(known))])
-            length = _BITS.unpack(self._trade(target, source, _BITS.pack(len(told)), _BITS.size))[0]
-            heard = _unpack(self._trade(target, source, told, length))
-            known |= {(source - back) % places: payloads for back, payloads in enumerate(heard)}
+            sent = _pack([known[(place - back) % places] for back in range(len(known))])
+            length = _BITS.unpack(self._trade(target, source, _BITS.pack(len(sent)), _BITS.size))[0]
+            received = _unpack(self._trade(target, source, sent, length))
+            known |= {(source - back) % places: payloads for back, payloads in enumerate(received)}
         found = {
             rank: payload
             for node, ranks in enumerate(self._members)
@@ -113,12 +113,12 @@ class NodeTransport:
         }
         return [found[rank] for rank in range(self.world_size)]
 
-    def _trade(self, target: int, source: int, told: bytes, length: int) -> bytes:
+    def _trade(self, target: int, source: int, sent: bytes, length: int) -> bytes:
         """Send a message to one leader while another one's is received, whose length is known."""
-        heard = receive_buffer(length)
-        sends = [(self._leaders[target], _TAG, tensor_of(told))]
-        self._messages.exchange(sends, [(self._leaders[source], _TAG, heard)])
-        return bytes(bytes_of(heard))
+        received = receive_buffer(length)
+        sends = [(self._leaders[target], _TAG, tensor_of(sent))]
+        self._messages.exchange(sends, [(self._leaders[source], _TAG, received)])
+        return bytes(bytes_of(received))
 
 
 def ranks_of_nodes(nodes: Sequence[str]) -> list[list[int]]:

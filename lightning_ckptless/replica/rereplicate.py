@@ -19,6 +19,7 @@ from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.slots import absent_copies, newest_committed, refill_slot
 from lightning_ckptless.protocol.transfers import Read, Send, Transfer, plan_copies
 from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot
+from lightning_ckptless.protocol.wording import counted
 from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.restore import gather_inventory, gather_replicas
@@ -186,7 +187,7 @@ def _summary(found: Complete, plan: Sequence[Transfer]) -> Rereplicated:
         sent_bytes=sum(step.sent_bytes for step in sent),
         pairs=tuple(sorted((step.replica.shard, _target_rank(step)) for step in plan)),
         reason=(
-            f"filled in {len(plan)} missing {'copy' if len(plan) == 1 else 'copies'} of {found.snapshot.version}, "
+            f"filled in {counted(len(plan), 'missing copy', 'missing copies')} of {found.snapshot.version}, "
             f"{copied_bytes / 1e6:.1f} MB: {len(plan) - len(sent)} from the same node, {len(sent)} from other nodes"
         ),
     )

@@ -24,7 +24,6 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_metadata import NODE
 from lightning_ckptless.replica.broadcast import broadcast
 from lightning_ckptless.replica.checksum import bytes_of
-from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
 from lightning_ckptless.replica.layout.layout import Layout, local_name, part_of, pieces_for, slot_view
 from lightning_ckptless.replica.slot_stamp import (
@@ -36,6 +35,7 @@ from lightning_ckptless.replica.slot_stamp import (
     WORLD_SIZE,
     slot_state,
 )
+from lightning_ckptless.replica.thread_count import threads_of_a_rank
 from lightning_ckptless.replica.transport import Message, Transport, gather_json, receive_buffer, tensor_of
 
 OWN_ARENA = "own arena"

@@ -29,7 +29,7 @@ from lightning_ckptless.formats.schema import BYTES, SchemaError, record, text
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
 from lightning_ckptless.protocol.versions import SlotState
-from lightning_ckptless.replica.arena_space import MAKE_ROOM
+from lightning_ckptless.replica.arena_space import SPACE_FIX
 from lightning_ckptless.replica.slot_stamp import CHECKSUM, STAMP, Stamp, slot_state
 from lightning_ckptless.system.memory_files import open_file
 
@@ -213,7 +213,7 @@ class Slot:
                 raise
         except OSError as error:
             needed_bytes = slot_file_bytes(bulk_bytes)
-            fix = f": {MAKE_ROOM}" if error.errno == errno.ENOSPC else ""
+            fix = f": {SPACE_FIX}" if error.errno == errno.ENOSPC else ""
             raise ArenaError(f"{path}: cannot reserve a slot of {needed_bytes} bytes: {error}{fix}") from error
         self.header = SlotHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
         self.view = _view_of(self.header)

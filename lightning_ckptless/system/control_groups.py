@@ -45,7 +45,7 @@ class Ceiling:
     group: Path
 
     @property
-    def room(self) -> int:
+    def left(self) -> int:
         """Remaining bytes or processes."""
         return max(0, self.limit - self.used)
 
@@ -114,7 +114,7 @@ def ceiling(resource: Resource, proc: Path = PROC) -> Ceiling | None:
         proc: folder of the process.
     """
     group = control_group(resource, proc)
-    return None if group is None else min(group.ceilings(), key=lambda limit: limit.room, default=None)
+    return None if group is None else min(group.ceilings(), key=lambda limit: limit.left, default=None)
 
 
 def _up_to(mount: Path, folder: Path) -> Iterator[Path]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
+from lightning_ckptless.protocol.wording import counted
 from lightning_ckptless.testing.log_files import Row, read_logs
-from lightning_ckptless.testing.traces import Line, Trace, read_traces
+from lightning_ckptless.testing.trace_reader import Line, Trace, read_traces
 
 NOTHING = "nothing"
 LOG_ROWS = "log rows"
@@ -90,7 +91,7 @@ class Comparison:
         if self.first is None:
             return "nothing to compare: no rank has written a trace"
         count = len(self.differences)
-        return f"{count} difference{'' if count == 1 else 's'} in {compared}; first: {self.first}"
+        return f"{counted(count, 'difference')} in {compared}; first: {self.first}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, for JSON."""

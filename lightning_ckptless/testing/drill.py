@@ -15,12 +15,12 @@ from lightning_ckptless.ledger import Event
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.protocol.fault_script import Fault, FaultKind, parse_faults
 from lightning_ckptless.testing.compare import Comparison, compare
+from lightning_ckptless.testing.drill_progress import Progress, watching
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.starters import Ladder, Launcher, Start, program_of, shared_parent, start
-from lightning_ckptless.testing.traces import read_traces
+from lightning_ckptless.testing.trace_reader import read_traces
 from lightning_ckptless.testing.variant import Variant, environment_of
-from lightning_ckptless.testing.watch import Progress, watching
 
 __all__ = ["DrillReport", "Ladder", "Progress", "Recovery", "Variant", "run_drill", "run_variant"]
 

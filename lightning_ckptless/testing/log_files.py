@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_ckptless.testing.trace import OWN_PREFIX
-from lightning_ckptless.testing.traces import Trace
+from lightning_ckptless.testing.trace_reader import Trace
 
 Row = tuple[tuple[str, str], ...]
 """Pairs of name and value, sorted by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.cli.view.story import Step
+from lightning_ckptless.cli.view.timeline import Step
 from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 
 BEGAN_AT = 1000.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.cli.checks import clock, limits, network, processes, room, variables, versions
+from lightning_ckptless.cli.checks import clock, limits, network, processes, space, variables, versions
 from lightning_ckptless.cli.checks.check import Check, Job, State, Status
 from lightning_ckptless.cli.checks.clock import Instant
 from lightning_ckptless.cli.checks.network import HostName
@@ -28,8 +28,8 @@ ADAM = State.of_parameters(10**9, 2)
 ONE, TWO = Job(ranks=4), Job(ranks=4, nodes=2)
 
 
-def arena_folder(free_bytes: int, *, in_memory: bool = True, problem: str = "") -> room.ArenaFolder:
-    return room.ArenaFolder(Path("/memory"), 2 * free_bytes, free_bytes, in_memory, problem)
+def arena_folder(free_bytes: int, *, in_memory: bool = True, problem: str = "") -> space.ArenaFolder:
+    return space.ArenaFolder(Path("/memory"), 2 * free_bytes, free_bytes, in_memory, problem)
 
 
 def advises(check: Check, status: Status, fix: str) -> bool:
@@ -67,7 +67,7 @@ def test_installed_versions_are_found() -> None:
     assert installed["torch"].startswith(version("torch"))
 
 
-# ---------------------------------------------------------------- room
+# ---------------------------------------------------------------- space
 
 
 @pytest.mark.parametrize(
@@ -82,47 +82,47 @@ def test_installed_versions_are_found() -> None:
     ],
 )
 def test_room_for_arenas(job: Job, needed: int) -> None:
-    assert room.check_arena_room(job, arena_folder(needed)).status is OK
+    assert space.check_arena_space(job, arena_folder(needed)).status is OK
     small = arena_folder(needed - 1)
     # If the folder is in memory, the agent holds the slots that do not fit; on a disk that is not possible.
-    assert advises(room.check_arena_room(job, small), WARNING, f"--shm-size {needed // GB}g")
-    refused = room.check_arena_room(job, replace(small, in_memory=False))
+    assert advises(space.check_arena_space(job, small), WARNING, f"--shm-size {needed // GB}g")
+    refused = space.check_arena_space(job, replace(small, in_memory=False))
     assert advises(refused, FAILURE, f"--shm-size {needed // GB}g")
     assert refused.expected.startswith(f"{needed / GB:.1f} GB")
 
 
 def test_room_for_a_model_of_unknown_size() -> None:
-    found = room.check_arena_room(ONE, arena_folder(64 * GB))
+    found = space.check_arena_space(ONE, arena_folder(64 * GB))
     assert found.status is OK and "2.0B parameters" in found.found
 
 
 def test_arena_folder() -> None:
-    assert room.check_arena_folder(arena_folder(1)).status is OK
-    assert advises(room.check_arena_folder(arena_folder(1, in_memory=False)), WARNING, "mount a tmpfs")
-    assert advises(room.check_arena_folder(arena_folder(1, problem="no")), FAILURE, "CKPTLESS_ARENA_DIR")
+    assert space.check_arena_folder(arena_folder(1)).status is OK
+    assert advises(space.check_arena_folder(arena_folder(1, in_memory=False)), WARNING, "mount a tmpfs")
+    assert advises(space.check_arena_folder(arena_folder(1, problem="no")), FAILURE, "CKPTLESS_ARENA_DIR")
 
 
 def test_an_arena_folder_need_not_exist(tmp_path: Path) -> None:
-    found = room.inspect_folder(tmp_path / "a" / "b")
+    found = space.inspect_folder(tmp_path / "a" / "b")
     assert not found.problem and found.free_bytes > 0 and not (tmp_path / "a").exists()
 
 
 def test_copies_need_failure_domains() -> None:
-    assert room.check_placement(ONE).status is OK
-    assert "not covered" in room.check_placement(ONE).found
-    assert advises(room.check_placement(Job(4, nodes=2, copies=2)), FAILURE, "set copies=1")
+    assert space.check_placement(ONE).status is OK
+    assert "not covered" in space.check_placement(ONE).found
+    assert advises(space.check_placement(Job(4, nodes=2, copies=2)), FAILURE, "set copies=1")
 
 
 def test_durable_folder(tmp_path: Path) -> None:
     job = Job(4, state=State.of_parameters(1, 2))
     DurableFolder(earlier := tmp_path / "earlier").prepare()
     for folder in (tmp_path / "missing" / "too", earlier):
-        assert room.check_durable_folder(job, folder).status is OK
+        assert space.check_durable_folder(job, folder).status is OK
     assert not (tmp_path / "missing").exists()
     (tmp_path / "mine").touch()
-    assert advises(room.check_durable_folder(job, tmp_path), FAILURE, "to another folder")
+    assert advises(space.check_durable_folder(job, tmp_path), FAILURE, "to another folder")
     much = Job(4, state=State.of_parameters(10**18, 2))
-    assert advises(room.check_durable_folder(much, earlier), FAILURE, "larger file system")
+    assert advises(space.check_durable_folder(much, earlier), FAILURE, "larger file system")
 
 
 # ---------------------------------------------------------------- limits
@@ -201,11 +201,11 @@ def test_clock_jumps() -> None:
     assert clock.check_jumps(began, Instant(1002.0, 9.0)).status is FAILURE
 
 
-def test_clock_synchronisation() -> None:
-    assert clock.is_synchronised() in {True, False, None}
-    assert clock.check_synchronised(ONE, synchronised=False).status is OK
-    assert clock.check_synchronised(TWO, synchronised=True).status is OK
-    assert advises(clock.check_synchronised(TWO, synchronised=False), WARNING, "chrony")
+def test_clock_synchronization() -> None:
+    assert clock.is_synchronized() in {True, False, None}
+    assert clock.check_synchronized(ONE, synchronized=False).status is OK
+    assert clock.check_synchronized(TWO, synchronized=True).status is OK
+    assert advises(clock.check_synchronized(TWO, synchronized=False), WARNING, "chrony")
 
 
 # ---------------------------------------------------------------- network, variables

@@ -49,7 +49,7 @@ def found(checks: list[Check], name: str) -> Check:
 def test_this_node(tmp_path: Path) -> None:
     result = doctor("--arena-dir", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for name in ("Python", "torch", "room for arenas", "open files", "pidfd", "host name", "NCCL variables", "clock"):
+    for name in ("Python", "torch", "arena space", "open files", "pidfd", "host name", "NCCL variables", "clock"):
         assert f" {name} " in result.output
     assert "training works here" in result.output
 
@@ -90,10 +90,10 @@ def test_a_small_file_system_is_a_warning(tmp_path: Path) -> None:
     assert (fits.exit_code, does_not.exit_code) == (0, 0), "the agent would hold the slots"
     checks = {check["name"]: check for check in json.loads(does_not.output)["checks"]}
     assert checks["arena folder"]["status"] == "ok"
-    assert checks["room for arenas"]["status"] == "warning"
-    assert checks["room for arenas"]["found"].startswith("67.1 MB free in")
-    assert "--shm-size" in checks["room for arenas"]["fix"]
-    assert checks["room for arenas"]["expected"].startswith("96.0 MB")
+    assert checks["arena space"]["status"] == "warning"
+    assert checks["arena space"]["found"].startswith("67.1 MB free in")
+    assert "--shm-size" in checks["arena space"]["fix"]
+    assert checks["arena space"]["expected"].startswith("96.0 MB")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_whole_script(tmp_path: Path) -> None:
     assert checks["fork safety"]["found"] == "pump starts a thread: pump (line 1, `import pump`)"
     assert "4,000,000 parameters" in checks["model"]["found"]
     # Two slots of 12 bytes per parameter, plus those of the first step with 4 bytes per parameter.
-    assert checks["room for arenas"]["expected"].startswith("128.0 MB")
+    assert checks["arena space"]["expected"].startswith("128.0 MB")
     assert not Path("ran").exists()
 
 

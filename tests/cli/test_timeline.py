@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.cli.runs import find_run
 from lightning_ckptless.cli.timeline import write_timeline
-from lightning_ckptless.cli.view.story import story_of
+from lightning_ckptless.cli.view.timeline import timeline_of
 from lightning_ckptless.cli.view.timeline_page import timeline_page
 from lightning_ckptless.errors import OptionsError
 from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 def test_the_html_page_is_self_contained(tmp_path: Path) -> None:
     write_ledger(tmp_path)
-    text = timeline_page(story_of("<b>run</b>", find_run(None, tmp_path).events, STEPS))
+    text = timeline_page(timeline_of("<b>run</b>", find_run(None, tmp_path).events, STEPS))
     parsed = Page()
     parsed.feed(text)
     parsed.close()
@@ -94,7 +94,7 @@ def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
 def test_a_run_without_faults_has_no_recovery_table(tmp_path: Path) -> None:
     run = find_run(str(write_ledger(tmp_path)), None)
     events = [event for event in run.events if event.event in {"run_started", "run_ended"}]
-    assert "<table" not in timeline_page(story_of("quiet", events, STEPS[:3]))
+    assert "<table" not in timeline_page(timeline_of("quiet", events, STEPS[:3]))
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lightning_ckptless.replica.arena_space import default_arena_dir
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Ladder
 from lightning_ckptless.testing.log_files import collect_logs
-from lightning_ckptless.testing.traces import read_traces
+from lightning_ckptless.testing.trace_reader import read_traces
 from tests.device.hosts import HOSTS
 from tests.faults.cluster import END_S, Cluster
 from tests.faults.conftest import Drill, drill, parent  # noqa: F401 - fixtures

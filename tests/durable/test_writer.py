@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_ckptless.durable.folder import DurableFolder
-from lightning_ckptless.durable.order import MODULE, WriterOrder
+from lightning_ckptless.durable.writer_settings import MODULE, WriterSettings
 from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Version
@@ -64,8 +64,10 @@ def training(tmp_path: Path) -> Iterator[Training]:
 @contextmanager
 def writer(training: Training, folder: Path, *, agent: int, limit_bytes: int | None = None) -> Iterator[Any]:
     """Run a writer with an interval of ten steps."""
-    order = WriterOrder(str(training.arena.path), str(folder), str(folder.parent / "ledger"), "run", agent, 10, None, 2)
-    command = [sys.executable, "-m", MODULE, order.to_text()]
+    settings = WriterSettings(
+        str(training.arena.path), str(folder), str(folder.parent / "ledger"), "run", agent, 10, None, 2
+    )
+    command = [sys.executable, "-m", MODULE, settings.to_text()]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     if limit_bytes is not None:
         # The process is still importing torch, so the limit applies before the first write.

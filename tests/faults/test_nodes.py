@@ -15,7 +15,7 @@ from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import run_variant
 from lightning_ckptless.testing.log_files import collect_logs
-from lightning_ckptless.testing.traces import read_traces
+from lightning_ckptless.testing.trace_reader import read_traces
 from tests.faults.cluster import END_S, Cluster, free_port
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE, is_version

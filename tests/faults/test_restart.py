@@ -21,7 +21,7 @@ from lightning_ckptless.runner import record_for, remove_arenas
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Variant, run_variant
 from lightning_ckptless.testing.log_files import collect_logs
-from lightning_ckptless.testing.traces import read_traces
+from lightning_ckptless.testing.trace_reader import read_traces
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE, is_version
 from tests.lab.parts import Options

@@ -23,7 +23,7 @@ import torch
 
 from lightning_ckptless.cli.survey.reader import RunReader
 from lightning_ckptless.cli.survey.survey import survey_of
-from lightning_ckptless.cli.view.story import story_of
+from lightning_ckptless.cli.view.timeline import timeline_of
 from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.checkpoint import recipe_in
 from lightning_ckptless.durable.folder import Manifest, ShardFacts
@@ -301,6 +301,6 @@ def read_as_status_does(folder: Path, lines: list[bytes], arenas: Path) -> None:
     try:
         asdict(survey_of(RunReader(folder, arenas, clock=lambda: 2000.0).read()))
         if events:
-            story_of("run", events)
+            timeline_of("run", events)
     except CkptlessError:
         pass

@@ -15,7 +15,7 @@ TESTS = sources("tests")
 CATCHES_EVERYTHING = {
     f"{PACKAGE}/_registration/autoload.py": "an error would make `import torch` fail in every program",
     f"{PACKAGE}/membership/worker/startup.py": "like the interpreter, it reports whatever a program raises",
-    f"{PACKAGE}/membership/forkserver/learning.py": "whatever a module raises on import is the reason to exclude it",
+    f"{PACKAGE}/membership/forkserver/import_learning.py": "whatever a module raises is the reason to exclude it",
     f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its result",
     f"{PACKAGE}/membership/agent/notices.py": "whatever the user's function raises is reported",
     f"{PACKAGE}/trainer/outputs/loggers.py": "a logger that fails while fit ends must not hide the reason for the end",

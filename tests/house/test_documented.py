@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
+from lightning_ckptless.cli.drill import drill
 from lightning_ckptless.cli.survey import alarms
 from lightning_ckptless.cli.view.metrics import METRICS
 from lightning_ckptless.configuration.option import options_of
@@ -23,7 +24,6 @@ from lightning_ckptless.membership import drain_events  # noqa: F401 - its event
 from lightning_ckptless.membership.events import Event
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol import (
-    conclusion,
     crash_loop,
     draining,
     hang_detection,
@@ -32,6 +32,7 @@ from lightning_ckptless.protocol import (
     reconfiguration,
     recovery,
     retry_policy,
+    run_end,
     startup,
     stragglers,
 )
@@ -60,6 +61,8 @@ from tests.versions.table import rows_of
 Row = list[str]
 PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
 MANUAL = "the model steps its optimizers itself (automatic_optimization=False)"
+PATH = re.compile(r"`([a-z_/]+(?:/|\.py))`")
+"""A folder or a file of the package, in code format."""
 ALL_TEXT = "\n".join(path.read_text() for path in (*PAGES, REPOSITORY / "README.md"))
 
 
@@ -122,7 +125,7 @@ def test_cascades(module: ModuleType, head: str) -> None:
     ("name", "head", "module"),
     [
         ("configuration", "The run", retry_policy),
-        ("launching", "The run", conclusion),
+        ("launching", "The run", run_end),
         ("errors", "The worker ended", crash_loop),
         ("draining", "To be drained", draining),
         ("draining", "A straggler", stragglers),
@@ -281,6 +284,13 @@ def test_fault_grammar() -> None:
     assert {row[0].strip("`") for row in table(text, "Kind")} == set(FaultKind)
 
 
+def test_faults_in_the_help_of_the_drill() -> None:
+    text = drill.__doc__ or ""
+    # A drill has one node.
+    assert {kind for kind in FaultKind if not re.search(rf"\b{kind}\b", text)} == {FaultKind.NODE}
+    assert re.findall(r"\w+", text.partition("moments: ")[2].partition("\n\n")[0]) == list(Moment)
+
+
 def test_documented_faults_can_be_parsed() -> None:
     shown = re.findall(r"(?:--fault |CKPTLESS_FAULTS=|FaultInjector\(\")([a-z]+:[^\s\"`]+)", ALL_TEXT)
     assert len(shown) > 5
@@ -373,6 +383,18 @@ def test_documented_files_exist() -> None:
     )
     assert len(shown) > 8
     assert {path for path in shown if not (REPOSITORY / path).exists()} == set()
+
+
+def test_the_map_of_the_code_names_files_that_exist() -> None:
+    text = page("development/index")
+    named = {name for head in ("Package", "...") for row in table(text, head) for name in PATH.findall(" ".join(row))}
+    assert len(named) > 80
+    assert {path for path in named if not (REPOSITORY / PACKAGE / path).exists()} == set()
+
+
+def test_every_folder_of_tests_is_described() -> None:
+    described = first_words(table(page("development/index"), "Folder"))
+    assert described == {f"tests/{file.parent.name}" for file in (REPOSITORY / "tests").glob("*/*.py")}
 
 
 def test_every_page_is_in_the_navigation() -> None:

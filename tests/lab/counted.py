@@ -72,7 +72,7 @@ class Counted(pl.LightningModule):
         loss: torch.Tensor = (self.body(inputs).squeeze(1) - targets).square().mean()
         self.count.update(float(len(indices)))
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
-        if not strategy.runs_for_nothing:
+        if not strategy.is_padding_batch:
             self.step = self.global_step
             self._record({"samples": indices.tolist(), "batch": batch_idx})
         return loss

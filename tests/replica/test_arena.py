@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ckptless.cli.leftovers import find_leftovers
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Hold, Owner, adopt, default_arena_dir, find_arenas, reclaim
+from lightning_ckptless.replica.arena_cleanup import find_abandoned_arenas
 from lightning_ckptless.replica.arena_metadata import locked
 from lightning_ckptless.replica.arena_notes import ArenaNotes, write_notes
 from lightning_ckptless.replica.checksum import bytes_of, digest
@@ -488,13 +488,13 @@ def test_arenas_may_be_removed_during_a_search(tmp_path: Path, owner: Owner, dea
             for _ in range(200):
                 assert "stays" in {info.node for info in find_arenas(tmp_path)}
                 reclaim(tmp_path, now=time.time(), keep_s=1e6)
-                find_leftovers(tmp_path, None)
+                find_abandoned_arenas(tmp_path, None)
         finally:
             over.set()
         job.result(timeout=20)
 
 
-# ------------------------------------------------------------------ room
+# ------------------------------------------------------------------ space
 
 
 def test_the_slots_of_all_ranks_of_a_node_must_fit_together(arena: Arena) -> None:
@@ -502,9 +502,9 @@ def test_the_slots_of_all_ranks_of_a_node_must_fit_together(arena: Arena) -> Non
     each = disk.f_bavail * disk.f_frsize * 2 // 5
     state = {"weight": torch.empty(each, dtype=torch.uint8, device="meta")}
     layout = plan_layout([describe(state, replicated=False)] * 2)
-    arena.require_room_for([(0, 0)], layout)
+    arena.require_space_for([(0, 0)], layout)
     with pytest.raises(ArenaError, match=r"4 slots need \d+ more bytes, but \d+ are free.*arena_dir="):
-        arena.require_room_for([(0, 0), (1, 1)], layout)
+        arena.require_space_for([(0, 0), (1, 1)], layout)
 
 
 def _hold_here(handles: list[int]) -> Hold:
@@ -548,7 +548,7 @@ def test_a_decision_for_the_node_applies_to_each_of_its_ranks(tmp_path: Path, ow
     with small_memory(tmp_path / "small", 2) as folder:
         arena = Arena.create(folder, "run", "node0", owner)
         arena.hold = _hold_here(handles)
-        arena.require_room_for([(0, 0), (1, 1)], layout)
+        arena.require_space_for([(0, 0), (1, 1)], layout)
         arena.slots(0, 0, layout.bulk_bytes(0), layout=layout.digest)
         assert len(handles) == 2
         arena.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_ckptless.replica import checksum
 from lightning_ckptless.replica.checksum import ALGORITHMS, NO_CHECKSUM, digest, joined, matches
-from lightning_ckptless.replica.cores import MOST_THREADS, threads_of_a_rank
+from lightning_ckptless.replica.thread_count import MOST_THREADS, threads_of_a_rank
 
 BYTES = 10_000
 

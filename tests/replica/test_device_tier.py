@@ -17,7 +17,7 @@ from lightning_ckptless.protocol.versions import Complete, Replica, Snapshot, Ti
 from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.device_tier.delivery import Delivery
 from lightning_ckptless.replica.device_tier.device_plan import DevicePlan
-from lightning_ckptless.replica.device_tier.device_room import DeviceNeed, require_room, room_bytes
+from lightning_ckptless.replica.device_tier.device_space import DeviceNeed, free_bytes_of, require_fits
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
 from lightning_ckptless.replica.layout.layout import live_views, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
@@ -275,14 +275,14 @@ def test_slots_are_reused_while_they_fit(ranks: Ranks) -> None:
 
 def test_a_tier_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     slots = DeviceNeed("device_tier='on'", "device_tier='off'", "the slots", 50_000_000, 2)
-    require_room([slots], 100_000_000, 4, 3.0, 350_000_000, 0)
+    require_fits([slots], 100_000_000, 4, 3.0, 350_000_000, 0)
     with pytest.raises(OptionsError) as caught:
-        require_room([slots], 100_000_000, 4, 3.0, 349_000_000, 0)
+        require_fits([slots], 100_000_000, 4, 3.0, 349_000_000, 0)
     assert str(caught.value) == (
         "rank 0: device_tier='on' does not fit: 2/4 of the state = 150.0 MB for the slots, and 200.0 MB for the "
         "optimizers, but 349.0 MB of device memory are free: keep fewer copies, free memory, or set device_tier='off'"
     )
-    assert room_bytes(torch.device("cpu"), 2) > 0
+    assert free_bytes_of(torch.device("cpu"), 2) > 0
 
 
 def test_slots_and_buffers_have_to_fit_together() -> None:
@@ -290,9 +290,9 @@ def test_slots_and_buffers_have_to_fit_together() -> None:
         DeviceNeed("device_tier='on'", "device_tier='off'", "the slots", 50_000_000, 2),
         DeviceNeed("staging='device'", "staging='overlap'", "the buffers", 25_000_000, 1),
     ]
-    require_room(needs, 100_000_000, 4, 1.0, 75_000_000, 0)
+    require_fits(needs, 100_000_000, 4, 1.0, 75_000_000, 0)
     with pytest.raises(OptionsError) as caught:
-        require_room(needs, 100_000_000, 4, 1.0, 74_000_000, 1)
+        require_fits(needs, 100_000_000, 4, 1.0, 74_000_000, 1)
     assert str(caught.value) == (
         "rank 1: device_tier='on' and staging='device' do not fit: 2/4 of the state = 50.0 MB for the slots, 1/4 of "
         "the state = 25.0 MB for the buffers, and 0 bytes for the optimizers, but 74.0 MB of device memory are free: "

@@ -27,8 +27,8 @@ from lightning_ckptless.protocol.messages import (
 )
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.restore import choose, fetch
-from lightning_ckptless.trainer.recovery.exits import OwnProcess
 from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_restored
+from lightning_ckptless.trainer.recovery.own_process import OwnProcess
 from lightning_ckptless.trainer.recovery.recovery_loop import RecoveryLoop
 from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.recovery.restoration import sum_over_ranks
@@ -84,14 +84,14 @@ class Worker:
             strategy, session, cast("Any", self.data), cast("Any", self.running), cast("Any", self.fetch), procedure,
             self.watcher, own,
         )  # fmt: skip
-        going_back: Any = SimpleNamespace(stop_if_due=self.mirroring.settle)
+        rewind: Any = SimpleNamespace(stop_if_due=self.mirroring.settle)
         self.loop = RecoveryLoop(
             strategy,
             session,
             cast("Any", self.loops),
             cast("Any", Nothing()),
             regrouping,
-            going_back,
+            rewind,
             self.watcher,
             own,
         )

@@ -20,7 +20,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.testing.log_files import collect_logs
-from lightning_ckptless.testing.traces import read_traces
+from lightning_ckptless.testing.trace_reader import read_traces
 from lightning_ckptless.testing.variant import Variant
 from tests.faults.cluster import Cluster, free_port
 from tests.faults.counting import Account, account_of, largest_difference

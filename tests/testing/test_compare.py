@@ -11,7 +11,7 @@ import pytest
 
 from lightning_ckptless.ledger import LEDGER_NAME, Ledger
 from lightning_ckptless.testing.compare import LOG_ROWS, compare, compare_traces
-from lightning_ckptless.testing.traces import Point, read_trace
+from lightning_ckptless.testing.trace_reader import Point, read_trace
 
 Row = dict[str, Any]
 

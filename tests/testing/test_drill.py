@@ -17,8 +17,8 @@ from lightning_ckptless.formats.ledger_events import seal_line
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing import starters
 from lightning_ckptless.testing.drill import DrillReport, Recovery, Variant, report_on, run_drill, run_variant
+from lightning_ckptless.testing.drill_progress import Progress
 from lightning_ckptless.testing.starters import LAUNCHERS, Launcher
-from lightning_ckptless.testing.watch import Progress
 from tests.testing.test_compare import batch, begin, end, write
 
 TRACED = """

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_ckptless.testing.log_files import collect_logs, csv_rows, read_logs, tensorboard_rows
-from lightning_ckptless.testing.traces import Trace
+from lightning_ckptless.testing.trace_reader import Trace
 
 
 def trace_of(folder: Path) -> Trace:

@@ -19,7 +19,7 @@ from lightning_ckptless.testing.trace import (
     optimizer_state,
     relative_paths,
 )
-from lightning_ckptless.testing.traces import Trace, read_traces
+from lightning_ckptless.testing.trace_reader import Trace, read_traces
 from tests.lab.parts import Options
 from tests.testing.runs import BASE, fit
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.checkpoint import lightning_checkpoint
-from lightning_ckptless.durable.foreign import PICKLE_MODULE
+from lightning_ckptless.durable.host_state_pickle import PICKLE_MODULE
 from lightning_ckptless.durable.recipe import seal_recipe
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.formats.packing import pack

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_ckptless.cli.checks.check import Check, Job, Status
 
 _TIME_ERROR = 5
-"""Return value of adjtimex(2) for an unsynchronised clock."""
+"""Return value of adjtimex(2) for an unsynchronized clock."""
 _JUMP_S = 0.5
 _TIMEX_LONGS = 64
 """Size of a buffer for the kernel's `struct timex`; all zeros request no change."""
@@ -28,8 +28,8 @@ class Instant:
         return cls(time.time(), time.monotonic())
 
 
-def is_synchronised() -> bool | None:
-    """Return whether the kernel reports a wall clock synchronised by NTP or similar; None if it does not report it."""
+def is_synchronized() -> bool | None:
+    """Return whether the kernel reports a wall clock synchronized by NTP or similar; None if it does not report it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "adjtimex"):
         return None
@@ -54,13 +54,13 @@ def check_jumps(began: Instant, now: Instant) -> Check:
     return Check("clock jumps", Status.WARNING, found, expected, fix)
 
 
-def check_synchronised(job: Job, synchronised: bool | None) -> Check:
-    """Check that the wall clock is synchronised, which matters if times of several nodes are compared."""
-    name, expected = "clock", "synchronised by NTP or similar, with several nodes"
-    found = {True: "synchronised", False: "not synchronised by this kernel", None: "not reported by the kernel"}[
-        synchronised
+def check_synchronized(job: Job, synchronized: bool | None) -> Check:
+    """Check that the wall clock is synchronized, which matters if times of several nodes are compared."""
+    name, expected = "clock", "synchronized by NTP or similar, with several nodes"
+    found = {True: "synchronized", False: "not synchronized by this kernel", None: "not reported by the kernel"}[
+        synchronized
     ]
-    if job.nodes == 1 or synchronised:
+    if job.nodes == 1 or synchronized:
         return Check(name, Status.OK, found, expected)
     fix = "run chrony or systemd-timesyncd on every node: ledgers and logs of several nodes are compared by time"
     return Check(name, Status.WARNING, found, expected, fix)
@@ -68,4 +68,4 @@ def check_synchronised(job: Job, synchronised: bool | None) -> Check:
 
 def check_clock(job: Job, began: Instant) -> list[Check]:
     """Run both checks on this host."""
-    return [check_jumps(began, Instant.now()), check_synchronised(job, is_synchronised())]
+    return [check_jumps(began, Instant.now()), check_synchronized(job, is_synchronized())]

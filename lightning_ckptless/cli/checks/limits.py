@@ -11,6 +11,7 @@ import psutil
 from rich.filesize import decimal
 
 from lightning_ckptless.cli.checks.check import Check, Job, Status
+from lightning_ckptless.protocol.wording import counted
 from lightning_ckptless.system.control_groups import Ceiling, ceiling
 
 _INFINIBAND = Path("/sys/class/infiniband")
@@ -57,7 +58,7 @@ def check_locked_memory(soft: int, adapters: int) -> Check:
         soft: soft limit in bytes.
         adapters: number of InfiniBand adapters on this host.
     """
-    found = f"{_size(soft)}, {adapters} InfiniBand adapter{'' if adapters == 1 else 's'}"
+    found = f"{_size(soft)}, {counted(adapters, 'InfiniBand adapter')}"
     if not adapters:
         return Check("locked memory", Status.OK, found, "any: no memory is locked without InfiniBand")
     if soft == resource.RLIM_INFINITY:
@@ -81,7 +82,7 @@ def check_processes(job: Job, of_user: int, group: Ceiling | None, used: int) ->
     if of_user != resource.RLIM_INFINITY:
         available[f"user limit {of_user}, {used} in use"] = of_user - used
     if group is not None:
-        available[f"control group limit {group.limit}, {group.used} in use"] = group.room
+        available[f"control group limit {group.limit}, {group.used} in use"] = group.left
     if not available:
         return Check("processes", Status.OK, "unlimited", expected)
     found = min(available, key=lambda text: available[text])
@@ -104,10 +105,10 @@ def check_memory(job: Job, available_bytes: int, group: Ceiling | None, *, arena
         group: limit of the control group; None for none.
         arenas_in_memory: whether arenas take memory, as in /dev/shm, which counts towards the control group's limit.
     """
-    room, found = available_bytes, f"{decimal(available_bytes)} available"
-    if group is not None and group.room < room:
-        room = group.room
-        found = f"{decimal(room)} left of the control group's {decimal(group.limit)}"
+    left_bytes, found = available_bytes, f"{decimal(available_bytes)} available"
+    if group is not None and group.left < left_bytes:
+        left_bytes = group.left
+        found = f"{decimal(left_bytes)} left of the control group's {decimal(group.limit)}"
     if job.state is None:
         return Check("memory", Status.OK, found, "enough for arenas and processes: use --parameters to check")
     arenas = job.replicated(job.state.bytes) if arenas_in_memory else 0
@@ -116,7 +117,7 @@ def check_memory(job: Job, available_bytes: int, group: Ceiling | None, *, arena
     expected = f"at least {decimal(arenas + trained)}: {decimal(arenas)} for arenas"
     if trained:
         expected += f" and {decimal(trained)} for parameters, gradients and optimizer state of {job.ranks} ranks"
-    if room >= arenas + trained:
+    if left_bytes >= arenas + trained:
         return Check("memory", Status.OK, f"{found}, {decimal(arenas + trained)} needed", expected)
     fix = "train a smaller model, use fewer ranks per node, shard the model (--sharded), or raise the memory limit"
     return Check("memory", Status.FAILURE, found, expected, fix)

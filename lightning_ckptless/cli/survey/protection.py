@@ -10,6 +10,7 @@ from lightning_ckptless.cli.survey.reading import Reading
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.redundancy import Cover, cover_of, protection_of
 from lightning_ckptless.protocol.versions import Replica, SlotState, newest_complete
+from lightning_ckptless.protocol.wording import counted
 
 _MOST_FATAL = 4
 
@@ -98,7 +99,7 @@ def protected_now(reading: Reading) -> Protected:
 
 def _survived(cover: Cover, kind: str, domains: int) -> str:
     if cover.losses:
-        return f"any {_counted(cover.losses, kind)} may be lost"
+        return f"any {counted(cover.losses, kind)} may be lost"
     if domains == 1:
         return f"any worker may be lost, the only {kind} may not"
     shown = " or ".join(" + ".join(names) for names in cover.fatal[:_MOST_FATAL])
@@ -113,14 +114,10 @@ def _by_the_ledger(history: History, placed: Event, now: float) -> Protected:
         return Protected(None, kind, None, None, "unknown: copies are on other hosts, and no version is committed yet")
     losses, step = placed.fields["copies"], committed.fields["step"]
     age_s = max(0.0, now - committed.at)
-    may = f"any {_counted(losses, kind)} may be lost" if losses else f"no {kind} may be lost"
+    may = f"any {counted(losses, kind)} may be lost" if losses else f"no {kind} may be lost"
     text = f"{may}, according to the ledger; committed {_step(step)}, {age_s:.1f} s ago"
     return Protected(losses, kind, step, age_s, text)
 
 
 def _step(number: int) -> str:
     return f"step {number:,}"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ckptless.cli.checks.check import Check, Status
+from lightning_ckptless.protocol.wording import counted
 
 _COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
 
@@ -54,11 +55,7 @@ def _advice(check: Check) -> Table:
 def _verdict(checks: Sequence[Check]) -> Text:
     counts = {status: sum(check.status is status for check in checks) for status in Status}
     if failures := counts[Status.FAILURE]:
-        return Text(f"training will not work here: {_count(failures, 'failure')}", style=_COLOURS[Status.FAILURE])
+        return Text(f"training will not work here: {counted(failures, 'failure')}", style=_COLOURS[Status.FAILURE])
     if warnings := counts[Status.WARNING]:
-        return Text(f"training works here, with {_count(warnings, 'warning')}", style=_COLOURS[Status.WARNING])
+        return Text(f"training works here, with {counted(warnings, 'warning')}", style=_COLOURS[Status.WARNING])
     return Text(f"training works here: {len(checks)} checks passed", style=_COLOURS[Status.OK])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

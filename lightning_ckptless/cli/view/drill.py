@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ckptless.protocol.phases import PHASES
+from lightning_ckptless.protocol.wording import counted
 from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
 
 TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "repeated"}
@@ -151,7 +152,7 @@ def differences_table(report: DrillReport) -> Table:
 
 
 def _events(faults: int, recoveries: int) -> str:
-    return f"{faults} fault{'' if faults == 1 else 's'}, {recoveries} recover{'y' if recoveries == 1 else 'ies'}"
+    return f"{counted(faults, 'fault')}, {counted(recoveries, 'recovery', 'recoveries')}"
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -19,6 +19,7 @@ from lightning_ckptless.protocol.forecast.price import SPARE_NODES, arena_bytes_
 from lightning_ckptless.protocol.forecast.recommendation import Alternative
 from lightning_ckptless.protocol.forecast.simulation import Bucket
 from lightning_ckptless.protocol.forecast.summary import Summary
+from lightning_ckptless.protocol.wording import counted
 
 _HOURS = 30 * 24
 _YEAR_S = 365.25 * SECONDS_PER_DAY
@@ -50,7 +51,7 @@ def _head(found: Forecast, what: Forecastable) -> Table:
     left_out = f", without {', '.join(closed.left_out)}" if closed.left_out else ""
     gap_s = what.failures.gaps(cluster.nodes).mean_s
     table = Table.grid(padding=(0, 2))
-    spares = f"{found.job.choices.spares} spare{'' if found.job.choices.spares == 1 else 's'}"
+    spares = counted(found.job.choices.spares, "spare")
     elastic = f", at least {cluster.min_nodes}" if cluster.min_nodes < cluster.nodes else ""
     table.add_row(
         "job", f"{cluster.ranks} ranks on {cluster.nodes} nodes{elastic}, {spares}; {what.inputs.days:g} days"

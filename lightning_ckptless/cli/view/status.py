@@ -12,6 +12,7 @@ from lightning_ckptless.cli.survey.survey import Survey
 from lightning_ckptless.cli.view.watch import STATE_COLOURS
 from lightning_ckptless.protocol.mtbf import observed_mtbf
 from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
+from lightning_ckptless.protocol.wording import counted
 
 _MOST_RANKS = 8
 _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
@@ -54,7 +55,7 @@ def _head(found: Survey) -> Table:
         table.add_row("committed", found.committed or "none yet")
         if found.commit_lag_steps is not None:
             age = "" if found.commit_age_s is None else f", last written {found.commit_age_s:.1f} s ago"
-            steps = f"{found.commit_lag_steps} step{'' if found.commit_lag_steps == 1 else 's'}"
+            steps = counted(found.commit_lag_steps, "step")
             table.add_row("commit lag", f"{steps}{age}")
         table.add_row("restorable", found.restorable)
     else:
@@ -67,7 +68,7 @@ def _head(found: Survey) -> Table:
     if found.goodput is not None:
         recent = "" if found.goodput_1h is None else f", {found.goodput_1h:.1%} in the last hour"
         table.add_row("goodput", f"{found.goodput:.1%} of {found.wall_s:.1f} s{recent}")
-        table.add_row("replayed", f"{found.steps_replayed} step{'' if found.steps_replayed == 1 else 's'}")
+        table.add_row("replayed", counted(found.steps_replayed, "step"))
         table.add_row("failures", str(observed_mtbf(found.failures, found.wall_s)))
     return table
 

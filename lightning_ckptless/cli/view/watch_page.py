@@ -66,7 +66,7 @@ def content(found: Survey, history: History, heat: Heatmap) -> str:
             section("Own time per step, by rank and step", _heatmap(heat)),
             section("Steps over time", _timeline(history)),
             section("Time of the run, by what it was spent on", bucket_bar(found.time_s)),
-            section("What ranks have kept the others waiting for", waits_table(found.ranks)),
+            section("What ranks kept the others waiting for", waits_table(found.ranks)),
             section("Tiers", _tiers(found)),
             section("Last recoveries", _recoveries(found)),
         )

@@ -175,7 +175,7 @@ def serve(
     Args:
         run: the run.
         server: serves it.
-        pause_s: returns the time until the next look in seconds, given the processor time of the last one.
+        pause_s: returns the time until the next look in seconds, given the CPU time of the last one.
         wait: waits for a time in seconds.
     """
     try:

@@ -2,7 +2,7 @@
 
 Lightning copies nested dataclasses with `dataclasses.asdict` at each call. Here the places of the counters are found
 once, and each reading sets their values in the same dictionary. They are found again if an object that holds some of
-them was replaced, or has got or lost attributes.
+them was replaced, or has gained or lost attributes.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class FitLoops:
         return not validates_by_clock(self.trainer)
 
     def validation_may_follow(self, fetcher: Any) -> bool:
-        """Return whether this rank may run validation after the last batch; by the clock, it is always possible."""
+        """Return whether this rank may run validation after the last batch; time-based validation always may."""
         if not self.ranks_agree_on_validation:
             return True
         return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val

@@ -70,7 +70,8 @@ from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop, NodeUnfit
 from lightning_ckptless.protocol.reconfiguration import MovePlan, NodeStatus
-from lightning_ckptless.protocol.recovery import Rung, name_ranks
+from lightning_ckptless.protocol.recovery import Rung
+from lightning_ckptless.protocol.wording import name_ranks
 
 _WAIT_S = 0.1
 

@@ -125,7 +125,7 @@ class Draining:
             if pids[local_rank] != drain.pid:
                 self._give_up(local_rank, "its process was lost before it handed over, and was replaced")
             elif why_not := self._in_place.why_no_standby:
-                self._give_up(local_rank, f"no replacement could be made ready: {why_not}")
+                self._give_up(local_rank, f"no replacement could be prepared: {why_not}")
         self._in_place.wanted_for_drains = len(self._drains)
         for local_rank, drain in list(self._drains.items())[: self._in_place.ready_standbys]:
             if drain.asked_in != self._in_place.number and workers.all_train:

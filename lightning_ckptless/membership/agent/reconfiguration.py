@@ -63,7 +63,7 @@ def agree(store: Any, status: NodeStatus, node: int, nodes: int) -> MovePlan:
         # A node has left again, and those that stay would wait for it. Its absence is detected, and all nodes
         # rendezvous again.
         everyone = tuple(range(nodes))
-        return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree which of them stay: {error}")
+        return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree on which of them stay: {error}")
 
 
 class JoinProgress(Enum):

@@ -19,8 +19,8 @@ from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.fallback import ForkFallback
+from lightning_ckptless.membership.forkserver.import_learning import ImportRequest
 from lightning_ckptless.membership.forkserver.imported import Imported
-from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.rendezvous.rounds import Round

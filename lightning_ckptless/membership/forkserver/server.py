@@ -13,7 +13,7 @@ and the fork server exits.
 | the same, at a limit of the system | `{"impossible": sentence}` |
 | `{"signal": number, "pids": [...]}`, to groups, or with `"alone": true` to processes | none |
 | `{"succeed": true}` with a socket | `{"pid": n}` with a pidfd: a fork that serves at that socket, like this one |
-| `{"learn": request}`, to such a fork | `{"learned": modules, "unsafe": {...}, "took_s": s}`; see `learning` |
+| `{"learn": request}`, to such a fork | `{"learned": modules, "unsafe": {...}, "took_s": s}`; see `import_learning` |
 
 Without a request, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker exits, `at` being wall clock.
 """
@@ -45,7 +45,7 @@ def unsafe_to_fork() -> str | None:
         return f"an imported module has started threads: {', '.join(threads.values())}"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        return "an imported module has initialised CUDA"
+        return "an imported module has initialized CUDA"
     return None
 
 
@@ -204,7 +204,7 @@ class Parent:
 
     def _learn(self, message: socket_messages.Message) -> None:
         # Imported late: workers must not inherit this module.
-        from lightning_ckptless.membership.forkserver.learning import ImportRequest, learn  # noqa: PLC0415
+        from lightning_ckptless.membership.forkserver.import_learning import ImportRequest, learn  # noqa: PLC0415
 
         learned = learn(ImportRequest.from_message(message))
         self.variables, self.loses_cuda = learned.variables, loses_cuda()

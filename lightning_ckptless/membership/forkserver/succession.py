@@ -20,7 +20,7 @@ from dataclasses import replace
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.events import ImportsLearned, ImportsNotLearned, Report
 from lightning_ckptless.membership.forkserver.client import ForkServer, Successor
-from lightning_ckptless.membership.forkserver.learning import ImportRequest
+from lightning_ckptless.membership.forkserver.import_learning import ImportRequest
 from lightning_ckptless.protocol.replacement_startup import Imports
 
 _MOST_TRIES = 6

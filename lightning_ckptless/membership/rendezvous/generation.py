@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.clock import Clock
+from lightning_ckptless.protocol.wording import name_ranks
 
 _COUNTER = "ckptless/generations"
 _CURRENT = "ckptless/current"
@@ -150,10 +151,9 @@ class _Rendezvous:
 
     def _late(self, number: int | None) -> TransportError:
         missing = [0] if number is None else self._missing(number)
-        names = ", ".join(str(rank) for rank in missing)
         return TransportError(
             f"rank {self.rank} waited {self.timeout_s:g} s for all {self.world_size} ranks to join; "
-            f"rank{'s' if len(missing) > 1 else ''} {names} did not arrive. Look for their errors above, or for a node "
+            f"{name_ranks(missing)} did not arrive. Look for their errors above, or for a node "
             "that cannot reach the others"
         )
 

@@ -171,7 +171,7 @@ class World:
         return generation.number
 
     def pretend(self, rank: int, world_size: int) -> None:
-        """Create groups that send nothing, for a process that builds its model before it meets the other ranks."""
+        """Create groups that send nothing, for a process that builds its model before it joins the other ranks."""
         open_fake_groups(rank, world_size)
 
     def pretend_to_be(self, rank: int, world_size: int) -> None:

@@ -118,7 +118,7 @@ def _adopt(spec: ModuleSpec, main: ModuleType) -> CodeType:
     loader: Any = spec.loader
     code = None if loader is None or not hasattr(loader, "get_code") else loader.get_code(spec.name)
     if code is None:
-        raise LaunchError(f"{spec.name} cannot be run: its loader holds no code")
+        raise LaunchError(f"{spec.name} cannot be run: its loader has no code")
     main.__dict__.update(
         __file__=spec.origin, __cached__=spec.cached, __loader__=loader, __spec__=spec, __package__=spec.parent
     )

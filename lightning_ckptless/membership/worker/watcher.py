@@ -174,7 +174,7 @@ class Watcher:
 
     def refuse_rewind(self, asked: Rewind) -> None:
         """Refuse a rewind: this worker does not train."""
-        self.send(RewindDecided(asked.number, False, "the run does not train at the moment"))
+        self.send(RewindDecided(asked.number, False, "the run is not training at the moment"))
 
     def accept(self, timeout_s: float) -> Assignment | None:
         """Accept the newest regrouping; waits for one if there is none yet.

@@ -118,7 +118,7 @@ REASONS: Mapping[str, str] = {
     "ranks_per_node": "a node has eight accelerators",
     "min_nodes": "the job is not elastic",
     "rack_nodes": "a rack, or whatever else fails as a whole, has four nodes",
-    "spares": "spares are too few in 1 % of the time",
+    "spares": "spares suffice for 99 % of the time",
     "data_wait_s": "a step does not wait for its data",
     "version_s": "a version costs 1 % of a step",
     "durable_every_s": "a durable state is written once an hour",

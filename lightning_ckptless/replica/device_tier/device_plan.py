@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from lightning_ckptless.internals.torch_internals import foreach_copy, version_counter
-from lightning_ckptless.replica.layout.layout import Chunk, Layout, dtype_of, local_name, part_of
+from lightning_ckptless.replica.layout.layout import Chunk, Layout, local_name, part_of, slot_view
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DeviceSlots:
         }
         self._identity: list[int] = []
         self._sources: list[torch.Tensor] = []
-        self._targets = [view_of(self.bulks[shard], chunk) for shard, chunk in plan.late]
+        self._targets = [slot_view(chunk, self.bulks[shard]) for shard, chunk in plan.late]
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite the late pieces with the live tensors, on the current stream of the device.
@@ -107,11 +107,6 @@ class DeviceSlots:
             self._sources = [self.plan.live_part(chunk, tensors) for _, chunk in self.plan.late]
         with torch.no_grad():
             foreach_copy(self._targets, self._sources, non_blocking=True)
-
-
-def view_of(bulk: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """A piece in a shard's bulk, typed and shaped."""
-    return bulk[chunk.at : chunk.at + chunk.nbytes].view(dtype_of(chunk.dtype)).view(chunk.sizes)
 
 
 def counters(names: tuple[str, ...], tensors: Mapping[str, torch.Tensor]) -> list[int]:

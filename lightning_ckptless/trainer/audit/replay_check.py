@@ -127,10 +127,12 @@ class ReplayCheck:
         members, step = self._session.members, int(self._session.trainer.global_step)
         everyone = range(members.world_size)
         rounds = [run(packed), self._run_again(packed, 1, everyone, run)]
-        told = members.gather([*map(_whole, rounds), self._agreed_at, _plain(self._past)])
-        past = max((_past_of(each) for *_, each in told), key=lambda each: each.count)
-        agreed_at = max((at for _, _, at, _ in told if at is not None), default=None)
-        differing = [owner for owner in everyone if told[owner][0] != told[runner_of(owner, 1, len(told))][1]]
+        gathered = members.gather([*map(_whole, rounds), self._agreed_at, _plain(self._past)])
+        past = max((_past_of(each) for *_, each in gathered), key=lambda each: each.count)
+        agreed_at = max((at for _, _, at, _ in gathered if at is not None), default=None)
+        differing = [
+            owner for owner in everyone if gathered[owner][0] != gathered[runner_of(owner, 1, len(gathered))][1]
+        ]
         if not differing:
             return ReplayFinding(step, agreed_at), past
         if len(everyone) > len(rounds):
@@ -188,5 +190,5 @@ def _plain(past: PastMismatches) -> dict[str, Any]:
     return asdict(past) | {"wrong": sorted(past.wrong), "excluded": sorted(past.excluded)}
 
 
-def _past_of(told: dict[str, Any]) -> PastMismatches:
-    return PastMismatches(told["count"], told["step"], frozenset(told["wrong"]), frozenset(told["excluded"]))
+def _past_of(facts: dict[str, Any]) -> PastMismatches:
+    return PastMismatches(facts["count"], facts["step"], frozenset(facts["wrong"]), frozenset(facts["excluded"]))

@@ -27,7 +27,7 @@ from lightning_ckptless.protocol.mirror_interval import INTERVALS
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.mirror.differences import compare_live
 from lightning_ckptless.replica.mirror.mirror import Mirror
-from lightning_ckptless.trainer.recovery.exits import leave_process
+from lightning_ckptless.trainer.recovery.own_process import leave_process
 from lightning_ckptless.trainer.session.session import Session
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Audit:
             tensors: this rank's live tensors, by name.
 
         Returns:
-            The decision: all ranks go back, or train on.
+            The decision: all ranks go back, or continue training.
 
         Raises:
             DivergenceError: the run must end.
@@ -95,16 +95,16 @@ class Audit:
         reach = 0 if difference.pieces else mirror.turns * (every if isinstance(every, int) else INTERVALS[-1])
         has_agreed = committed is not None and committed.optimizer_step > self._first_step + reach
         past = asdict(self._past) | {"wrong": sorted(self._past.wrong)}
-        told = members.gather([mirror.torn == difference.version, has_agreed, past])
+        gathered = members.gather([mirror.torn == difference.version, has_agreed, past])
         finding = Finding(
             difference,
             live,
-            torn=any(torn for torn, _, _ in told),
+            torn=any(torn for torn, _, _ in gathered),
             committed=committed,
-            has_agreed=all(agreed for _, agreed, _ in told),
+            has_agreed=all(agreed for _, agreed, _ in gathered),
             reach=reach,
         )
-        return finding, [_past_of(each) for _, _, each in told]
+        return finding, [_past_of(each) for _, _, each in gathered]
 
 
 def exclude(session: Session, wrong: Collection[int], reason: str) -> NoReturn:
@@ -124,6 +124,6 @@ def exclude(session: Session, wrong: Collection[int], reason: str) -> NoReturn:
     raise TransportError(f"rank {session.rank}: {reason}")
 
 
-def _past_of(told: Mapping[str, Any]) -> PastDifferences:
-    committed = told["committed"]
-    return PastDifferences(told["count"], committed and Version(**committed), frozenset(told["wrong"]))
+def _past_of(facts: Mapping[str, Any]) -> PastDifferences:
+    committed = facts["committed"]
+    return PastDifferences(facts["count"], committed and Version(**committed), frozenset(facts["wrong"]))

@@ -13,7 +13,7 @@ from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.device_tier.delivery import Delivery
 from lightning_ckptless.replica.device_tier.device_plan import DevicePlan
-from lightning_ckptless.replica.device_tier.device_room import DeviceNeed
+from lightning_ckptless.replica.device_tier.device_space import DeviceNeed
 from lightning_ckptless.replica.device_tier.device_tier import DeviceTier
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.device_buffer import device_of

@@ -17,9 +17,9 @@ from typing import Any
 
 from lightning_ckptless.durable.capture import ShardCopy
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
-from lightning_ckptless.durable.order import MODULE, WriterOrder
 from lightning_ckptless.durable.places import read_places
 from lightning_ckptless.durable.store import read_layout, read_shard
+from lightning_ckptless.durable.writer_settings import MODULE, WriterSettings
 from lightning_ckptless.errors import DurableError, OptionsError
 from lightning_ckptless.formats.pickles import UntrustedError, admit
 from lightning_ckptless.ledger import LEDGER_NAME
@@ -96,12 +96,12 @@ class DurableRung:
             log.warning("ckptless: %s cannot be used: %s", state, problems[0])
             return str(problems[0])
         layout, copies = mine
-        if members.speaks_for_node:
+        if members.is_node_leader:
             arena.clear()
             arena.write_layout(layout)
             arena.write_notes(ArenaNotes(origin=state.origin or ""))
         members.transport.agree(True)
-        arena.require_room_for(
+        arena.require_space_for(
             (
                 (shard, holder)
                 for holder in members.ranks_of_node
@@ -138,7 +138,7 @@ class DurableRung:
                 "write each durable state together, at steps known in advance: set durable_every_n_steps, and set "
                 "mirror_every_n_steps to a number"
             )
-        if members.speaks_for_node:
+        if members.is_node_leader:
             members.arena.write_notes(ArenaNotes(durable_share=share))
 
     def order_writer(self, arena: Arena, channel: AgentChannel | None) -> None:
@@ -146,12 +146,12 @@ class DurableRung:
 
         Args:
             arena: arena of this node.
-            channel: channel to our agent; None under a foreign agent.
+            channel: channel to our agent; None under an external agent.
         """
         share = arena.notes().durable_share
         if not self._is_on or share is None or not share.shards:
             return
-        order = WriterOrder(
+        order = WriterSettings(
             arena=str(arena.path),
             folder=str(self.folder.path),
             ledger=str(self._identity.run_folder / LEDGER_NAME),
@@ -198,8 +198,8 @@ def _state(fields: dict[str, Any]) -> DurableState:
     return DurableState(**(fields | {"snapshot": Snapshot(**snapshot)}))
 
 
-def _start_detached(order: WriterOrder) -> None:
-    """Under a foreign agent: start a process that init adopts, and that exits once the agent has exited."""
+def _start_detached(order: WriterSettings) -> None:
+    """Under an external agent: start a process that init adopts, and that exits once the agent has exited."""
     subprocess.run(
         [sys.executable, "-m", MODULE, order.to_text(), "--detach"],
         stdin=subprocess.DEVNULL,

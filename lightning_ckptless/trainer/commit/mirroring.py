@@ -16,9 +16,7 @@ from lightning_ckptless.protocol.mirror_interval import agreed
 from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS
-from lightning_ckptless.replica.cores import threads_of_a_rank
-from lightning_ckptless.replica.device_tier.device_room import DeviceNeed, room_bytes
-from lightning_ckptless.replica.device_tier.device_room import require_room as require_room_on_device
+from lightning_ckptless.replica.device_tier.device_space import DeviceNeed, free_bytes_of, require_fits
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import Described, from_message, to_message
@@ -27,9 +25,10 @@ from lightning_ckptless.replica.mirror.device_buffer import device_of
 from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
+from lightning_ckptless.replica.thread_count import threads_of_a_rank
 from lightning_ckptless.trainer.audit.replica_audit import Audit
 from lightning_ckptless.trainer.commit.device_versions import DeviceVersions, packed_once
-from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
+from lightning_ckptless.trainer.commit.history_space import expected_growth, require_history_fits
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rank_state import RankState
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
@@ -400,13 +399,13 @@ class Mirroring:
         layout = self._layout_of([described[line] for line in lines])
         planned = self._planned = Planned(layout, index)
         if self._seen is None:
-            self._require_room_for_history(layout)
+            self._require_history_fits(layout)
         previous = self._mirror
         mirror = self._mirror = self._open(planned, committed=None if previous is None else previous.committed)
         if previous is not None:
             mirror.difference, mirror.in_doubt = previous.difference, previous.in_doubt
         if self._seen is None:
-            self._require_room_on_device(planned)
+            self._require_fits_on_device(planned)
         self._keep_recipe(planned)
         return planned, mirror
 
@@ -419,14 +418,14 @@ class Mirroring:
         # On different hardware nearly all tensors differ, and the copies of all ranks would need their multiple.
         return layout if _bytes_of(layout) <= MOST_GROWTH * _bytes_of(shared) else shared
 
-    def _require_room_for_history(self, layout: Layout) -> None:
+    def _require_history_fits(self, layout: Layout) -> None:
         if not self._options.history:
             return
         growth, members = self._expected_growth(layout), self._session.members
         sizes = [layout.bulk_bytes(shard) for shard, _ in members.rings_of_node]
-        require_room_for_history(sizes, growth, self._options.history, members.arena.room_bytes)
+        require_history_fits(sizes, growth, self._options.history, members.arena.usable_bytes)
 
-    def _require_room_on_device(self, planned: Planned) -> None:
+    def _require_fits_on_device(self, planned: Planned) -> None:
         layout, members, options = planned.layout, self._session.members, self._options
         needs = [] if self._device is None else [self._device.need()]
         if options.staging == "device":
@@ -435,9 +434,9 @@ class Mirroring:
         if not needs:
             return
         held_bytes = sum(chunk.nbytes for chunk in layout.chunks if chunk.is_held_by(members.rank))
-        free_bytes = room_bytes(device_of(planned.index.read().values()), len(members.ranks_of_node))
+        free_bytes = free_bytes_of(device_of(planned.index.read().values()), len(members.ranks_of_node))
         growth = self._expected_growth(layout)
-        require_room_on_device(needs, held_bytes, layout.world_size, growth, free_bytes, members.rank)
+        require_fits(needs, held_bytes, layout.world_size, growth, free_bytes, members.rank)
 
     def _staging(self) -> str:
         """When the state is copied: in advance if something was found to write to tensors while they were copied."""
@@ -455,7 +454,7 @@ class Mirroring:
     def _keep_recipe(self, planned: Planned) -> None:
         """Store with the version what else a checkpoint file contains; it changes as rarely as the layout."""
         members = self._session.members
-        if members.speaks_for_node:
+        if members.is_node_leader:
             recipe = recipe_of(self._trainer, planned.index.read(), self._rank_state.host_state.callbacks)
             write_recipe(members.arena.path, pack(recipe))
 
@@ -463,13 +462,13 @@ class Mirroring:
         members, layout = self._session.members, planned.layout
         if self._mirror is not None:
             self._mirror.close()
-        if members.speaks_for_node:
+        if members.is_node_leader:
             members.arena.write_layout(layout)
         else:
             members.arena.remember_layout(layout)
         ranks, placement, options = members.ranks_of_node, members.placement, self._options
         slots = LEAST_SLOTS + options.history
-        members.arena.require_room_for(members.rings_of_node, layout, count=slots)
+        members.arena.require_space_for(members.rings_of_node, layout, count=slots)
         mirror = Mirror(
             arena=members.arena,
             layout=layout,

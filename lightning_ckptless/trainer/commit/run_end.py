@@ -14,7 +14,7 @@ from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.protocol.messages import HandedOver
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.mirror import Mirror
-from lightning_ckptless.trainer.recovery.exits import leave_process
+from lightning_ckptless.trainer.recovery.own_process import leave_process
 
 
 class RunEnd:
@@ -22,7 +22,7 @@ class RunEnd:
 
     Args:
         trainer: trainer in `fit`, whose handling of SIGTERM is replaced until `remove`.
-        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        watcher: listens to our agent; None under an external agent, or with a single rank.
     """
 
     def __init__(self, trainer: Any, watcher: Watcher | None) -> None:

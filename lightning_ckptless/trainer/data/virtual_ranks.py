@@ -84,7 +84,7 @@ class VirtualRanks:
         return share_of(self._places, self.count)
 
     @property
-    def is_running_for_nothing(self) -> bool:
+    def is_padding(self) -> bool:
         """Whether the current training step only matches the collectives of other ranks and its result is discarded."""
         return self._own_is_repeated or (self.repartition is not None and self.share == 0)
 

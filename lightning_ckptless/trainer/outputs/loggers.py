@@ -110,7 +110,7 @@ class RunLoggers:
         """Continue the runs known to any node, and store them on all nodes: rank 0 may move to any of them."""
         if (saved := members.noted.logger_identities) is not None:
             self.identify(saved)
-            if members.speaks_for_node:
+            if members.is_node_leader:
                 members.arena.write_notes(ArenaNotes(logger_identities=saved))
 
     def identify_alone(self, notes: ArenaNotes) -> None:
@@ -124,7 +124,7 @@ class RunLoggers:
     def note(self, members: MemberSet) -> None:
         """Store on every node which runs rank 0 writes to; the loggers are open. All ranks call it together."""
         identities = members.gather(self.identities)[0]
-        if members.speaks_for_node:
+        if members.is_node_leader:
             members.arena.write_notes(ArenaNotes(logger_identities=identities))
         if self._trainer.is_global_zero:
             with suppress(OSError):

@@ -32,11 +32,11 @@ from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_
 from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.recovery.announcements import announce_entry, announce_imports, arrival
-from lightning_ckptless.trainer.recovery.exits import THIS_PROCESS, CannotRecoverInPlaceError, OwnProcess
 from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_restored
+from lightning_ckptless.trainer.recovery.own_process import THIS_PROCESS, CannotRecoverInPlaceError, OwnProcess
 from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
-from lightning_ckptless.trainer.rewind.going_back import GoingBack
+from lightning_ckptless.trainer.rewind.rewind_procedure import RewindProcedure
 from lightning_ckptless.trainer.rewind.rewinding import GoBackError
 from lightning_ckptless.trainer.session.session import Session
 
@@ -57,8 +57,8 @@ class RecoveryLoop:
         loops: loops of the trainer.
         progress: reports this rank's position in the step.
         regrouping: joins the other ranks and restores a version.
-        going_back: carries out rewinds.
-        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        rewind: carries out rewinds.
+        watcher: listens to our agent; None under an external agent, or with a single rank.
         process: this process.
     """
 
@@ -69,7 +69,7 @@ class RecoveryLoop:
         loops: FitLoops,
         progress: StepProgress,
         regrouping: Regrouping,
-        going_back: GoingBack,
+        rewind: RewindProcedure,
         watcher: Watcher | None,
         process: OwnProcess = THIS_PROCESS,
     ) -> None:
@@ -79,7 +79,7 @@ class RecoveryLoop:
         self._loops = loops
         self._progress = progress
         self._regrouping = regrouping
-        self._going_back = going_back
+        self._rewind = rewind
         self._watcher = watcher
         self._process = process
         self._has_trained = False
@@ -148,7 +148,7 @@ class RecoveryLoop:
     def _go_back(self, plan: RewindPlan) -> None:
         """Roll back to an earlier version together with all other ranks, and run the rest of the loop."""
         self._loops.tidy_up()
-        version = self._going_back.carry_out(plan)
+        version = self._rewind.carry_out(plan)
         continue_fit(self._loops, validation_done=version.validation_done)
 
     def ask_to_leave(self) -> None:
@@ -159,7 +159,7 @@ class RecoveryLoop:
             UnevenStepsError: another rank has begun a further step.
             GoBackError: all ranks go back to an earlier version.
         """
-        self._going_back.stop_if_due()
+        self._rewind.stop_if_due()
         self._progress.leave_loop()
         may_leave = self._watcher is None or self._watcher.ask_to_leave(self._loops.at_end)
         if self._failure:

@@ -1,4 +1,4 @@
-"""One attempt to recover in place: this rank meets the others in a new generation and restores a version with them."""
+"""One attempt to recover in place: this rank joins the others in a new generation and restores a version with them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_ckptless.protocol.replacement_startup import Arrival
 from lightning_ckptless.protocol.versions import Complete, Tier, Version
 from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.replica.transport import gather_json
-from lightning_ckptless.trainer.commit.begun_step import last_begun
+from lightning_ckptless.trainer.commit.step_stamps import last_begun
 from lightning_ckptless.trainer.data.training_data import TrainingData
-from lightning_ckptless.trainer.recovery.exits import THIS_PROCESS, CannotRecoverInPlaceError, OwnProcess
+from lightning_ckptless.trainer.recovery.own_process import THIS_PROCESS, CannotRecoverInPlaceError, OwnProcess
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
 from lightning_ckptless.trainer.session.running_fit import RunningFit
@@ -26,7 +26,7 @@ Fetch = Callable[[Complete, Complete | None], Restoration]
 
 @dataclass(frozen=True, slots=True)
 class RegroupResult:
-    """What the ranks have told each other after they had regrouped.
+    """What the ranks have exchanged after regrouping.
 
     Args:
         moved: whether any process has changed its rank.
@@ -47,7 +47,7 @@ class Regrouping:
         running: the fit.
         fetch: fetches the version.
         procedure: puts it into this rank.
-        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        watcher: listens to our agent; None under an external agent, or with a single rank.
         process: this process.
     """
 
@@ -94,7 +94,7 @@ class Regrouping:
         self._running.mirroring.abandon()
         if not self._running.has_started:
             # They may have been interrupted halfway, and a survivor does not call them.
-            raise CannotRecoverInPlaceError("the fault struck before this rank had run the start hooks of `fit`")
+            raise CannotRecoverInPlaceError("the fault occurred before this rank had run the start hooks of `fit`")
         if foreign := world.foreign_groups():
             raise CannotRecoverInPlaceError(
                 f"the script has created {foreign} process groups of its own, which cannot be re-created"
@@ -125,7 +125,7 @@ class Regrouping:
 
         Args:
             assignment: their rendezvous.
-            ranks: what they have told each other.
+            ranks: what they have exchanged.
             survivor: whether this process has trained before.
 
         Raises:

@@ -16,7 +16,7 @@ from lightning_ckptless.trainer.outputs.loggers import Captured
 from lightning_ckptless.trainer.reporting.report import Moved
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.session.session import Session
-from lightning_ckptless.trainer.state.late_modules import restore_modules
+from lightning_ckptless.trainer.state.added_modules import restore_modules
 from lightning_ckptless.trainer.state.layout_tensors import fill_trainer
 from lightning_ckptless.trainer.state.parameter_groups import restore_groups
 from lightning_ckptless.trainer.state.rng import apply_rng

@@ -2,7 +2,7 @@
 
 | | survivor | replacement | new, like all others |
 |---|---|---|---|
-| start hooks of a fit | not called | called before it meets the others | called once its tensors are in place |
+| start hooks of a fit | not called | called before it joins the others | called once its tensors are in place |
 | tensors | those that its optimizers do not hold | all | all |
 | dataloaders | remade if they differ from the version's | the same | the same |
 | training data | replays the batches in flight, if it can | moved | moved |

@@ -23,7 +23,7 @@ class StepProgress:
     Args:
         session: session of this rank.
         loops: loops of the trainer.
-        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        watcher: listens to our agent; None under an external agent, or with a single rank.
     """
 
     def __init__(self, session: Session, loops: FitLoops, watcher: Watcher | None) -> None:

@@ -1,1 +1,1 @@
-"""Going back to an earlier step on all ranks, on request."""
+"""Rewinding all ranks to an earlier step, on request."""

@@ -2,7 +2,7 @@
 
     any rank    requests a rewind, in any hook, and votes for it in the next round
     all ranks   stop at the same point between two steps (`CoordinatedStop`), gather the requests, and decide with a
-                pure function (`protocol.rewind`): go back, train on, or end the run with an error
+                pure function (`protocol.rewind`): go back, continue training, or end the run with an error
 
 The script's requests are part of the versions: a fault before the decision does not lose them.
 """
@@ -160,7 +160,7 @@ class Rewinding:
     def _decide(self, mirror: Mirror) -> None:
         members, layout = self._session.members, mirror.layout
         mine, self._asked = self._asked, []
-        asked = [RewindAsked(**each) for told in members.gather([asdict(each) for each in mine]) for each in told]
+        asked = [RewindAsked(**each) for of_rank in members.gather([asdict(each) for each in mine]) for each in of_rank]
         if not asked:
             return
         kept = kept_versions(members, layout, mirror.committed)

@@ -60,7 +60,7 @@ def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOpti
 
 
 def register_with_reaper(arena: Arena, identity: Identity) -> None:
-    """Have the arena removed when a foreign agent, which knows nothing of arenas, exits."""
+    """Have the arena removed when an external agent, which knows nothing of arenas, exits."""
     agent = identity.agent_pid
     if arena.notes().reaper_agent != agent:
         start_reaper(agent, str(arena.path))
@@ -68,7 +68,7 @@ def register_with_reaper(arena: Arena, identity: Identity) -> None:
 
 
 def use_agent_memory(arena: Arena, channel: AgentChannel | None) -> None:
-    """Let our agent hold slots that do not fit into the arena's file system; without effect under a foreign agent."""
+    """Let our agent hold slots that do not fit into the arena's file system; without effect under an external agent."""
     arena.hold = None if channel is None else partial(request_memory, channel)
 
 

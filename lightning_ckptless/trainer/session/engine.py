@@ -29,16 +29,16 @@ from lightning_ckptless.trainer.data.hooks import from_note, to_note
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
 from lightning_ckptless.trainer.outputs.loggers import Positions
-from lightning_ckptless.trainer.recovery.fetch import fetch_version
 from lightning_ckptless.trainer.recovery.fit_resume import run_restored
-from lightning_ckptless.trainer.recovery.judgement import why_final
 from lightning_ckptless.trainer.recovery.recovery_loop import RecoveryLoop
 from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
+from lightning_ckptless.trainer.recovery.retries import why_final
+from lightning_ckptless.trainer.recovery.version_fetch import fetch_version
 from lightning_ckptless.trainer.reporting.rank_ledger import WarningsInLedger
-from lightning_ckptless.trainer.rewind.going_back import GoingBack
-from lightning_ckptless.trainer.session.entry import enter_alone, enter_together
+from lightning_ckptless.trainer.rewind.rewind_procedure import RewindProcedure
+from lightning_ckptless.trainer.session.fit_entry import enter_alone, enter_together
 from lightning_ckptless.trainer.session.running_fit import RunningFit
 from lightning_ckptless.trainer.session.session import Session
 
@@ -50,7 +50,7 @@ class Engine:
         strategy: strategy of the trainer; owns the process groups, and a watcher if one of our agents is listening.
         trainer: trainer in `fit`, before anything of it is set up.
         fit_index: number of earlier calls of `fit` in this process.
-        channel: channel to one of our agents; None under a foreign agent.
+        channel: channel to one of our agents; None under an external agent.
 
     Attributes:
         session: this rank's part in the run.
@@ -110,8 +110,8 @@ class Engine:
         procedure = RestoreProcedure(session, self.data, running, self.strategy.alone)
         fetch = partial(fetch_version, session, self.data.virtual_ranks)
         regrouping = Regrouping(self.strategy, session, self.data, running, fetch, procedure, watcher)
-        going_back = GoingBack(session, self.data, running, procedure)
-        loop = RecoveryLoop(self.strategy, session, loops, running.progress, regrouping, going_back, watcher)
+        rewind = RewindProcedure(session, self.data, running, procedure)
+        loop = RecoveryLoop(self.strategy, session, loops, running.progress, regrouping, rewind, watcher)
         loops.before_end_of_run(loop.ask_to_leave)
         if session.is_member:
             loops.run_by(lambda run: loop.run(self._first(run, procedure)))

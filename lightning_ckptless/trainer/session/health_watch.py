@@ -1,4 +1,4 @@
-"""The sidecar that checks the health of a node during training: `python -m ...health_watch ORDER`.
+"""The sidecar that checks the health of a node during training: `python -m ...health_watch SETTINGS`.
 
 It runs the same check as a worker before it joins the others, but only on the CPU, since another process on an
 accelerator would take some of its memory. It has the lowest priority and one thread. A check that does not return
@@ -30,7 +30,7 @@ LONGEST_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class HealthOrder:
+class HealthWatchSettings:
     """What is checked and how often.
 
     Args:
@@ -44,16 +44,16 @@ class HealthOrder:
     every_s: float
 
     @classmethod
-    def of(cls, check: str, every_s: float) -> HealthOrder:
-        """Return the order for a function that this process can import."""
+    def of(cls, check: str, every_s: float) -> HealthWatchSettings:
+        """Return the settings for a function that this process can import."""
         return cls(check, _folder_of(check), every_s)
 
     def to_text(self) -> str:
-        """Serialize the order."""
+        """Serialize the settings."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_text(cls, text: str) -> HealthOrder:
+    def from_text(cls, text: str) -> HealthWatchSettings:
         """Parse the result of `to_text`."""
         return cls(**json.loads(text))
 
@@ -67,16 +67,16 @@ def _folder_of(check: str) -> str:
     return str(Path(file).parent.parent if hasattr(package, "__path__") else Path(file).parent)
 
 
-def watch(order: HealthOrder, channel: AgentChannel, over: threading.Event) -> None:
+def watch(settings: HealthWatchSettings, channel: AgentChannel, over: threading.Event) -> None:
     """Check periodically, and notify the agent of each check that fails.
 
     Args:
-        order: what is checked, and how often.
+        settings: what is checked, and how often.
         channel: to the agent.
         over: set when no further check is wanted.
     """
-    while not over.wait(order.every_s):
-        if finding := _in_time(order.check, LONGEST_S):
+    while not over.wait(settings.every_s):
+        if finding := _in_time(settings.check, LONGEST_S):
             channel.send(NodeUnfit(finding))
 
 
@@ -96,18 +96,18 @@ def main(arguments: list[str]) -> None:
     """Run the sidecar.
 
     Args:
-        arguments: the order.
+        arguments: the settings.
     """
     os.nice(NICENESS)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Exit at once, even during a check: nothing must be kept.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    channel, order = open_channel(), HealthOrder.from_text(arguments[0])
+    channel, settings = open_channel(), HealthWatchSettings.from_text(arguments[0])
     assert channel is not None, "a sidecar has a channel to its agent"
-    if order.path:
-        sys.path.insert(0, order.path)
-    watch(order, channel, threading.Event())
+    if settings.path:
+        sys.path.insert(0, settings.path)
+    watch(settings, channel, threading.Event())
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ class MemberSet:
         return [(shard, rank) for rank in ranks for shard in (rank, *self.placement.sources(rank))]
 
     @property
-    def speaks_for_node(self) -> bool:
-        """Whether this rank writes the notes of its node."""
+    def is_node_leader(self) -> bool:
+        """Whether this rank acts for its node: it is the lowest one there."""
         return self.rank == self.ranks_of_node[0]
 
     @property
@@ -162,7 +162,7 @@ def form_member_set(
     notes = _gather_notes(mine, transport)
     number = max([generation, after + 1, *(n.generation + 1 for n in notes if n.generation is not None)])
     members = MemberSet(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
-    if members.speaks_for_node:
+    if members.is_node_leader:
         arena.write_notes(ArenaNotes(generation=number))
         count.record(number)
     return members

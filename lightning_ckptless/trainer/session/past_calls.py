@@ -29,7 +29,7 @@ class PastCalls:
     """Records of one rank's calls.
 
     Args:
-        folder: folder of the agent; None under a foreign agent.
+        folder: folder of the agent; None under an external agent.
         rank: this rank, in a run on a single node.
         world_size: number of ranks.
     """

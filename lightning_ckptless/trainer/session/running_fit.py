@@ -16,16 +16,16 @@ from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.audit.micro_batch import MicroBatches
 from lightning_ckptless.trainer.audit.replay_check import ReplayCheck
 from lightning_ckptless.trainer.audit.replica_audit import Audit
-from lightning_ckptless.trainer.commit.begun_step import BegunStep
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
 from lightning_ckptless.trainer.commit.rank_state import RankState
 from lightning_ckptless.trainer.commit.run_end import RunEnd
 from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
+from lightning_ckptless.trainer.commit.step_stamps import StepStamps
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
 from lightning_ckptless.trainer.rewind.rewinding import Rewinding
-from lightning_ckptless.trainer.session.rate_search import RateSearches
+from lightning_ckptless.trainer.session.learning_rate_search import LearningRateSearches
 from lightning_ckptless.trainer.session.session import Session
 
 
@@ -35,7 +35,7 @@ class RunningFit:
     Args:
         session: session of this rank.
         data: data of the trainer.
-        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        watcher: listens to our agent; None under an external agent, or with a single rank.
         since: version that the run starts from; None if it starts from its beginning or joins a run in progress.
         will_restore: returns whether this process is about to restore a version.
 
@@ -90,10 +90,10 @@ class RunningFit:
         self._watcher = watcher
         if watcher is not None:
             watcher.rewind = self._ask_to_rewind
-        self._begun = BegunStep(session.arena.path)
+        self._stamps = StepStamps(session.arena.path)
         self._stepped_in = 0
         note = session.run_folder / f"search-{session.fit_index}"
-        self._searches = RateSearches(trainer, loops, data.hooks, will_restore, note)
+        self._searches = LearningRateSearches(trainer, loops, data.hooks, will_restore, note)
         clock = session.report.time
         loops.around_fetches(lambda: clock.enter(Bucket.DATA_WAIT), clock.leave)
         loops.around_validation(lambda: clock.spending(Bucket.VALIDATION))
@@ -120,7 +120,7 @@ class RunningFit:
         """Record which step has begun, and run the replay check if it is due."""
         self._session.report.time.begin_batch()
         done = self._loops.step
-        self._begun.stamp(self._session.members.rank, done + 1)
+        self._stamps.stamp(self._session.members.rank, done + 1)
         if self._virtual_ranks.carried:
             with self._session.report.time.spending(Bucket.DATA_WAIT):
                 self._virtual_ranks.fetch()
@@ -173,7 +173,7 @@ class RunningFit:
             mark_begun(session.rank)
             # Done here because it waits for gloo's threads, and training does not wait for this thread.
             session.world.release()
-            if session.acts_for_node:
+            if session.is_node_leader:
                 session.arena.write_notes(ArenaNotes(committed=version))
         session.probe(moment, version)
 
@@ -190,6 +190,6 @@ class RunningFit:
     def close(self) -> None:
         """Release threads and mappings."""
         self.progress.close()
-        self._begun.close()
+        self._stamps.close()
         self.mirroring.close()
         self.rank_state.release()

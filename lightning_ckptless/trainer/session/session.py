@@ -49,7 +49,7 @@ from lightning_ckptless.trainer.session.arenas import (
     use_agent_memory,
 )
 from lightning_ckptless.trainer.session.failure_domains import keeps_within_a_node
-from lightning_ckptless.trainer.session.health_watch import MODULE, HealthOrder
+from lightning_ckptless.trainer.session.health_watch import MODULE, HealthWatchSettings
 from lightning_ckptless.trainer.session.identity import Identity, identify
 from lightning_ckptless.trainer.session.member_set import GenerationFile, MemberSet, form_member_set
 from lightning_ckptless.trainer.session.run_folders import RunFolders
@@ -65,7 +65,7 @@ class Session:
         strategy: strategy of the trainer; owns the process groups.
         trainer: trainer in `fit`, before anything of it is set up.
         fit_index: number of earlier calls of `fit` in this process.
-        channel: channel to one of our agents; None under a foreign agent.
+        channel: channel to one of our agents; None under an external agent.
 
     Attributes:
         world: the process groups.
@@ -107,8 +107,8 @@ class Session:
         return int(self.trainer.global_rank)
 
     @property
-    def acts_for_node(self) -> bool:
-        """Whether this rank acts for its node."""
+    def is_node_leader(self) -> bool:
+        """Whether this rank acts for its node: it is the lowest one there."""
         return is_first_of_node(local_rank())
 
     def connect(self) -> tuple[Transport, tuple[str, ...]]:
@@ -173,7 +173,7 @@ class Session:
         Args:
             origin: checkpoint path that the script passed to `fit`.
         """
-        opens = self.acts_for_node
+        opens = self.is_node_leader
         share = self.world.share if self.trainer.world_size > 1 else lambda _, text: text
         self._arena = open_arena(self.identity, self.fit_index, self.options, share, opens=opens, origin=origin)
         use_agent_memory(self._arena, self._channel)
@@ -187,14 +187,16 @@ class Session:
 
     def order_writer(self) -> None:
         """Request a writer of durable states for this node, if it writes any."""
-        if self.acts_for_node:
+        if self.is_node_leader:
             self.durable.order_writer(self.arena, self._channel)
 
     def order_health_watch(self) -> None:
         """Request a sidecar that checks the health of this node, if the options ask for it."""
         every_s = self.options.health_check_every_s
-        if every_s is not None and self.acts_for_node and self._channel is not None:
-            self._channel.send(StartSidecar(MODULE, HealthOrder.of(self.options.health_check, every_s).to_text()))
+        if every_s is not None and self.is_node_leader and self._channel is not None:
+            self._channel.send(
+                StartSidecar(MODULE, HealthWatchSettings.of(self.options.health_check, every_s).to_text())
+            )
 
     # ------------------------------------------------------------------ the generation
 
@@ -250,7 +252,7 @@ class Session:
         """Record the folders of all ranks once the first processes of this fit have determined theirs."""
         if self.is_member and self.members.noted.folders is None:
             folders = tuple(map(RankFolders.from_value, self.members.gather(asdict(self.folders.own()))))
-            if self.acts_for_node:
+            if self.is_node_leader:
                 self.arena.write_notes(ArenaNotes(folders=folders))
 
     def warn_of_lost_files(self, version: Version, logs: Positions | None) -> None:
@@ -267,14 +269,14 @@ class Session:
 
     def finish(self) -> None:
         """Report that `fit` has returned, also to later processes."""
-        if self.acts_for_node and self._arena is not None:
+        if self.is_node_leader and self._arena is not None:
             self._arena.write_notes(ArenaNotes(finished=True))
             (self._arena.path / MARKER).touch()
         self.report.finished()
 
     def discard_empty_arena(self) -> None:
         """Remove the arena after a start that failed before anything was mirrored: there is nothing to resume from."""
-        if self._arena is not None and self.acts_for_node:
+        if self._arena is not None and self.is_node_leader:
             discard_if_empty(self._arena)
 
     def close(self) -> None:

@@ -26,11 +26,11 @@ from lightning_ckptless.internals.lightning.metrics import dump_metric, load_met
 from lightning_ckptless.internals.lightning.results import dump_results, load_results
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.data.position import data_position
+from lightning_ckptless.trainer.state.added_modules import AddedModules
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.state.kept_gradients import KeptGradients
-from lightning_ckptless.trainer.state.late_modules import LateModules
 from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
 from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters
 from lightning_ckptless.trainer.state.parameter_groups import GroupNames, require_same_groups
@@ -81,7 +81,7 @@ class HostState:
         )
         self._metrics = metrics_of([*named, *extra])
         self._groups = GroupNames(trainer)
-        self._late_modules = LateModules(trainer)
+        self._added_modules = AddedModules(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._own_states: dict[int, OwnState] = {}
         self._parts: defaultdict[str, PartCache] = defaultdict(PartCache)
@@ -143,7 +143,7 @@ class HostState:
         states = [owner.state() for owner in owners]
         of_script = {
             "checkpoint": self.hooks.capture(tensors or {}),
-            "late_modules": self._late_modules.capture(),
+            "late_modules": self._added_modules.capture(),
             "counters": self.loops.counters(),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "schedulers": self._surroundings.schedulers.capture(),
@@ -305,7 +305,7 @@ class HostState:
         """
         trainer = self.trainer
         self._check(saved)
-        self._late_modules.apply(saved["late_modules"])
+        self._added_modules.apply(saved["late_modules"])
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
             self._own_state(callback).put(state)
         self._surroundings.schedulers.apply(saved["schedulers"])

@@ -27,13 +27,13 @@ from lightning_ckptless.membership.worker.process_groups import keep_through_dev
 from lightning_ckptless.membership.worker.watcher import ThreadedWatcher
 from lightning_ckptless.protocol.messages import CannotRecover, FitReturned, ReachedFit, ReachedTrainer
 from lightning_ckptless.protocol.startup import StartAction
-from lightning_ckptless.trainer.recovery.exits import leave_process
-from lightning_ckptless.trainer.session.call import Call
+from lightning_ckptless.trainer.recovery.own_process import leave_process
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.session.health_check import check_health
 from lightning_ckptless.trainer.session.identity import count_fit, fits_before, is_worker, may_be_restarted
 from lightning_ckptless.trainer.session.run_folders import hydra_folder
 from lightning_ckptless.trainer.session.standby import wait_for_rank
+from lightning_ckptless.trainer.session.trainer_call import TrainerCall
 from lightning_ckptless.trainer.strategy.notebook import NotebookCall
 from lightning_ckptless.trainer.strategy.recoverable import CkptlessMixin
 
@@ -74,11 +74,11 @@ class FitGuard:
             return function(*args, **kwargs)
         self.strategy.is_in_call = True
         try:
-            return self._call(Call(self.strategy, trainer, function, args, kwargs), channel)
+            return self._call(TrainerCall(self.strategy, trainer, function, args, kwargs), channel)
         finally:
             self.strategy.is_in_call = False
 
-    def _call(self, call: Call, channel: AgentChannel | None) -> Any:
+    def _call(self, call: TrainerCall, channel: AgentChannel | None) -> Any:
         if call.is_recorded:
             return call.replay()
         call.begin()
@@ -139,7 +139,7 @@ class FitGuard:
                 channel.send(CannotRecover(reason, lasting=True))
             leave_process()
 
-    def _fit(self, call: Call, channel: AgentChannel | None) -> Any:
+    def _fit(self, call: TrainerCall, channel: AgentChannel | None) -> Any:
         if channel is not None:
             channel.send(ReachedFit())
         try:
@@ -149,7 +149,7 @@ class FitGuard:
             if channel is not None:
                 channel.send(FitReturned())
 
-    def _fit_as_rank(self, call: Call, channel: AgentChannel | None) -> Any:
+    def _fit_as_rank(self, call: TrainerCall, channel: AgentChannel | None) -> Any:
         strategy, trainer = self.strategy, call.trainer
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.obstacle_of_calls = call.obstacle()
@@ -189,7 +189,7 @@ class FitGuard:
             write_exit_report(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
             raise
 
-    def _guarded(self, engine: Engine, call: Call) -> Any:
+    def _guarded(self, engine: Engine, call: TrainerCall) -> Any:
         trainer, args = engine.trainer, list(call.args)
         if self.strategy.joins_alone:
             plan = engine.begin_alone()

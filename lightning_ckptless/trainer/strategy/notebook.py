@@ -24,8 +24,13 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import LaunchError, OptionsError, WorkerError
+from lightning_ckptless.internals.lightning.call_outcome import (
+    capture,
+    elastic_environment,
+    restore,
+    without_predictions,
+)
 from lightning_ckptless.internals.lightning.distribution import distribution_of
-from lightning_ckptless.internals.lightning.handover import capture, elastic_environment, restore, without_predictions
 from lightning_ckptless.internals.lightning.launch import is_stop
 from lightning_ckptless.internals.lightning.log_files import keep_logs
 from lightning_ckptless.membership.agent.scratch import ScratchFolder

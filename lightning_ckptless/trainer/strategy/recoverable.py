@@ -315,7 +315,7 @@ class CkptlessMixin(LightningStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass of this rank's own micro-batch; those of other virtual ranks follow its backward."""
         virtual_ranks = self._others()
-        if virtual_ranks is None or not (virtual_ranks.extra_batches or virtual_ranks.is_running_for_nothing):
+        if virtual_ranks is None or not (virtual_ranks.extra_batches or virtual_ranks.is_padding):
             return super().training_step(*args, **kwargs)
         with self.without_sync() if virtual_ranks.extra_batches else logs_kept(virtual_ranks.trainer):
             return super().training_step(*args, **kwargs)
@@ -334,9 +334,9 @@ class CkptlessMixin(LightningStrategy):
         return loss
 
     @property
-    def runs_for_nothing(self) -> bool:
-        """Whether the current training step only keeps ranks in step, and its samples do not count."""
-        return self.engine is not None and self.engine.virtual_ranks.is_running_for_nothing
+    def is_padding_batch(self) -> bool:
+        """Whether the current training step is padding, which keeps the ranks in lockstep: its samples do not count."""
+        return self.engine is not None and self.engine.virtual_ranks.is_padding
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -15,8 +15,8 @@ import pytest
 
 from lightning_ckptless.membership.events import Event
 from lightning_ckptless.membership.forkserver.client import ForkServer, ForkServerLostError, Successor
+from lightning_ckptless.membership.forkserver.import_learning import ImportRequest
 from lightning_ckptless.membership.forkserver.imported import Imported, changed_variables, installed_modules
-from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.membership.forkserver.succession import Succession
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.replacement_startup import Imports

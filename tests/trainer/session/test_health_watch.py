@@ -12,7 +12,7 @@ from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.messages import NodeUnfit
 from lightning_ckptless.trainer.session import health_watch
-from lightning_ckptless.trainer.session.health_watch import HealthOrder, watch
+from lightning_ckptless.trainer.session.health_watch import HealthWatchSettings, watch
 
 CALLS: list[int] = []
 OVER = threading.Event()
@@ -36,7 +36,7 @@ def hangs() -> None:
 def _received(check: str) -> list[str]:
     ours, theirs = AgentChannel.pair()
     OVER.clear()
-    watch(HealthOrder.of(f"{__name__}.{check}", every_s=0.001), theirs, OVER)
+    watch(HealthWatchSettings.of(f"{__name__}.{check}", every_s=0.001), theirs, OVER)
     messages = [received.message for received in ours.poll()]
     for channel in (ours, theirs):
         channel.close()
@@ -55,10 +55,10 @@ def test_a_check_that_does_not_return_has_failed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_order_says_where_the_function_is() -> None:
-    order = HealthOrder.of("tests.lab.kinds.disk_answers", 2.0)
-    assert (Path(order.path) / "tests" / "lab" / "kinds.py").exists()
-    assert HealthOrder.from_text(order.to_text()) == order
-    assert HealthOrder.of("", 2.0).path == ""
+    settings = HealthWatchSettings.of("tests.lab.kinds.disk_answers", 2.0)
+    assert (Path(settings.path) / "tests" / "lab" / "kinds.py").exists()
+    assert HealthWatchSettings.from_text(settings.to_text()) == settings
+    assert HealthWatchSettings.of("", 2.0).path == ""
 
 
 def test_a_function_of_the_script_cannot_be_called_by_another_process() -> None:

@@ -64,7 +64,7 @@ def test_a_history_too_short_for_the_replay_check_is_refused(policy: Any, histor
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"in_place": False}, "is of no use with in_place=False"),
+        ({"in_place": False}, "has no effect with in_place=False"),
         ({"copies": 0}, "needs copies=1 or more"),
         ({"on_late": "skip"}, "takes every version, but with on_late='skip' some are skipped"),
         ({"history": 2}, "set history=0 instead of 2"),

@@ -13,7 +13,7 @@ from lightning_ckptless.cli.checks.check import FLOAT_BYTES, Check, Job, Status
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import ArenaError, OptionsError
 from lightning_ckptless.protocol.placement import place
-from lightning_ckptless.replica.arena_space import MAKE_ROOM, SHARED_MEMORY, default_arena_dir, is_in_memory
+from lightning_ckptless.replica.arena_space import SHARED_MEMORY, SPACE_FIX, default_arena_dir, is_in_memory
 
 DURABLE_STATES = 3
 """Durable states on disk at once: two are kept by default, and one is being written."""
@@ -76,14 +76,14 @@ def check_arena_folder(arena_folder: ArenaFolder) -> Check:
     return Check("arena folder", Status.OK, found, expected)
 
 
-def check_arena_room(job: Job, arena_folder: ArenaFolder) -> Check:
+def check_arena_space(job: Job, arena_folder: ArenaFolder) -> Check:
     """Check that all slots of all replicas on this node fit."""
     found = f"{decimal(arena_folder.free_bytes)} free in {arena_folder.path}"
     if job.state is None:
         fits = arena_folder.free_bytes // max(1, job.replicated(_ADAM + FLOAT_BYTES))
         found += f": enough for about {_short(fits)} parameters with Adam"
         expected = "enough for the model: use --parameters or --model to check"
-        return Check("room for arenas", Status.OK, found, expected)
+        return Check("arena space", Status.OK, found, expected)
     # The slots of the first version, without optimizer state, exist until those of the next version are created.
     needed = job.replicated(job.state.bytes) + job.replicated(job.state.weight_bytes)
     expected = (
@@ -91,14 +91,14 @@ def check_arena_room(job: Job, arena_folder: ArenaFolder) -> Check:
         f"{f', divided over {job.nodes} nodes' if job.nodes > 1 else ''}, plus those of the first step"
     )
     if needed <= arena_folder.free_bytes:
-        return Check("room for arenas", Status.OK, f"{found}, {decimal(needed)} needed", expected)
-    fix = f"{MAKE_ROOM}; with Docker, use `--shm-size {-(-needed // 10**9)}g`"
+        return Check("arena space", Status.OK, f"{found}, {decimal(needed)} needed", expected)
+    fix = f"{SPACE_FIX}; with Docker, use `--shm-size {-(-needed // 10**9)}g`"
     if arena_folder.in_memory:
         found += (
             ": the agent's memory will hold the slots and lose them when it exits; under torchrun the run is refused"
         )
-        return Check("room for arenas", Status.WARNING, found, expected, fix)
-    return Check("room for arenas", Status.FAILURE, found, expected, fix)
+        return Check("arena space", Status.WARNING, found, expected, fix)
+    return Check("arena space", Status.FAILURE, found, expected, fix)
 
 
 def check_placement(job: Job) -> Check:
@@ -138,11 +138,11 @@ def check_durable_folder(job: Job, folder: Path) -> Check:
     return Check(name, Status.FAILURE, found, expected, fix)
 
 
-def check_room(job: Job, arena_folder: ArenaFolder, durable_dir: Path | None) -> list[Check]:
+def check_space(job: Job, arena_folder: ArenaFolder, durable_dir: Path | None) -> list[Check]:
     """Run all checks of space on this host."""
     checks = [check_placement(job), check_arena_folder(arena_folder)]
     if not arena_folder.problem:
-        checks.append(check_arena_room(job, arena_folder))
+        checks.append(check_arena_space(job, arena_folder))
     if durable_dir is not None:
         checks.append(check_durable_folder(job, durable_dir))
     return checks

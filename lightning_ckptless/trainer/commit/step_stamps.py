@@ -11,7 +11,7 @@ _DIGITS = 20
 """Width of a stamp, so that each overwrites the one before without a moment at which the file is empty."""
 
 
-class BegunStep:
+class StepStamps:
     """Stamps the steps of one rank.
 
     Args:

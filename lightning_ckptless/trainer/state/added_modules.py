@@ -1,4 +1,4 @@
-"""Modules that a callback makes in training, such as an average of the model that begins with its first batch.
+"""Modules that a callback adds in training, such as an average of the model that begins with its first batch.
 
 A new process does not run the step that makes such a module, and the module's tensors need a place to be restored to.
 So versions contain the module itself, with empty tensors. Modules that exist when training begins are not part of it:
@@ -22,7 +22,7 @@ from lightning_ckptless.trainer.state.tensors import modules_of_callbacks
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-class LateModules:
+class AddedModules:
     """The modules of a trainer's callbacks that were made after training began.
 
     Args:
@@ -70,7 +70,7 @@ def restore_modules(trainer: Any, saved: dict[str, Any]) -> None:
 
     Args:
         trainer: its strategy is set up.
-        saved: the result of `LateModules.capture`.
+        saved: the result of `AddedModules.capture`.
     """
     there = {place: (index, name) for place, index, name, _ in modules_of_callbacks(trainer)}
     for place in there.keys() - saved["first"] - saved["late"].keys():

@@ -1,4 +1,4 @@
-"""The story of a run: its steps, faults, recoveries and goodput over time, built from ledger and trace.
+"""The timeline of a run: its steps, faults, recoveries and goodput over time, built from ledger and trace.
 
 Pure functions. Input times are in seconds since the epoch, output times in seconds since the run began.
 """
@@ -72,7 +72,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class Timeline:
     """A run over time.
 
     Args:
@@ -105,8 +105,8 @@ class Story:
         return found
 
 
-def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()) -> Story:
-    """Build a story.
+def timeline_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()) -> Timeline:
+    """Build a timeline.
 
     Args:
         run_id: id of the run.
@@ -124,7 +124,7 @@ def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()
     steps = tuple(Step(step.at - began_at, step.step, step.generation) for step in known)
     recoveries = tuple(_span(event, began_at) for event in events if event.event == "recovery")
     ended_at = max([event.at - began_at for event in events] + [step.at for step in steps])
-    return Story(
+    return Timeline(
         run_id=run_id,
         wall_s=ended_at,
         steps=steps,

@@ -15,7 +15,7 @@ from lightning_ckptless.internals.lightning.launch import ends_on_purpose, is_fi
 from lightning_ckptless.membership.channel.agent_channel import open_channel
 from lightning_ckptless.protocol.messages import CannotRecover
 from lightning_ckptless.trainer.outputs.loggers import RunLoggers
-from lightning_ckptless.trainer.recovery.exits import leave_process
+from lightning_ckptless.trainer.recovery.own_process import leave_process
 from lightning_ckptless.trainer.session.identity import count_call, fits_before, identify
 from lightning_ckptless.trainer.session.past_call_replay import digests_of, record_evaluation, record_fit, replay_call
 from lightning_ckptless.trainer.session.past_calls import PastCalls, Record
@@ -33,7 +33,7 @@ MOST_RESULT_BYTES = 16_000_000
 """Largest result of a call that is recorded: predictions may exceed the size of the model."""
 
 
-class Call:
+class TrainerCall:
     """One trainer call.
 
     Args:

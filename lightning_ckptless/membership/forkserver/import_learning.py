@@ -1,8 +1,8 @@
-"""The successor of the fork server imports what a script imports.
+"""Learning what a script imports: the successor of the fork server imports the same.
 
-It is in the state of a worker at the start of the script: environment, working directory and arguments. It imports
-under a watch, and slowly, because it runs during training. If a module has a side effect that forks would lack, or
-cannot be imported on its own, the process is unusable and reports which modules to leave out next time.
+The successor is in the state of a worker at the start of the script: environment, working directory and arguments. It
+imports under a watch, and slowly, because it runs during training. If a module has a side effect that forks would lack,
+or cannot be imported on its own, the process is unusable and reports which modules to leave out next time.
 """
 
 from __future__ import annotations

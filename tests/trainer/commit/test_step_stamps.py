@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_ckptless.replica.transport import SoloTransport
-from lightning_ckptless.trainer.commit.begun_step import BegunStep, last_begun, step_in_flight
+from lightning_ckptless.trainer.commit.step_stamps import StepStamps, last_begun, step_in_flight
 
 
 def test_nothing_has_begun_before_the_first_stamp(tmp_path: Path) -> None:
@@ -14,14 +14,14 @@ def test_nothing_has_begun_before_the_first_stamp(tmp_path: Path) -> None:
 
 def test_the_step_in_flight_is_the_last_that_all_ranks_have_begun(tmp_path: Path) -> None:
     for rank, step in ((0, 5), (1, 4)):
-        begun = BegunStep(tmp_path)
+        begun = StepStamps(tmp_path)
         begun.stamp(rank, step)
         begun.close()
     assert (last_begun(tmp_path), step_in_flight(tmp_path, SoloTransport())) == (5, 4)
 
 
 def test_a_process_stamps_the_steps_of_the_rank_that_it_has(tmp_path: Path) -> None:
-    begun = BegunStep(tmp_path)
+    begun = StepStamps(tmp_path)
     begun.stamp(1, 4)
     begun.stamp(0, 4)
     begun.close()
@@ -29,7 +29,7 @@ def test_a_process_stamps_the_steps_of_the_rank_that_it_has(tmp_path: Path) -> N
 
 
 def test_a_shorter_stamp_replaces_a_longer_one(tmp_path: Path) -> None:
-    begun = BegunStep(tmp_path)
+    begun = StepStamps(tmp_path)
     for step in (1000, 7):
         begun.stamp(0, step)
         assert last_begun(tmp_path) == step

@@ -13,10 +13,10 @@ from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.replica.arena_space import taken_bytes
 from lightning_ckptless.replica.slot import SlotName
 
-Leftover = tuple[Path, int]
+AbandonedArena = tuple[Path, int]
 
 
-def find_leftovers(folder: Path, run_id: str | None) -> tuple[list[Leftover], list[Path]]:
+def find_abandoned_arenas(folder: Path, run_id: str | None) -> tuple[list[AbandonedArena], list[Path]]:
     """Return the arenas without a live agent, with their sizes in bytes, and the arenas with one.
 
     Args:
@@ -25,17 +25,17 @@ def find_leftovers(folder: Path, run_id: str | None) -> tuple[list[Leftover], li
             cannot be read.
     """
     mine = [i for i in find_arenas(folder) if run_id in (None, i.run_id) or i.run_id.startswith(f"{run_id}.")]
-    leftovers = [(info.path, info.bytes) for info in mine if not info.owner_alive]
+    abandoned = [(info.path, info.bytes) for info in mine if not info.owner_alive]
     alive = [info.path for info in mine if info.owner_alive]
     if run_id is None:
         readable = {info.path for info in find_arenas(folder)}
-        foreign = [path for path in _arena_folders(folder) if path not in readable]
-        alive += [path for path in foreign if _owner_lives(path)]
-        leftovers += [(path, _size(path)) for path in foreign if path not in alive]
-    return leftovers, alive
+        unreadable = [path for path in _arena_folders(folder) if path not in readable]
+        alive += [path for path in unreadable if _owner_lives(path)]
+        abandoned += [(path, _size(path)) for path in unreadable if path not in alive]
+    return abandoned, alive
 
 
-def remove_leftover(path: Path) -> bool:
+def remove_abandoned_arena(path: Path) -> bool:
     """Remove an arena unless an agent has adopted it in the meantime; returns whether it is removed."""
     try:
         with arena_metadata.locked(path, wait=False) as held:

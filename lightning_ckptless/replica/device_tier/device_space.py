@@ -15,7 +15,7 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.protocol.placement_table import as_size
 
 
-def room_bytes(device: torch.device, ranks: int) -> int:
+def free_bytes_of(device: torch.device, ranks: int) -> int:
     """Free memory of a device for one rank.
 
     Args:
@@ -48,7 +48,7 @@ class DeviceNeed:
     shards: int
 
 
-def require_room(
+def require_fits(
     needs: Sequence[DeviceNeed], held_bytes: int, world_size: int, growth: float, free_bytes: int, rank: int
 ) -> None:
     """Refuse options whose memory does not fit on the device.

@@ -37,25 +37,25 @@ def expected_growth(optimizers: Sequence[Any], weight_bytes: int) -> float:
     return 1.0 + held / max(1, weight_bytes)
 
 
-def require_room_for_history(ring_bytes: Sequence[int], growth: float, history: int, room_bytes: int) -> None:
+def require_history_fits(ring_bytes: Sequence[int], growth: float, history: int, usable_bytes: int) -> None:
     """Refuse a history that does not fit into this node's memory.
 
     Args:
         ring_bytes: size of one version of each shard that this node keeps, once for each replica of it.
         growth: expected growth of the state with the first step.
         history: number of versions of the history.
-        room_bytes: memory that the slots of this node may use.
+        usable_bytes: memory that the slots of this node may use.
 
     Raises:
         ArenaError: it does not fit; the message contains the arithmetic.
     """
     version_bytes = growth * sum(ring_bytes)
     slots = LEAST_SLOTS + history
-    if not history or slots * version_bytes <= room_bytes:
+    if not history or slots * version_bytes <= usable_bytes:
         return
-    most = max(0, int(room_bytes // max(1.0, version_bytes)) - LEAST_SLOTS)
+    most = max(0, int(usable_bytes // max(1.0, version_bytes)) - LEAST_SLOTS)
     raise ArenaError(
         f"history={history} does not fit: {LEAST_SLOTS} + {history} slots x {as_size(version_bytes)} (one version of "
-        f"the {len(ring_bytes)} replicas on this node) = {as_size(slots * version_bytes)}, but {as_size(room_bytes)} "
+        f"the {len(ring_bytes)} replicas on this node) = {as_size(slots * version_bytes)}, but {as_size(usable_bytes)} "
         f"are free: set history={most} or less, keep fewer copies, or enlarge the memory of the arenas"
     )

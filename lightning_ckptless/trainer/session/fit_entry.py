@@ -9,8 +9,8 @@ from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
 from lightning_ckptless.trainer.outputs.loggers import Positions
-from lightning_ckptless.trainer.recovery.fetch import fetch_version
 from lightning_ckptless.trainer.recovery.restoration import Restoration
+from lightning_ckptless.trainer.recovery.version_fetch import fetch_version
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.session.startup import Sources, decide_start
 
@@ -110,7 +110,7 @@ def _start_over(session: Session, action: StartAction, logs: Positions | None, *
     elif session.trainer.is_global_zero:
         session.files.begin(new_run=action is StartAction.FRESH)
     members.transport.agree(True)
-    if members.speaks_for_node:
+    if members.is_node_leader:
         members.arena.clear()
     session.loggers.start_over()
     if action is StartAction.DURABLE:

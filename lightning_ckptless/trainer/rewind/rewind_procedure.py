@@ -1,4 +1,4 @@
-"""Going back to an earlier version on all ranks, in place: the same restoration as after a fault, without a rendezvous.
+"""Rewinding all ranks to an earlier version, in place: the same restoration as after a fault, without a rendezvous.
 
 | Step | A fault in it leaves |
 |---|---|
@@ -18,14 +18,14 @@ from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.trainer.data.skipping import skip
 from lightning_ckptless.trainer.data.training_data import TrainingData
-from lightning_ckptless.trainer.recovery.fetch import fetch_version
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
+from lightning_ckptless.trainer.recovery.version_fetch import fetch_version
 from lightning_ckptless.trainer.rewind.rewinding import carried_out
 from lightning_ckptless.trainer.session.running_fit import RunningFit
 from lightning_ckptless.trainer.session.session import Session
 
 
-class GoingBack:
+class RewindProcedure:
     """Carries out the rewinds of one trainer.
 
     Args:

@@ -36,7 +36,7 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
 
 
 def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptions) -> None:
-    """Count a recovery over all relaunches of the run. Used under a foreign agent, which does not know the limits.
+    """Count a recovery over all relaunches of the run. Used under an external agent, which does not know the limits.
 
     Args:
         members: the member set.
@@ -58,6 +58,6 @@ def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptio
             f"rank {members.rank}: {why_not}. Look for the cause in the run's ledger; with a higher limit the run "
             "resumes from the arenas"
         )
-    if members.speaks_for_node:
+    if members.is_node_leader:
         newest = RecoveryRecord(history.after_recovery(now), restored.optimizer_step)
         members.arena.write_notes(ArenaNotes(recoveries=newest))

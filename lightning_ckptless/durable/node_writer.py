@@ -13,10 +13,10 @@ from pathlib import Path
 
 from lightning_ckptless.durable.capture import CopyBuffers, OverwrittenError, ShardCopy, copy_shard
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, write_manifest
-from lightning_ckptless.durable.order import WriterOrder
 from lightning_ckptless.durable.parts import Parts, remove_parts_up_to
 from lightning_ckptless.durable.recipe import read_recipe
 from lightning_ckptless.durable.store import finish_state, require_space
+from lightning_ckptless.durable.writer_settings import WriterSettings
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
@@ -50,19 +50,19 @@ class _Pending:
     copied_s: float
 
 
-class SharedWriter:
+class NodeWriter:
     """Writes a node's part of the durable states of a run.
 
     Args:
-        order: settings of the writer.
+        settings: settings of the writer.
         failed: called with the version of a state that could not be written, and the error.
     """
 
-    def __init__(self, order: WriterOrder, failed: Failed) -> None:
-        self._order = order
+    def __init__(self, settings: WriterSettings, failed: Failed) -> None:
+        self._settings = settings
         self._failed = failed
-        self._folder = DurableFolder(Path(order.folder))
-        self._ledger = Ledger(order.ledger)
+        self._folder = DurableFolder(Path(settings.folder))
+        self._ledger = Ledger(settings.ledger)
         self._buffers = CopyBuffers()
         self._last: tuple[int, Version] | None = None
         self._pending: list[_Pending] = []
@@ -151,7 +151,7 @@ class SharedWriter:
         parts.remove_part_files()
         size_bytes = finish_state(pending.layout, merged.places, pending.recipe, parts.path)
         manifest = Manifest(
-            run_id=self._order.run_id,
+            run_id=self._settings.run_id,
             snapshot=parts.snapshot,
             shards=tuple(merged.facts[shard] for shard in range(parts.snapshot.world_size)),
             origin=notes.origin or None,
@@ -163,7 +163,7 @@ class SharedWriter:
             if not held:
                 raise DurableError(f"{self._folder.path}: another process is writing durable states to this folder")
             path = self._folder.complete(parts.path, version)
-            for old in states_to_drop(self._folder.versions(), version, self._order.keep):
+            for old in states_to_drop(self._folder.versions(), version, self._settings.keep):
                 self._folder.drop(old)
             remove_parts_up_to(self._folder.path, version)
         self._ledger.record(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.durable import shared
+from lightning_ckptless.durable import node_writer as shared
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
-from lightning_ckptless.durable.order import WriterOrder
-from lightning_ckptless.durable.shared import SharedWriter
+from lightning_ckptless.durable.node_writer import NodeWriter
 from lightning_ckptless.durable.store import load_state
+from lightning_ckptless.durable.writer_settings import WriterSettings
 from lightning_ckptless.protocol.durable_schedule import Share, share_of
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Owner
@@ -33,9 +33,11 @@ class Nodes:
         self.failures: list[str] = []
         self.writers = [self._writer(folder, arena.path) for arena in self.world.arenas]
 
-    def _writer(self, folder: Path, arena: Path) -> SharedWriter:
-        order = WriterOrder(str(arena), str(self.folder.path), str(folder / "ledger"), "run", os.getpid(), 5, None, 2)
-        return SharedWriter(order, lambda version, error: self.failures.append(f"{version}: {error}"))
+    def _writer(self, folder: Path, arena: Path) -> NodeWriter:
+        settings = WriterSettings(
+            str(arena), str(self.folder.path), str(folder / "ledger"), "run", os.getpid(), 5, None, 2
+        )
+        return NodeWriter(settings, lambda version, error: self.failures.append(f"{version}: {error}"))
 
     def train_to(self, step: int) -> None:
         """Commit a version."""

@@ -1,6 +1,7 @@
-"""The order of a durable writer: its settings, passed as a single command-line argument.
+"""The settings of a durable writer, passed as a single command-line argument.
 
-The share of a node's writer depends on the ranks of the node, so it is a note in the arena and not part of the order.
+The share of a node's writer depends on the ranks of the node, so it is a note in the arena and not one of the
+settings.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ MODULE = "lightning_ckptless.durable"
 
 
 @dataclass(frozen=True, slots=True)
-class WriterOrder:
+class WriterSettings:
     """The settings of a durable writer.
 
     Args:
@@ -43,10 +44,10 @@ class WriterOrder:
         return Timetable(self.every_n_steps, self.every_s)
 
     def to_text(self) -> str:
-        """Serialize the order."""
+        """Serialize the settings."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_text(cls, text: str) -> WriterOrder:
+    def from_text(cls, text: str) -> WriterSettings:
         """Parse the result of `to_text`."""
         return cls(**json.loads(text))

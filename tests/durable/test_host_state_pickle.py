@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_ckptless.durable.foreign import PICKLE_MODULE, read_pickle
+from lightning_ckptless.durable.host_state_pickle import PICKLE_MODULE, read_pickle
 from lightning_ckptless.formats.packing import Part, pack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.state.device_pickle import _Bundle

@@ -9,11 +9,11 @@ from lightning_ckptless.protocol.device_tier import kept_on_devices, needed_with
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.restore import Fetched, fetch, shared_layout
-from lightning_ckptless.trainer.commit.begun_step import step_in_flight
+from lightning_ckptless.trainer.commit.step_stamps import step_in_flight
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks, obstacle_to_carrying
 from lightning_ckptless.trainer.elastic.world_change import take_over
-from lightning_ckptless.trainer.recovery.judgement import count_recovery
 from lightning_ckptless.trainer.recovery.restoration import Restoration, sum_over_ranks
+from lightning_ckptless.trainer.recovery.retries import count_recovery
 from lightning_ckptless.trainer.reporting.report import Moved
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.trust import host_state_of
@@ -41,7 +41,7 @@ def fetch_version(
         abandons_files: whether checkpoint files written since stay.
 
     Raises:
-        LaunchError: under a foreign agent: the limit on recoveries has been reached.
+        LaunchError: under an external agent: the limit on recoveries has been reached.
         WorldSizeError: another number of ranks wrote the version, and these ranks cannot continue from it.
     """
     members, version = session.members, found.snapshot.version

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.formats.packing import pack, unpack
-from lightning_ckptless.trainer.state.late_modules import LateModules, restore_modules
+from lightning_ckptless.trainer.state.added_modules import AddedModules, restore_modules
 from lightning_ckptless.trainer.state.tensors import StateIndex
 
 WIDTH = 1000
@@ -44,7 +44,7 @@ def averaged() -> nn.Module:
 
 def test_a_new_process_gets_a_place_for_the_tensors() -> None:
     trained, fresh = process(first=True), process(first=True)
-    late = LateModules(trained)
+    late = AddedModules(trained)
     trained.callbacks[0].average = averaged()
     packed = pack(late.capture())
     assert len(packed) < 4 * WIDTH, "tensors are part of the version anyway"
@@ -60,11 +60,11 @@ def test_a_new_process_gets_a_place_for_the_tensors() -> None:
 
 def test_a_new_process_passes_the_module_on() -> None:
     trained, second, third = process(), process(), process()
-    late = LateModules(trained)
+    late = AddedModules(trained)
     trained.callbacks[0].average = averaged()
     saved = unpack(pack(late.capture()))
     restore_modules(second, saved)
-    again = LateModules(second)
+    again = AddedModules(second)
     again.apply(saved)
     restore_modules(third, unpack(pack(again.capture())))
     assert isinstance(third.callbacks[0].average, nn.Sequential)
@@ -72,7 +72,7 @@ def test_a_new_process_passes_the_module_on() -> None:
 
 def test_a_module_made_after_the_version_is_taken_away() -> None:
     trainer = process(first=True)
-    saved = unpack(pack(LateModules(trainer).capture()))
+    saved = unpack(pack(AddedModules(trainer).capture()))
     trainer.callbacks[0].average = averaged()
     restore_modules(trainer, saved)
     assert trainer.callbacks[0].average is None and trainer.callbacks[0].early is not None
@@ -89,7 +89,7 @@ def test_a_module_that_is_made_or_replaced_changes_the_layout() -> None:
 
 def test_a_module_that_cannot_be_made_elsewhere_is_refused() -> None:
     trainer = process()
-    late = LateModules(trainer)
+    late = AddedModules(trainer)
     trainer.callbacks[0].average = averaged()
     trainer.callbacks[0].average.follow = lambda: torch.ones(1)
     with pytest.raises(OptionsError, match=r"rank 0: callback/0\.Holder\.average, .* step 3, .*make it in setup"):

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
+from lightning_ckptless.trainer.commit.history_space import expected_growth, require_history_fits
 
 
 def test_the_refusal_contains_the_arithmetic() -> None:
-    require_room_for_history([10_000_000] * 4, 3.0, 8, 1_200_000_000)
-    require_room_for_history([10_000_000] * 4, 3.0, 0, 0)
+    require_history_fits([10_000_000] * 4, 3.0, 8, 1_200_000_000)
+    require_history_fits([10_000_000] * 4, 3.0, 0, 0)
     with pytest.raises(ArenaError) as caught:
-        require_room_for_history([10_000_000] * 4, 3.0, 9, 1_200_000_000)
+        require_history_fits([10_000_000] * 4, 3.0, 9, 1_200_000_000)
     assert str(caught.value) == (
         "history=9 does not fit: 2 + 9 slots x 120.0 MB (one version of the 4 replicas on this node) = 1.3 GB, but "
         "1.2 GB are free: set history=8 or less, keep fewer copies, or enlarge the memory of the arenas"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_ckptless.trainer.data.hooks import DataHooks
 
 
-class RateSearches:
+class LearningRateSearches:
     """The learning rate searches of one fit.
 
     Args:

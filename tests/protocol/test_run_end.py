@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from lightning_ckptless.protocol.conclusion import Conclusion, RunOutcome, conclude
+from lightning_ckptless.protocol.run_end import Conclusion, RunOutcome, conclude
 
 COMMAND = "ckptless run --rdzv-id=mine train.py"
 ENDED = RunOutcome(
