@@ -384,8 +384,10 @@ class FitLoops:
             self.epoch: ("advance", "on_advance_end", "_on_before_fetch", "_on_after_fetch"),
             self.validation: ("run", "setup_data"),
         }
-        present = [(loop, name) for loop, names in replaced.items() for name in names if name in vars(loop)]
-        overrides = [(loop, name, vars(loop).pop(name)) for loop, name in present]
+        found = [(loop, name, vars(loop).get(name)) for loop, names in replaced.items() for name in names]
+        overrides = [(loop, name, override) for loop, name, override in found if isinstance(override, Override)]
+        for loop, name, _ in overrides:
+            remove_overrides(loop, name)
         try:
             yield
         finally:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+_ABSENT = object()
+
 
 class Override:
     """Replaces a method of one object.
@@ -27,11 +29,20 @@ class Override:
         self.function = function
         self._owner = owner
         self._name = name
+        # Scripts and tests replace methods of one object, too.
+        self._replaced = vars(owner).get(name, _ABSENT)
         setattr(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the replacement."""
         return self.function(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was replaced: a method of the class, or another replacement."""
+        if self._replaced is _ABSENT:
+            vars(self._owner).pop(self._name, None)
+        else:
+            setattr(self._owner, self._name, self._replaced)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # When this is evaluated, a copy of the owner has no attributes yet, so the name refers to its class's method.
@@ -39,11 +50,12 @@ class Override:
 
 
 def remove_overrides(owner: Any, *names: str) -> None:
-    """Restore original methods of an object.
+    """Restore the methods of an object that overrides have replaced.
 
     Args:
         owner: the object.
-        names: names of methods; those that were not replaced are ignored.
+        names: names of methods; those that no override replaces now are left as they are.
     """
     for name in names:
-        vars(owner).pop(name, None)
+        while isinstance(found := vars(owner).get(name), Override):
+            found.remove()
