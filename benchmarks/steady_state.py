@@ -3,13 +3,15 @@
 Two ranks of the same job train under each strategy. The jobs run at the same time and alternate in short segments.
 Medians of neighbouring segments are compared, so that a slowdown of the machine affects both. With `--fsdp2` the model
 is sharded. A device computes asynchronously, so its step is the mean of a segment until all work is done. With
-`--profile`, a third job counts the calls of each file of the package; its times are shares rather than costs.
+`--profile`, a third job counts the calls of each file of the package; its times are shares rather than costs. With one
+size and batch, a table says where the CPU time goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks.harness.processes import scratch
 from benchmarks.harness.table import Column, Table, verdict
 from benchmarks.harness.turns import NAMES, Plan, Segment, Variant, cpu_ms, step_ms, train_in_turns
 from benchmarks.harness.watch import NoRecoveryError
+from benchmarks.jobs.cpu_account import PARTS as CPU_PARTS
 from benchmarks.jobs.gpt import WIDTHS
 from benchmarks.jobs.job import JobOptions
 
@@ -69,6 +72,27 @@ def part(head: str, name: str) -> Column:
     return Column(head, lambda variant: variant.part_ms(name), ".2f", median)
 
 
+def cpu_table(variant: Variant) -> Table:
+    """Return the table of where the CPU time of a step goes, compared with `ddp`."""
+    total_ms = median(variant.over(cpu_ms))
+    table = Table(
+        f"CPU time of a step, {variant.size}, batch {variant.batch}", ("part", "ddp ms", "ms", "over ddp ms", "share")
+    )
+    for part in (*CPU_PARTS, ""):
+        of_part = partial(cpu_of_part_ms, part) if part else cpu_ms
+        base_ms, ours_ms = (median(map(of_part, segments)) for segments in (variant.base, variant.segments))
+        over_ms = median(variant.over(of_part))
+        cells = (f"{value:.2f}" for value in (base_ms, ours_ms, over_ms))
+        table.rows.append((part or "all", *cells, f"{over_ms / total_ms:.0%}"))
+    table.notes.append(CPU_NOTE)
+    return table
+
+
+def cpu_of_part_ms(part: str, segment: Segment) -> float:
+    """Return the CPU time of a part of a step in ms."""
+    return float(1e3 * segment["cpu_s"].get(part, 0.0))
+
+
 def spread(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
@@ -105,6 +129,11 @@ PARTS_NOTE = (
     "step, without that wait; it also waits for the copy before the optimizer step. "
     "Mirror thread: its CPU time per round, and the time from hand-over until the shard is staged and until the round "
     "is committed on all ranks. Arenas: shared memory of all ranks."
+)
+CPU_NOTE = (
+    "Mean over the steps and ranks of a segment, median over segments; over ddp: median over rounds of the difference "
+    "from the neighbouring segment. The first parts are sections of the training thread: between steps, versions are "
+    "captured and batches fetched; forward contains the stamp, optimizer step the wait for the copy."
 )
 SPLIT: dict[str, Callable[[Variant], float]] = {
     "step time over ddp": lambda v: median(v.over()),
@@ -210,6 +239,7 @@ class SteadyState(Benchmark):
             Table.of(title, variants, *STEP, notes=[STEP_NOTE]),
             Table.of("Parts of a mirrored step, medians in ms", mirrored, *PARTS, notes=[PARTS_NOTE]),
             *([split_table(plain)] if len({variant.size for variant in plain}) > 1 else []),
+            *([cpu_table(plain[0])] if len(plain) == 1 and self.accelerator == "cpu" else []),
             *(profile_of(thread, found) for found in profiled for thread in found[0]["ranks"][0]["profiles"]),
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ PATIENCE_PER_STEP_S = 120.0
 """The largest model takes half a minute per step when four ranks share two cores."""
 
 Segment = dict[str, Any]
-"""Under `ranks`, what each rank reports of the measured steps; under `cpu_per_step_s`, the CPU time of a rank."""
+"""Under `ranks`, what each rank reports of the measured steps; under `cpu_s`, its CPU time per step, by part."""
 Measure = Callable[[Watch, Path, int], Segment]
 """Lets a job, which runs in a folder, train a number of steps."""
 Quantity = Callable[[Segment], float]
@@ -67,12 +68,15 @@ def _ready(watch: Watch, steps: int) -> list[Note]:
 def segment_of(watch: Watch, _: Path, steps: int) -> Segment:
     """Let a job train; return what its ranks report of the steps after the warm-up."""
     reports = train(watch, WARM_UP_STEPS + steps)
-    own_cpu_s = sum(report.pop("cpu_s") for report in reports)
+    spent_s: Counter[str] = Counter()
+    for report in reports:
+        spent_s.update(report.pop("cpu_s"))
     ranks = [
         {name: value[WARM_UP_STEPS:] if isinstance(value, list) else value for name, value in report.items()}
         for report in reports
     ]
-    return {"ranks": ranks, "cpu_per_step_s": own_cpu_s / (WARM_UP_STEPS + steps) / len(ranks)}
+    executed = (WARM_UP_STEPS + steps) * len(ranks)
+    return {"ranks": ranks, "cpu_s": {part: seconds / executed for part, seconds in spent_s.items()}}
 
 
 def train_in_turns(
@@ -119,7 +123,7 @@ def step_ms(segment: Segment) -> float:
 
 def cpu_ms(segment: Segment) -> float:
     """Return the CPU time of a step in ms: all threads of a rank, mean over steps and ranks."""
-    return float(1e3 * segment["cpu_per_step_s"])
+    return float(1e3 * sum(segment["cpu_s"].values()))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning_ckptless
+from benchmarks.jobs.cpu_account import MIRROR
 from benchmarks.jobs.stopwatch import Stopwatch
 
 ROOT = Path(lightning_ckptless.__file__).parent
-TRAINING, MIRROR = "training thread", "mirror thread"
+TRAINING = "training thread"
 
 
 class Profiled(Stopwatch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.wire import Wire
+from benchmarks.jobs.cpu_account import BACKWARD, BETWEEN, FORWARD, OPTIMIZER, CpuAccount
 from benchmarks.jobs.gpt import GPT, fingerprint
 from benchmarks.jobs.stopwatch import Stopwatch
 
@@ -80,16 +81,19 @@ class Segment:
 
     def __init__(self, steps: int) -> None:
         self.left = steps
-        self.began_cpu_s = time.process_time()
         self.starts = [time.perf_counter()]
+        self.account = CpuAccount()
 
 
 class Turns(pl.Callback):
     """Train in segments, and wait between two until it is this job's turn again.
 
     The end of a segment is reported with the time of each step, from the start of its batch to the start of the next,
-    and the measurements of the stopwatch.
+    with the CPU time of its sections, and the measurements of the stopwatch.
     """
+
+    ckptless_observer = True
+    """No version contains the measurements: they change with every step, and to capture them would be measured too."""
 
     def __init__(self, wire: Wire, stopwatch_class: type[Stopwatch] = Stopwatch) -> None:
         self.wire = wire
@@ -98,13 +102,23 @@ class Turns(pl.Callback):
         self._stopwatch_class = stopwatch_class
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self.segment.account.end(BETWEEN)
         self.segment.starts.append(time.perf_counter())
         if not self.segment.left:
             self.wait_for_turn(trainer)
         self.segment.left -= 1
 
+    def on_before_backward(self, *_: Any, **__: Any) -> None:
+        self.segment.account.end(FORWARD)
+
+    def on_after_backward(self, *_: Any, **__: Any) -> None:
+        self.segment.account.end(BACKWARD)
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.segment.account.end(OPTIMIZER)
+
     def wait_for_turn(self, trainer: pl.Trainer) -> None:
-        segment, ended_cpu_s = self.segment, time.process_time()
+        segment = self.segment
         steps = len(segment.starts) - 1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
@@ -112,7 +126,7 @@ class Turns(pl.Callback):
             "ready",
             steps_s=[after - before for before, after in pairwise(segment.starts)],
             mean_s=(time.perf_counter() - segment.starts[0]) / steps if steps else 0.0,
-            cpu_s=ended_cpu_s - segment.began_cpu_s,
+            cpu_s=segment.account.spent(),
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
         steps = int(self.wire.receive()["steps"])

@@ -143,3 +143,13 @@ def _split(parts: Sequence[Buffer], first_bytes: int) -> tuple[list[Buffer], lis
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a flat uint8 tensor in host memory, without a copy."""
     return tensor.numpy().data
+
+
+def in_place(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The bytes of a tensor as a flat uint8 tensor; None if they cannot be read without a copy."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    if tensor.is_conj() or tensor.is_neg():
+        # The stored bytes are not the values of a lazy conjugate or negation.
+        return None
+    return tensor.detach().reshape(-1).view(torch.uint8)

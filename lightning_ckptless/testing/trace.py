@@ -28,6 +28,7 @@ import torch
 from lightning_ckptless import environment
 from lightning_ckptless.internals.lightning.distribution import is_a
 from lightning_ckptless.testing.digest import digest_tensors, digest_values
+from lightning_ckptless.trainer.state.own_state import is_observer
 
 
 class TraceFile:
@@ -211,7 +212,7 @@ def bookkeeping(trainer: Any) -> dict[str, str]:
         "precision": digest_values(trainer.precision_plugin.state_dict()),
     }
     for position, callback in enumerate(trainer.callbacks):
-        if not hasattr(callback, "ckptless_observer") and not is_a(callback, "callbacks", "Timer"):
+        if not is_observer(callback) and not is_a(callback, "callbacks", "Timer"):
             state = relative_paths(callback.state_dict(), log_dirs)
             found[f"callback {position} ({type(callback).__name__})"] = digest_values(state)
     return found

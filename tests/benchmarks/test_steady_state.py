@@ -1,15 +1,19 @@
 import cProfile
 import json
+import threading
+import time
 from typing import Any
 
 import pytest
 
+from benchmarks.jobs.cpu_account import BACKWARD, FORWARD, MIRROR, OTHERS, CpuAccount
 from benchmarks.jobs.gpt import state_bytes
-from benchmarks.jobs.profiled import MIRROR, by_file
+from benchmarks.jobs.profiled import by_file
 from benchmarks.steady_state import (
     CKPTLESS,
     DDP,
     SteadyState,
+    cpu_table,
     measured,
     profile_of,
     split_table,
@@ -20,7 +24,7 @@ from benchmarks.steady_state import (
 
 def segment(step_ms: float, **parts: Any) -> dict[str, Any]:
     ranks = [{"steps_s": [1e-3 * step_ms] * 3, **parts}, {"steps_s": [0.5e-3 * step_ms] * 3, **parts}]
-    return {"ranks": ranks, "cpu_per_step_s": 1e-3 * step_ms}
+    return {"ranks": ranks, "cpu_s": {BACKWARD: 1e-3 * step_ms}}
 
 
 def mirrored(step_ms: float, shard_mb: float) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def test_waits_do_not_count_as_work_of_the_training_thread() -> None:
 
 
 def test_a_step_on_a_device_is_the_mean_of_its_segment() -> None:
-    segments = {name: [{"ranks": [{"mean_s": mean_s}], "cpu_per_step_s": 0.0}] for name, mean_s in DEVICE.items()}
+    segments = {name: [{"ranks": [{"mean_s": mean_s}], "cpu_s": {BACKWARD: 0.0}}] for name, mean_s in DEVICE.items()}
     pair = {"size": "33M", "batch": 64, "segments": segments}
     steps, *_ = SteadyState(accelerator="gpu").tables({"pairs": [pair]})
     assert [row[3:5] for row in steps.rows] == [("10.00", ""), ("12.00", "2.00")]
@@ -89,6 +93,57 @@ def test_every_mirrored_strategy_has_its_parts() -> None:
 
 def test_the_state_is_three_times_the_parameters() -> None:
     assert 3 * 4 * 30e6 < state_bytes("33M") < 3 * 4 * 36e6
+
+
+def test_the_cpu_time_over_ddp_is_divided_among_its_parts() -> None:
+    theirs, ours = {FORWARD: 0.002, OTHERS: 0.001}, {FORWARD: 0.005, MIRROR: 0.002, OTHERS: 0.0}
+    segments = {name: [{**segment(10.0), "cpu_s": cpu_s}] * 2 for name, cpu_s in ((DDP, theirs), (CKPTLESS, ours))}
+    rows = cpu_table(measured({"size": "tiny", "batch": 2, "segments": segments})[1]).rows
+    assert [row for row in rows if float(row[3])] == [
+        (FORWARD, "2.00", "5.00", "3.00", "75%"),
+        (MIRROR, "0.00", "2.00", "2.00", "50%"),
+        (OTHERS, "1.00", "0.00", "-1.00", "-25%"),
+        ("all", "3.00", "7.00", "4.00", "100%"),
+    ]
+
+
+def compute(seconds: float) -> None:
+    began = time.thread_time()
+    while time.thread_time() - began < seconds:
+        pass
+
+
+def test_the_cpu_time_of_a_process_is_that_of_its_threads() -> None:
+    begun, done, may_exit = threading.Event(), threading.Event(), threading.Event()
+
+    def mirror() -> None:
+        begun.wait()
+        compute(0.04)
+        done.set()
+        may_exit.wait()
+
+    thread = threading.Thread(target=mirror, name="ckptless-mirror")
+    thread.start()
+    try:
+        account = CpuAccount()
+        compute(0.02)
+        account.end(FORWARD)
+        compute(0.01)
+        account.end(BACKWARD)
+        begun.set()
+        done.wait()
+        other = threading.Thread(target=compute, args=(0.03,))
+        other.start()
+        other.join()
+        spent = account.spent()
+    finally:
+        begun.set()
+        may_exit.set()
+        thread.join()
+
+    assert spent.keys() == {FORWARD, BACKWARD, MIRROR, OTHERS}
+    for part, seconds in {FORWARD: 0.02, BACKWARD: 0.01, MIRROR: 0.04, OTHERS: 0.03}.items():
+        assert spent[part] == pytest.approx(seconds, abs=0.009), part
 
 
 def test_calls_are_counted_per_version() -> None:

@@ -18,7 +18,8 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout.layout import Layout, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
-from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.mirror.mirror_settings import MirrorSettings
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 State = dict[str, torch.Tensor]

@@ -33,6 +33,7 @@ class FitLoops:
         self.fit: Any = trainer.fit_loop
         self.epoch: Any = trainer.fit_loop.epoch_loop
         self.validation: Any = trainer.fit_loop.epoch_loop.val_loop
+        self._strategy: Any = trainer.strategy
         self._counters = LoopCounters(self.fit, distribution_of(trainer))
 
     # ------------------------------------------------------------------ position in the run
@@ -65,7 +66,7 @@ class FitLoops:
     @property
     def step(self) -> int:
         """The number of optimizer steps so far: `trainer.global_step`, in half the calls."""
-        epoch, module = self.epoch, self.trainer.strategy.lightning_module
+        epoch, module = self.epoch, self._strategy.lightning_module
         if module is None or module.automatic_optimization:
             return int(epoch.automatic_optimization.optim_progress.optimizer.step.total.completed)
         return int(epoch.manual_optimization.optim_step_progress.total.completed)

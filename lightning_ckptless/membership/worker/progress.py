@@ -125,9 +125,19 @@ class ProgressWriter:
             out_of_data: see there.
             rank: this rank, which a world change may change; None for the one of the last call.
         """
-        now = self._clock()
         self._rank = self._rank if rank is None else rank
-        self._begun, self._epoch, self._out_of_data = step, epoch, out_of_data
+        self._epoch, self._out_of_data = epoch, out_of_data
+        self.advance(step, point)
+
+    def advance(self, step: int, point: Point) -> None:
+        """Record this rank's position; everything else is as in the last call of `beat`.
+
+        Args:
+            step: see `RankProgress`.
+            point: see there.
+        """
+        now = self._clock()
+        self._begun = step
         if (step, point) == self._place:
             self._count += 1
         else:

@@ -131,7 +131,7 @@ class Watcher:
         Raises:
             TransportError: it has ended.
         """
-        if self.is_over:
+        if self._pending() is not None:
             raise TransportError("the ranks are regrouping; this rank learned of it between two collectives")
 
     @property

@@ -34,12 +34,13 @@ from lightning_ckptless.errors import TransportError, let_go
 from lightning_ckptless.protocol.divergence import Difference
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Snapshot, Version
-from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
+from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined, matches
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.differences import locate_difference
 from lightning_ckptless.replica.mirror.exchange import ArrivedShard, KnownPrefix, OutgoingShard, ShardExchange
+from lightning_ckptless.replica.mirror.mirror_settings import MirrorSettings
 from lightning_ckptless.replica.mirror.moment import Moment
 from lightning_ckptless.replica.mirror.rotation import NO_TURN, Rotation, Turn
 from lightning_ckptless.replica.mirror.round import Blob, Round
@@ -106,28 +107,6 @@ COMPARE_EVERY_ROUNDS = 256
 
 REWRITE_ROUNDS = 100
 """After this many rounds per slot, the static part is copied and sent again, into all slots."""
-
-
-@dataclass(frozen=True)
-class MirrorSettings:
-    """How versions are copied and verified.
-
-    Args:
-        checksum: `xxh3`, `crc32` or `none`.
-        threads: number of threads that compute a checksum.
-        staging: `overlap`, `blocking` to copy everything before `submit` returns, or `device` to copy it into a buffer
-            on its device before that.
-        slots: number of slots of each ring; those beyond two hold the history.
-        history_every: optimizer steps between two versions of the history.
-        verifies: whether holders fill in what their own tensors contain, and compare checksums; needs one.
-    """
-
-    checksum: str = "xxh3"
-    threads: int = 1
-    staging: str = "overlap"
-    slots: int = LEAST_SLOTS
-    history_every: int = 1
-    verifies: bool = True
 
 
 _DEFAULT_SETTINGS = MirrorSettings()
@@ -339,6 +318,14 @@ class Mirror:
         """Run a job in the mirror thread after the rounds that were submitted. All ranks pass the same jobs."""
         self._raise_failure()
         self._put(job)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether `wait_staged` would return at once, and has nothing to compare or to raise."""
+        round_ = self._submitted
+        if round_ is None or self._failure is not None:
+            return self._failure is None
+        return round_.staged.is_reached and round_.staged.error is None and not round_.compared
 
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.

@@ -11,8 +11,9 @@ Static tensors are copied late, and only if they have changed (`static.py`).
 With a buffer in device memory, all tensors of the device are copied into it early, and from there late
 (`device_buffer.py`).
 
-All late copies are one call, which releases the interpreter lock once. A loop over tensors would have to reacquire the
-lock after each of them: next to a training thread busy in Python that took 400 ms instead of 14.
+Late copies are a few calls (`copy_batch.py`), each of which releases the interpreter lock once. A loop over tensors
+would have to reacquire the lock after each of them: next to a training thread busy in Python that took 400 ms instead
+of 14.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.internals.torch_internals import foreach_copy, version_counters
 from lightning_ckptless.replica.layout.layout import Chunk, Layout, live_views, local_name, pieces_for, slot_views
+from lightning_ckptless.replica.mirror.copy_batch import CopyBatch, LatePiece
 from lightning_ckptless.replica.mirror.device_buffer import DeviceBuffer, device_of
 from lightning_ckptless.replica.mirror.device_copy import DeviceCopier
 from lightning_ckptless.replica.mirror.static import Pair, StaticPart
@@ -39,37 +41,29 @@ class PendingCopy:
 
     Args:
         bulk: tensor state of the slot.
-        names: names of the tensors that are copied late, one per copy.
-        targets: views of it that are not filled yet.
-        sources: live views from which they are filled.
+        late: the pieces that are copied late.
+        halves: their copies; after the first, half of the bytes are copied.
         watched: live tensors of the sources.
         watched_names: their names.
         counts: their counts of in-place writes.
-        middle: index at which half of the bytes are copied.
         static: the static part.
         live: the live views that the sources were taken from.
         own: the live tensors that they are views of.
         ready: CUDA event after which the sources contain the version; None in host memory.
+        added: further copies, made with the second half.
     """
 
     bulk: torch.Tensor
-    names: list[str]
-    targets: list[torch.Tensor]
-    sources: list[torch.Tensor]
+    late: Sequence[LatePiece]
+    halves: tuple[CopyBatch, CopyBatch]
     watched: list[torch.Tensor]
     watched_names: Collection[str]
     counts: list[int]
-    middle: int
     static: StaticPart
     live: _Sources
     own: Sequence[torch.Tensor]
     ready: torch.cuda.Event | None = None
-
-    def add(self, pairs: Sequence[Pair]) -> None:
-        """Copy further views late."""
-        if pairs:
-            self.targets = [*self.targets, *(target for target, _ in pairs)]
-            self.sources = [*self.sources, *(source for _, source in pairs)]
+    added: list[Pair] = field(default_factory=list)
 
     def changed(self) -> str | None:
         """Name of a tensor that was modified since `take`, or is not what the sources are views of; None if none is."""
@@ -82,8 +76,7 @@ class PendingCopy:
 
     def different(self) -> str | None:
         """Name of a tensor whose late copy is not what the tensor contains now; None if there is none."""
-        pairs = zip(self.names, self.targets, self.sources, strict=False)
-        return next((name for name, target, source in pairs if not _same_bits(target, source)), None)
+        return next((piece.name for piece in self.late if not _same_bits(piece.target, piece.source)), None)
 
 
 @dataclass
@@ -123,11 +116,9 @@ class _CopyPlan:
         now: early copies into the slot.
         kept: copies of early tensors whose values are kept on their device, and copied into the slot late.
         buffer: where they are kept; None for a new place each time.
-        names: names of the tensors that are copied late.
-        targets: views of the slot, one per late copy.
-        sources: live views, one per late copy.
+        late: the pieces that are copied late.
+        halves: their copies; after the first, half of the bytes are copied.
         watched: index of each tensor that must not change during the late copies, by name.
-        middle: index of the late copy at which half of the bytes are copied.
         on_device: whether any tensor is on a CUDA device.
         static: the static part.
     """
@@ -137,11 +128,9 @@ class _CopyPlan:
     now: list[Pair]
     kept: list[Pair]
     buffer: DeviceBuffer | None
-    names: list[str]
-    targets: list[torch.Tensor]
-    sources: list[torch.Tensor]
+    late: Sequence[LatePiece]
+    halves: tuple[CopyBatch, CopyBatch]
     watched: Mapping[str, int]
-    middle: int
     on_device: bool
     static: StaticPart
 
@@ -206,20 +195,18 @@ class Stager:
         watched = [own[index] for index in plan.watched.values()] if has_early else own
         pending = PendingCopy(
             bulk,
-            plan.names,
-            plan.targets,
-            plan.sources,
+            plan.late,
+            plan.halves,
             watched,
             plan.watched.keys() if has_early else self._names,
             version_counters(watched),
-            plan.middle,
             plan.static,
             plan.live,
             own,
         )
         foreach_copy([target for target, _ in plan.now], [source for _, source in plan.now])
         if plan.kept:
-            pending.add(plan.keep(bulk))
+            pending.added += plan.keep(bulk)
         if plan.on_device:
             pending.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             pending.ready.record()
@@ -232,23 +219,26 @@ class Stager:
             pairs = list(zip(self._names, self._views_of(bulk), live.views, strict=True))
             static = self._static_part(bulk, pairs, early)
             kept = self._kept(early, live.views)
-            now = [index for index, name in enumerate(self._names) if name in early and index not in kept]
-            late = [
-                (name, target, source)
-                for index, (name, target, source) in enumerate(pairs)
-                if name not in early and index not in static.compared
+            now = [
+                (target, source)
+                for (name, target, source), is_kept in zip(pairs, kept, strict=True)
+                if name in early and not is_kept
             ]
+            late = [
+                LatePiece(chunk, *pair)
+                for index, (chunk, pair) in enumerate(zip(self._pieces, pairs, strict=True))
+                if pair[0] not in early and index not in static.compared
+            ]
+            middle = _middle([piece.source for piece in late])
             plan = self._plans[bulk.data_ptr()] = _CopyPlan(
                 live=live,
                 early=early,
-                now=[pairs[index][1:] for index in now],
-                kept=[pairs[index][1:] for index in kept],
-                buffer=self._buffer_of([self._pieces[index] for index in kept], live.views) if kept else None,
-                names=[name for name, _, _ in late],
-                targets=[target for _, target, _ in late],
-                sources=[source for _, _, source in late],
+                now=now,
+                kept=[*compress((pair[1:] for pair in pairs), kept)],
+                buffer=self._buffer_of([*compress(self._pieces, kept)], live.views) if any(kept) else None,
+                late=late,
+                halves=(CopyBatch(bulk, late[:middle]), CopyBatch(bulk, late[middle:])),
                 watched={name: index for index, name in enumerate(self._names) if name not in early},
-                middle=_middle([source for _, _, source in late]),
                 on_device=any(source.is_cuda for source in live.views),
                 static=static,
             )
@@ -266,13 +256,12 @@ class Stager:
             [name not in early for name, _, _ in first],
         )
 
-    def _kept(self, early: frozenset[str], views: Sequence[torch.Tensor]) -> list[int]:
-        """Indices of the early pieces that are kept on their device."""
+    def _kept(self, early: frozenset[str], views: Sequence[torch.Tensor]) -> list[bool]:
+        """Whether each piece is copied early, and kept on its device."""
         device = device_of(views)
         return [
-            index
-            for index, (name, view) in enumerate(zip(self._names, views, strict=True))
-            if name in early and (view.is_cuda or (self._is_buffered and view.device == device))
+            name in early and (view.is_cuda or (self._is_buffered and view.device == device))
+            for name, view in zip(self._names, views, strict=True)
         ]
 
     def _buffer_of(self, chunks: Sequence[Chunk], views: Sequence[torch.Tensor]) -> DeviceBuffer | None:
@@ -294,12 +283,12 @@ class Stager:
             Number of bytes that the slot already contained and that were not written.
         """
         outdated = pending.static.outdated()
-        pending.add(outdated)
-        middle = pending.middle if half_done is not None else len(pending.sources)
-        self._copy(pending, slice(0, middle))
+        pending.added += outdated
+        first, second = pending.halves
+        self._copy(pending, first, ())
         if half_done is not None:
             half_done()
-            self._copy(pending, slice(middle, None))
+        self._copy(pending, second, pending.added)
         return pending.static.compared_bytes - sum(target.nbytes for target, _ in outdated)
 
     def close(self) -> None:
@@ -307,11 +296,14 @@ class Stager:
         if self._device_copier is not None:
             self._device_copier.close()
 
-    def _copy(self, pending: PendingCopy, part: slice) -> None:
+    def _copy(self, pending: PendingCopy, batch: CopyBatch, added: Sequence[Pair]) -> None:
+        batch.concatenate()
+        targets = [*batch.targets, *(target for target, _ in added)]
+        sources = [*batch.sources, *(source for _, source in added)]
         if pending.ready is None:
-            foreach_copy(pending.targets[part], pending.sources[part])
+            foreach_copy(targets, sources)
             return
-        pairs = list(zip(pending.targets[part], pending.sources[part], strict=True))
+        pairs = list(zip(targets, sources, strict=True))
         host = [pair for pair in pairs if not pair[1].is_cuda]
         foreach_copy([target for target, _ in host], [source for _, source in host])
         device = [pair for pair in pairs if pair[1].is_cuda]

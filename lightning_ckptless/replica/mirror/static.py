@@ -21,7 +21,7 @@ from itertools import groupby
 
 import torch
 
-from lightning_ckptless.replica.checksum import bytes_of, digest
+from lightning_ckptless.replica.checksum import bytes_of, digest, in_place
 from lightning_ckptless.replica.layout.layout import Chunk
 
 ALGORITHM = "xxh3"
@@ -114,13 +114,8 @@ class StaticPart:
 
 
 def _readable(source: torch.Tensor) -> torch.Tensor | None:
-    """The bytes of a live tensor; None if it is on a device, not contiguous, or small."""
-    if source.nbytes < LEAST_BYTES or source.device.type != "cpu" or not source.is_contiguous():
-        return None
-    if source.is_conj() or source.is_neg():
-        # The stored bytes are not the values of a lazy conjugate or negation.
-        return None
-    return source.detach().reshape(-1).view(torch.uint8)
+    """The bytes of a live tensor; None if it is small, or cannot be read in place."""
+    return in_place(source) if source.nbytes >= LEAST_BYTES else None
 
 
 def _digest(data: torch.Tensor) -> str:

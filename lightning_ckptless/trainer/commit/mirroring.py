@@ -22,7 +22,8 @@ from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import Described, from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
 from lightning_ckptless.replica.mirror.device_buffer import device_of
-from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.mirror.mirror_settings import MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.thread_count import threads_of_a_rank
@@ -364,11 +365,13 @@ class Mirroring:
 
     def wait_copied(self) -> None:
         """Wait until the current version has been copied, so that its tensors may change."""
-        if self._mirror is not None:
-            with self._report.time.spending(Bucket.MIRROR_STALL):
-                self._report.waited(self._mirror.wait_staged())
-                if self._device is not None:
-                    self._report.waited(self._device.save())
+        mirror = self._mirror
+        if mirror is None or (mirror.is_staged and self._device is None):
+            return
+        with self._report.time.spending(Bucket.MIRROR_STALL):
+            self._report.waited(mirror.wait_staged())
+            if self._device is not None:
+                self._report.waited(self._device.save())
 
     def before_optimizer_step(self) -> None:
         """Wait until the current version has been copied: the optimizer is about to change the tensors."""

@@ -83,7 +83,8 @@ class StepBoundaries:
         self._training(False)
         if not self.loops.validation_may_follow(fetcher):
             return
-        if self._step_is_new() and self.loops.ranks_agree_on_validation and self._is_due(pending=1):
+        is_new = self.loops.step_done() and self._step_is_new()
+        if is_new and self.loops.ranks_agree_on_validation and self._is_due(pending=1):
             self._take(validation_done=False)
         self._before_hooks()
 
@@ -104,8 +105,7 @@ class StepBoundaries:
 
     def _step_is_new(self) -> bool:
         last = self.last
-        step = self.loops.step
-        return self.loops.step_done() and (last is None or step > last.optimizer_step or not last.validation_done)
+        return last is None or not last.validation_done or self.loops.step > last.optimizer_step
 
     def _is_due(self, *, pending: int) -> bool:
         return self.ends_here() or (self.loops.batches_that_stepped + pending) % self.every_n_steps() == 0

@@ -40,17 +40,19 @@ class StepProgress:
         Raises:
             TransportError: the generation has ended.
         """
-        trainer, session = self._session.trainer, self._session
-        if self._writer is None or self._watcher is None or not session.is_member:
+        writer, session, loops = self._writer, self._session, self._loops
+        if writer is None or self._watcher is None or not session.is_member:
             return
-        done = point is Point.COMMIT or point is Point.VALIDATION
-        if point is Point.VALIDATION and trainer.sanity_checking:
+        if point is Point.VALIDATION and session.trainer.sanity_checking:
             return
         self._watcher.heed()
-        out_of_data = done and self._loops.is_out_of_data
-        step = self._loops.step + (not done)
-        rank = session.members.rank
-        self._writer.beat(step, point, trainer.current_epoch, out_of_data=out_of_data, rank=rank)
+        if point is Point.BACKWARD or point is Point.OPTIMIZER:
+            writer.advance(loops.step + 1, point)
+            return
+        done = point is not Point.BATCH
+        out_of_data = done and loops.is_out_of_data
+        epoch, rank = session.trainer.current_epoch, session.members.rank
+        writer.beat(loops.step + (not done), point, epoch, out_of_data=out_of_data, rank=rank)
 
     def interrupt(self) -> None:
         """Report that a fault has ended the step and a recovery begins."""

@@ -22,7 +22,7 @@ from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.object_attributes import attributes_of
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
 from lightning_ckptless.trainer.state.refilling import refilled
-from lightning_ckptless.trainer.state.seen import Seen
+from lightning_ckptless.trainer.state.seen import UNKNOWN, Seen, quiet_of
 from lightning_ckptless.trainer.state.watch import Watched
 
 Changed = dict[str, dict[str, dict[str, Any]]]
@@ -35,7 +35,7 @@ KEPT_BYTES = 8_000_000
 `COMPARED_BYTES`."""
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ABSENT = object()
-_IS_QUIET = attrgetter("seen.is_quiet")
+_SEEN = attrgetter("seen")
 
 
 class Size(Enum):
@@ -93,6 +93,7 @@ class Changes:
             path: known.get(id(owner)) or _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners
         }
         self._captured: Changed = {}
+        self._quiet = UNKNOWN
 
     @property
     def watched(self) -> Collection[Watched]:
@@ -101,7 +102,9 @@ class Changes:
 
     def capture(self) -> Changed:
         """Return copies of everything that differs from the first observation. See `lost` for what is not captured."""
-        if not all(map(_IS_QUIET, self._owners.values())):
+        if not self._quiet.is_now:
+            self._quiet = quiet_of(map(_SEEN, self._owners.values()))
+        if not self._quiet.is_now:
             self._captured = {path: changed for path, owner in self._owners.items() if (changed := owner.changed())}
         return self._captured
 
@@ -191,7 +194,7 @@ class _Owner:
             return {}
         names = self.seen.look(attributes)
         is_same = self._is_known and names is not None and not names
-        if is_same and self._are_unchanged(attributes):
+        if is_same and (not self._marked or self._are_unchanged(attributes)):
             return self._changed
         self._changed = self._find(attributes)
         # A marked value that has changed may change again in a way that its mark does not show.

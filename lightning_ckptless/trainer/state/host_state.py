@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
 from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.state.kept_gradients import KeptGradients
 from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
-from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, set_hyperparameters
+from lightning_ckptless.trainer.state.own_state import OwnState, hyperparameters, is_observer, set_hyperparameters
 from lightning_ckptless.trainer.state.parameter_groups import GroupNames, require_same_groups
 from lightning_ckptless.trainer.state.plain_values import (
     HEAVY_BYTES,
@@ -53,6 +54,8 @@ from lightning_ckptless.trainer.state.watch import Watch, Watched
 from lightning_ckptless.trainer.strategy.compatibility import names_of_class
 
 log = logging.getLogger(__name__)
+
+_TRAINING = attrgetter("training")
 
 
 class HostState:
@@ -75,7 +78,7 @@ class HostState:
         named = list(self.module.named_modules())
         self._modules = [m for _, m in named]
         # Fault injectors and trace writers are not part of the run: the next start may have different ones.
-        self._callbacks = [c for c in trainer.callbacks if not hasattr(c, "ckptless_observer")]
+        self._callbacks = [c for c in trainer.callbacks if not is_observer(c)]
         extra = (
             (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
         )
@@ -164,7 +167,7 @@ class HostState:
                 "first_schedulers": self._surroundings.schedulers.first,
                 "module": self._module(extra_state),
                 "surroundings": self._surroundings.capture(),
-                "training": [m.training for m in self._modules],
+                "training": list(map(_TRAINING, self._modules)),
                 "should_stop": trainer.should_stop,
                 "gradients": self._gradients(),
                 "buffers_are_due": self._buffers_are_due(),
@@ -278,7 +281,7 @@ class HostState:
             "generators": self._attributes.generators(),
             "submodules": self._submodules.capture(),
             "objects": self._surroundings.objects(),
-            "training": [m.training for m in self._modules],
+            "training": list(map(_TRAINING, self._modules)),
         }
 
     def put_back(self, saved: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class KeptGradients:
         """Forget the gradients of the last version that were dropped or zeroed."""
         if self._are_kept or not self._old:
             return
-        self._old = {index: list(filter(_is_there, old)) for index, old in self._old.items()}
+        self._old = {index: _still_there(old) for index, old in self._old.items()}
         if any(self._old.values()):
             self._looks += 1
             looks = self._looks <= _MOST_LOOKS
@@ -72,7 +72,7 @@ class KeptGradients:
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if (old := self._old.pop(id(optimizer), None)) is None:
             return
-        if any(map(_is_there, old)):
+        if _still_there(old):
             self._are_kept = True
         elif self._are_kept is None:
             self._are_kept = False
@@ -82,9 +82,8 @@ def _with_gradients(samples: Iterable[Tensor]) -> list[_Sample]:
     return [(parameter, weakref.ref(parameter.grad)) for parameter in samples if parameter.grad is not None]
 
 
-def _is_there(sample: _Sample) -> bool:
-    parameter, gradient = sample
-    return parameter.grad is not None and parameter.grad is gradient()
+def _still_there(old: Iterable[_Sample]) -> list[_Sample]:
+    return [sample for sample in old if (now := sample[0].grad) is not None and now is sample[1]()]
 
 
 def _is_not_zero(sample: _Sample) -> bool:

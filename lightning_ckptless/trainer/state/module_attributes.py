@@ -20,9 +20,10 @@ from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
 from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES, is_plain
 from lightning_ckptless.trainer.state.rng import generators_of, set_owned_generators
+from lightning_ckptless.trainer.state.seen import UNKNOWN, quiet_of
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_CHANGES, _IS_QUIET = attrgetter("changes"), attrgetter("seen.is_quiet")
+_CHANGES, _SEEN = attrgetter("changes"), attrgetter("seen")
 
 
 class ModuleAttributes:
@@ -56,6 +57,7 @@ class ModuleAttributes:
         self._held: dict[str, list[str]] = {}
         self._other_names: dict[str, list[str]] = {}
         self._of_readers: dict[str, Any] | None = None
+        self._quiet = UNKNOWN
 
     @property
     def readers(self) -> Collection[AttributeReader]:
@@ -80,7 +82,9 @@ class ModuleAttributes:
         # The state of a generator changes unnoticed.
         self._own_changes += not is_same or trained != self._seen[1] or bool(self._with_generators)
         self._seen = values, trained
-        if self._of_readers is None or not all(map(_IS_QUIET, self._readers.values())):
+        if not self._quiet.is_now:
+            self._quiet = quiet_of(map(_SEEN, self._readers.values()))
+        if self._of_readers is None or not self._quiet.is_now:
             self._of_readers = self._read()
         return {
             "numbers": self._numbers,

@@ -99,6 +99,11 @@ class OwnState:
         set_windows(owner, saved["windows"])
 
 
+def is_observer(callback: Any) -> bool:
+    """Return whether a callback observes the run without being part of it, so that no version contains its state."""
+    return hasattr(callback, "ckptless_observer")
+
+
 def hyperparameters(owner: Any) -> dict[str, Any]:
     """Return the small plain values kept by `save_hyperparameters()`, which a tuner may have changed."""
     held = vars(owner).get("_hparams")

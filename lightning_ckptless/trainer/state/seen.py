@@ -12,7 +12,7 @@ from __future__ import annotations
 import marshal
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, auto
 from itertools import count
 from operator import is_, itemgetter
@@ -38,6 +38,27 @@ class _Kind(Enum):
     UNKNOWN = auto()
 
 
+class Quiet:
+    """Says of many objects at once whether nothing has changed since the last look at any of them; see `watch.py`.
+
+    Attributes:
+        is_now: whether this is known.
+    """
+
+    def __init__(self) -> None:
+        self.is_now = False
+
+
+UNKNOWN = Quiet()
+"""That of objects which no watch compares."""
+
+
+def quiet_of(every: Iterable[Seen]) -> Quiet:
+    """Return what says whether nothing has changed in all of some objects."""
+    found = {seen.quiet for seen in every}
+    return found.pop() if len(found) == 1 else UNKNOWN
+
+
 class Seen:
     """The attributes of one object as they were at the last look.
 
@@ -53,7 +74,7 @@ class Seen:
         items: the other containers, each with its items.
         unknown: names of attributes that may change in a way that does not show.
         changes: number of looks that have found a change.
-        is_quiet: whether nothing has changed since the last look, as long as a watch says so (see `watch.py`).
+        quiet: says whether nothing has changed since the last look.
     """
 
     def __init__(self, leave: Collection[str] = ()) -> None:
@@ -68,7 +89,12 @@ class Seen:
         self.bytes = b""
         self.items: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         self.changes = 0
-        self.is_quiet = False
+        self.quiet = UNKNOWN
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has changed since the last look, as far as that is known."""
+        return self.quiet.is_now
 
     def look(self, attributes: Mapping[str, Any]) -> Collection[str] | None:
         """Look at the attributes.
@@ -89,9 +115,10 @@ class Seen:
         changed = list(self.unknown)
         if not all(map(is_, before, self.values)):
             changed += [name for name, old, new in zip(self.kept, before, self.values, strict=True) if old is not new]
-        if self.bytes != _serialized(self.serialized):
+        if self.serialized and self.bytes != _serialized(self.serialized):
             changed += self.serialized
-        changed += [name for name, (value, items) in self.items.items() if not has_items(value, items)]
+        if self.items:
+            changed += [name for name, (value, items) in self.items.items() if not has_items(value, items)]
         if changed:
             self._classify(changed)
             self.changes += 1
@@ -116,7 +143,7 @@ class Seen:
 def _picker(names: list[str]) -> Any:
     if len(names) > 1:
         return itemgetter(*names)
-    return lambda attributes: tuple(attributes[name] for name in names)
+    return (lambda attributes: (attributes[names[0]],)) if names else lambda _: ()
 
 
 def _serialized(values: Mapping[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ from lightning_ckptless.internals.torch_internals import child_dict, hooks_of
 from lightning_ckptless.trainer.state.changes import NAMED_ONLY, OBJECTS_LEFT_ALONE, Changes
 from lightning_ckptless.trainer.state.held_states import HeldStates
 from lightning_ckptless.trainer.state.object_attributes import attributes_of
+from lightning_ckptless.trainer.state.own_state import is_observer
 from lightning_ckptless.trainer.state.plain_values import is_plain
 from lightning_ckptless.trainer.state.program_variables import is_users_module, variables_of
 from lightning_ckptless.trainer.state.reachability import has_attributes, home_of, is_of_standard_library, reach
@@ -205,7 +206,7 @@ def _roots(trainer: Any) -> Iterator[tuple[str, tuple[Any, Collection[str]]]]:
             yield where, (submodule, of_every_model if submodule is model else _OF_EVERY_MODULE)
     for index, callback in enumerate(trainer.callbacks):
         is_own = not _is_of(type(callback), _OF_LIGHTNING) or is_a(callback, "callbacks", "LambdaCallback")
-        if is_own and not is_a(callback, "callbacks", "ProgressBar"):
+        if is_own and not is_a(callback, "callbacks", "ProgressBar") and not is_observer(callback):
             yield f"callback {index} ({type(callback).__name__})", (callback, ())
     if trainer.datamodule is not None:
         of_every_datamodule = frozenset(vars(lightning.LightningDataModule())) | {"_hparams", "_hparams_initial"}

@@ -17,7 +17,7 @@ from operator import attrgetter, call, getitem, is_
 from typing import Any, Protocol
 
 from lightning_ckptless.trainer.state.plain_values import is_record
-from lightning_ckptless.trainer.state.seen import Seen, has_items
+from lightning_ckptless.trainer.state.seen import Quiet, Seen, has_items
 
 _FIRST_WAIT = 4
 _LONGEST_WAIT = 1024
@@ -70,15 +70,11 @@ class Watch:
         Called once per capture, which then looks at each object that is not quiet.
         """
         self._captures += 1
-        self._is_same = self._flat.is_same()
-        if self._is_same:
-            for seen in self._flat.seen:
-                seen.is_quiet = True
+        self._is_same = self._flat.quiet.is_now = self._flat.is_same()
 
     def end(self) -> None:
         """End the capture."""
-        for seen in self._flat.seen:
-            seen.is_quiet = False
+        self._flat.quiet.is_now = False
         if not self._is_same or self._captures >= self._due:
             self._arrange()
 
@@ -105,6 +101,9 @@ class _Flat:
     def __init__(self, watched: Iterable[Watched]) -> None:
         every = self._every = list(watched)
         self.seen = [each.seen for each in every]
+        self.quiet = Quiet()
+        for seen in self.seen:
+            seen.quiet = self.quiet
         self._changes = list(map(_CHANGES, self.seen))
         self._marked = [each for each in every if each.has_marks]
         self._owners = [each.owner for each in every]

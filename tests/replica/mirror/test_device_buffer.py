@@ -61,7 +61,7 @@ def test_one_buffer_serves_both_slots() -> None:
     stager = Stager(layout, 0, buffered=True)
     slots = [torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8) for _ in range(2)]
     taken = [stager.take(bulk, tensors, tensors.keys()) for bulk in slots]
-    assert len({source.data_ptr() for pending in taken for source in pending.sources}) == 1
+    assert len({source.data_ptr() for pending in taken for _, source in pending.added}) == 1
     for bulk, pending in zip(slots, taken, strict=True):
         assert not bulk.any()
         stager.finish(pending)

@@ -17,7 +17,7 @@ from lightning_ckptless.replica import checksum
 from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
-from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.mirror.mirror import COMPARED_ROUNDS, Mirror
 from lightning_ckptless.replica.mirror.moment import Moment
 from lightning_ckptless.replica.transport import SoloTransport, Transport
 from tests.replica.world import MakeWorld, State, StopError, stop_at, wait_for
@@ -121,6 +121,24 @@ def test_all_tensors_may_change_once_staged(world: MakeWorld) -> None:
         for tensor in state.values():
             tensor.fill_(99)
     assert ranks.settle() == [Version(1, True)] * 2 and ranks.values() == {1.0}
+
+
+def test_a_version_is_staged_once_its_tensors_may_change(world: MakeWorld) -> None:
+    gate = threading.Event()
+    ranks = world(2).begin(probes=dict.fromkeys(range(2), wait_for(gate)))
+    mirror = ranks.mirrors[0]
+    found = [mirror.is_staged]
+    for step in range(1, COMPARED_ROUNDS + 2):
+        gate.clear()
+        ranks.submit(step)
+        found.append(mirror.is_staged)
+        gate.set()
+        ranks.settle()
+        found.append(mirror.is_staged)
+        mirror.wait_staged()
+        found.append(mirror.is_staged)
+    # The first copies are still to be compared with the tensors.
+    assert found == [True, *[False, False, True] * COMPARED_ROUNDS, False, True, True]
 
 
 def test_a_tensor_modified_while_it_is_copied_aborts_the_round_on_all_ranks(
@@ -268,6 +286,7 @@ def test_an_error_in_the_mirror_thread_is_raised_by_every_later_call(world: Make
     for call in (mirror.wait_staged, mirror.settle, lambda: mirror.skip(Version(2, True)), lambda: ranks.submit(2)):
         with pytest.raises(StopError):
             call()
+    assert not mirror.is_staged
 
 
 def test_settle_times_out(world: MakeWorld) -> None:

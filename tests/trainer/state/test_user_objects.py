@@ -72,6 +72,26 @@ def test_a_user_defined_object_is_restored(tmp_path: Path) -> None:
     assert told == ["Tiny.tracker.resource"]
 
 
+@pytest.mark.parametrize("observes", [False, True])
+def test_an_observer_is_not_part_of_the_run(tmp_path: Path, observes: bool) -> None:
+    captured: list[Any] = []
+
+    def begin(trainer: Any, *_: Any) -> None:
+        captured.append(Surroundings(trainer))
+        captured[0].watch_objects()
+
+    def after(*_: Any) -> None:
+        hooks.tracker.step()
+        captured.append(captured[0].capture()["objects"]["own"])
+
+    hooks = callback(on_train_start=begin, on_train_batch_end=after)
+    hooks.tracker = Tracker()
+    if observes:
+        type(hooks).ckptless_observer = True
+    tiny_trainer(tmp_path, max_steps=1, callbacks=[hooks]).fit(tiny_module(), tiny_loader())
+    assert any("tracker" in path for path in captured[1]) == (not observes)
+
+
 @pytest.mark.parametrize("name", ["tracker", "on_callback_tracker"])
 def test_a_replaced_object_is_reported_once(name: str, tmp_path: Path) -> None:
     def step(trainer: Any, model: Any, _: Surroundings) -> None:
