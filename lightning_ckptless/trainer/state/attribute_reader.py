@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_ckptless.trainer.state.attribute_snapshot import CONTAINERS, AttributeSnapshot, items_of
 from lightning_ckptless.trainer.state.object_attributes import has_plain_items
 from lightning_ckptless.trainer.state.plain_values import is_plain, plain_attributes
 from lightning_ckptless.trainer.state.refilling import can_be_refilled, refilled
 from lightning_ckptless.trainer.state.rng import GENERATORS, generators_of, state_of
-from lightning_ckptless.trainer.state.seen import CONTAINERS, Seen, items_of
 
 
 class AttributeReader:
@@ -48,7 +48,7 @@ class AttributeReader:
         self._owner = owner
         self.owner = _reference_to(owner)
         self._leave = frozenset(leave)
-        self.seen = Seen(self._leave)
+        self.seen = AttributeSnapshot(self._leave)
         self._plain: dict[str, Any] = {}
         self._generators: dict[str, Any] = {}
         first = plain_attributes(owner, leave=self._leave)

@@ -19,10 +19,10 @@ import torch
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.torch_internals import version_counter
+from lightning_ckptless.trainer.state.attribute_snapshot import UNKNOWN, AttributeSnapshot, quiet_of
 from lightning_ckptless.trainer.state.object_attributes import attributes_of
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
 from lightning_ckptless.trainer.state.refilling import refilled
-from lightning_ckptless.trainer.state.seen import UNKNOWN, Seen, quiet_of
 from lightning_ckptless.trainer.state.watch import Watched
 
 Changed = dict[str, dict[str, dict[str, Any]]]
@@ -151,7 +151,7 @@ class _Owner:
         self._policy = policy
         self._first = {name: _Value(value) for name, value in attributes.items() if name not in leave}
         self._marked = {name: first for name, first in self._first.items() if first.is_marked}
-        self.seen = Seen(leave | self._marked.keys())
+        self.seen = AttributeSnapshot(leave | self._marked.keys())
         self._changed: dict[str, Any] = {}
         self._is_known = False
         self.lost: list[str] = []
@@ -183,7 +183,7 @@ class _Owner:
             if name in attributes and _size(attributes[name]) is not Size.FITS:
                 self._first[name] = _Value(attributes[name])
         self._marked = {name: first for name, first in self._first.items() if first.is_marked}
-        self.seen = Seen(self._leave | self._marked.keys())
+        self.seen = AttributeSnapshot(self._leave | self._marked.keys())
 
     def changed(self) -> dict[str, Any]:
         """Return what differs from the original attributes; the same object as at the last call if nothing changed."""
@@ -212,7 +212,7 @@ class _Owner:
                     self.lost.append(name)
                     self._leave |= {name}
                     self._marked.pop(name, None)
-                    self.seen = Seen(self._leave | self._marked.keys())
+                    self.seen = AttributeSnapshot(self._leave | self._marked.keys())
             elif value is _ABSENT:
                 gone.append(name)
             else:

@@ -18,9 +18,9 @@ from torchmetrics import Metric
 from lightning_ckptless.internals.lightning.metrics import attributes_of_state
 from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
+from lightning_ckptless.trainer.state.attribute_snapshot import UNKNOWN, quiet_of
 from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES, is_plain
 from lightning_ckptless.trainer.state.rng import generators_of, set_owned_generators
-from lightning_ckptless.trainer.state.seen import UNKNOWN, quiet_of
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CHANGES, _SEEN = attrgetter("changes"), attrgetter("seen")

@@ -16,8 +16,8 @@ from itertools import chain, repeat
 from operator import attrgetter, call, getitem, is_
 from typing import Any, Protocol
 
+from lightning_ckptless.trainer.state.attribute_snapshot import AttributeSnapshot, Quiet, has_items
 from lightning_ckptless.trainer.state.plain_values import is_record
-from lightning_ckptless.trainer.state.seen import Quiet, Seen, has_items
 
 _FIRST_WAIT = 4
 _LONGEST_WAIT = 1024
@@ -38,7 +38,7 @@ class Watched(Protocol):
         """Whether the object consists of its `__dict__`."""
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> AttributeSnapshot:
         """Its attributes as of the last look."""
 
     @property
@@ -61,11 +61,11 @@ class Watch:
         self._captures = 0
         self._is_same = True
         self._due = 0
-        self._waits: dict[Seen, tuple[int, int]] = {}
+        self._waits: dict[AttributeSnapshot, tuple[int, int]] = {}
         self._flat = _Flat(())
 
     def begin(self) -> None:
-        """Compare all objects. Until `end`, no code of the script may run, and `Seen.is_quiet` says what is unchanged.
+        """Compare all objects. Until `end`, no code of the script may run, and `is_quiet` says what is unchanged.
 
         Called once per capture, which then looks at each object that is not quiet.
         """
@@ -119,7 +119,7 @@ class _Flat:
         self._bytes = [seen.bytes for seen in with_text]
         self._items = _Items(chain.from_iterable(seen.items.values() for seen in self.seen))
 
-    def differing(self) -> list[Seen]:
+    def differing(self) -> list[AttributeSnapshot]:
         """Return those that have changed."""
         pairs = zip(self.seen, self._changes, strict=True)
         changed = [seen for seen, changes in pairs if seen.changes != changes]

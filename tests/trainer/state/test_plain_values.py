@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import admit
+from lightning_ckptless.trainer.state.attribute_snapshot import AttributeSnapshot
 from lightning_ckptless.trainer.state.plain_values import (
     MAX_DEPTH,
     is_plain,
@@ -36,7 +37,6 @@ from lightning_ckptless.trainer.state.plain_values import (
     plain_attributes,
     set_plain_attributes,
 )
-from lightning_ckptless.trainer.state.seen import Seen
 
 
 class Phase(enum.Enum):
@@ -174,7 +174,7 @@ def test_an_iterator_continues_where_it_was(kind: str) -> None:
 @pytest.mark.parametrize("kind", ITERATORS)
 def test_an_iterator_is_read_again_at_every_version(kind: str) -> None:
     iterator = ITERATORS[kind]()
-    seen = Seen()
+    seen = AttributeSnapshot()
     seen.look({"it": iterator})
     next(iterator)
     assert seen.look({"it": iterator}) == ["it"]

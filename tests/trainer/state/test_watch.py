@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.state.attribute_reader import AttributeReader
+from lightning_ckptless.trainer.state.attribute_snapshot import AttributeSnapshot
 from lightning_ckptless.trainer.state.changes import EVERYTHING, Changes
 from lightning_ckptless.trainer.state.plain_values import is_same, plain_attributes
-from lightning_ckptless.trainer.state.seen import Seen
 from lightning_ckptless.trainer.state.watch import Watch
 from tests.trainer.state.test_attribute_reader import ITEMS, NAMES, VALUES, Holder, apply
 
@@ -35,7 +35,7 @@ class Watching:
         self.watch = Watch(lambda: [*self.readers, *self.changes.watched])
 
     @property
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[AttributeSnapshot]:
         return [each.seen for each in (*self.readers, *self.changes.watched)]
 
     def capture(self) -> Any:
@@ -104,14 +104,14 @@ def test_a_change_after_quiet_versions_is_found(action: str, who: int) -> None:
 
 def test_what_has_not_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     watching = Watching()
-    looks: list[Seen] = []
-    look = Seen.look
+    looks: list[AttributeSnapshot] = []
+    look = AttributeSnapshot.look
 
-    def note(seen: Seen, attributes: Any) -> Any:
+    def note(seen: AttributeSnapshot, attributes: Any) -> Any:
         looks.append(seen)
         return look(seen, attributes)
 
-    monkeypatch.setattr(Seen, "look", note)
+    monkeypatch.setattr(AttributeSnapshot, "look", note)
     watching.capture()
     looks.clear()
     first = watching.capture()

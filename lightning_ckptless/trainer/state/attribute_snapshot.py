@@ -53,13 +53,13 @@ UNKNOWN = Quiet()
 """That of objects which no watch compares."""
 
 
-def quiet_of(every: Iterable[Seen]) -> Quiet:
+def quiet_of(every: Iterable[AttributeSnapshot]) -> Quiet:
     """Return what says whether nothing has changed in all of some objects."""
     found = {seen.quiet for seen in every}
     return found.pop() if len(found) == 1 else UNKNOWN
 
 
-class Seen:
+class AttributeSnapshot:
     """The attributes of one object as they were at the last look.
 
     Args:
