@@ -8,6 +8,7 @@ keeps its node rank, and with it the ranks of its workers, if that rank exists i
 | none is training | | all start together |
 | some are training, and one of them cannot continue at another world size | | all start together |
 | some are training, from different world sizes | | all start together |
+| some are training | workers of another one have left the training loop after the last step, or may leave it | all start together |
 | one is training, and it has to take node rank 0 | rank 0 writes log files and checkpoints, so it has to be a process that has not written any | all start together |
 | several are training, and one of them has to take node rank 0 | | its workers are restarted, those of the others stay |
 | some are training, and the node of rank 0 remains | others have no workers yet, or lost theirs | those that are training stay, and wait for the others in the training loop |
@@ -25,6 +26,7 @@ class NodeStatus:
 
     Args:
         trains: whether all its workers are running and in the training loop.
+        ends: whether workers of it have left the training loop after the last step, or may leave it.
         node_rank: its node rank in the previous round; -1 if it had none.
         world_size: number of ranks in the previous round; 0 if there was none.
         number: number of the newest regrouping that it knows.
@@ -34,6 +36,7 @@ class NodeStatus:
     """
 
     trains: bool = False
+    ends: bool = False
     node_rank: int = -1
     world_size: int = 0
     number: int = 0
@@ -52,6 +55,8 @@ class MovePlan:
         number: number of their regrouping.
         reason: explanation, one sentence.
         lost_at: wall clock of the last heartbeat of the lost nodes, in seconds since the epoch; 0 if none is lost.
+        restart: those of `come` that had workers in the previous round. The run does not end without them, whereas it
+            may end before new nodes have joined it.
     """
 
     node_ranks: tuple[int, ...]
@@ -60,6 +65,7 @@ class MovePlan:
     number: int
     reason: str
     lost_at: float = 0.0
+    restart: tuple[int, ...] = ()
 
 
 def plan_move(statuses: Sequence[NodeStatus]) -> MovePlan:
@@ -85,7 +91,8 @@ def plan_move(statuses: Sequence[NodeStatus]) -> MovePlan:
         reason += f", node{'s' if len(new) > 1 else ''} {', '.join(new)} join{'' if len(new) > 1 else 's'} them"
     if restarts_first:
         reason += ", those of node 0 restart: rank 0, which writes log files and checkpoints, was on another node"
-    return MovePlan(node_ranks, stay, come, number, reason, lost_at)
+    restart = tuple(rank for rank in come if by_rank[rank].node_rank >= 0)
+    return MovePlan(node_ranks, stay, come, number, reason, lost_at, restart)
 
 
 def rank_nodes(statuses: Sequence[NodeStatus]) -> tuple[int, ...]:
@@ -117,6 +124,9 @@ def _why_together(by_rank: Mapping[int, NodeStatus], train: Sequence[int], stay:
     for rank in train:
         if by_rank[rank].obstacle:
             return f"node {rank} cannot continue at another world size: {by_rank[rank].obstacle}"
+    if ending := [rank for rank in sorted(by_rank) if by_rank[rank].ends]:
+        # Their new processes would come too late for those that stay, which are about to leave as well.
+        return f"workers of node {ending[0]} had been allowed to leave the training loop after the last step"
     if len({by_rank[rank].world_size for rank in train}) > 1:
         return "they come from different world sizes"
     if not stay:

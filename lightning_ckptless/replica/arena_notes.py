@@ -38,6 +38,7 @@ from lightning_ckptless.formats.schema import (
 from lightning_ckptless.formats.sealed import seal, unseal
 from lightning_ckptless.protocol.durable_schedule import Share
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_metadata import replace_file
 from lightning_ckptless.replica.slot_stamp import GENERATION, WORLD_SIZE
@@ -99,6 +100,7 @@ class ArenaNotes:
         finished: whether the run has finished.
         committed: newest version that the ranks have committed.
         recoveries: recoveries of the run, if an external agent does not count them.
+        counts: what the run had counted when it left the training loop.
         folders: folders of each rank.
         logger_identities: the logger runs that rank 0 writes to.
         durable_share: share of this node in the writing of durable states.
@@ -113,6 +115,7 @@ class ArenaNotes:
     finished: bool = False
     committed: Version | None = None
     recoveries: RecoveryRecord | None = None
+    counts: RunCounts | None = None
     folders: tuple[RankFolders, ...] | None = None
     logger_identities: list[dict[str, Any]] | None = None
     durable_share: Share | None = None
@@ -213,6 +216,18 @@ _STORAGE = {
             step=STEP,
         ),
         lambda recoveries: asdict(recoveries.history) | {"step": recoveries.step},
+    ),
+    "counts": _Storage(
+        "counts",
+        record(
+            RunCounts,
+            recoveries=integer(),
+            failures=integer(),
+            rewinds=integer(),
+            steps_replayed=integer(),
+            regrouped_at=number(),
+        ),
+        asdict,
     ),
     "folders": _Storage("folders", sequence(_RANK_FOLDERS), lambda ranks: [asdict(folders) for folders in ranks]),
     "logger_identities": _Storage(

@@ -16,7 +16,7 @@ from lightning_ckptless.testing.variant import Variant
 from tests.faults.conftest import REPOSITORY
 
 SCRIPT = """
-import hashlib, json, os, resource, signal, sys
+import hashlib, json, os, resource, signal, sys, time
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -127,6 +127,16 @@ elif FLOW == "fit without memory, fit":
     last.fit(model)
     model, last = Net(), trainer()
     last.fit(model)
+elif FLOW == "fit, of which one rank returns late":
+    class Late(L.Callback):
+        def on_fit_end(self, trainer, module):
+            while KILL and trainer.global_rank == 1 and not os.path.exists("returned"):
+                time.sleep(0.005)
+            maybe_kill(trainer.global_rank)
+    last.callbacks.append(Late())
+    last.fit(model)
+    if last.global_rank == 0:
+        open("returned", "w").close()
 elif FLOW == "fit, same trainer":
     last.fit(model)
     val_loss(last)
@@ -205,6 +215,7 @@ class Fault:
         ranks: the killed ranks.
         how: `in place` or `relaunch`; empty for either.
         reason: part of the reason for a relaunch.
+        reported: number of recoveries that a `fit` reports; None for any.
     """
 
     flow: str
@@ -213,6 +224,7 @@ class Fault:
     ranks: str
     how: str
     reason: str = ""
+    reported: int | None = None
 
     def __str__(self) -> str:
         return f"{self.flow}: rank {self.ranks} killed in call {self.call}, {self.how}"
@@ -222,7 +234,9 @@ FAULTS = [
     Fault("validate, fit", 2, 3, "0", "in place"),
     Fault("fit, same trainer", 2, 2, "1", "in place"),
     Fault("fit, test best", 3, 2, "1", "relaunch", "after fit"),
-    Fault("fit without memory, fit", 2, 3, "0", "relaunch", "could not be recorded for new processes: Arena"),
+    Fault(
+        "fit without memory, fit", 2, 3, "0", "relaunch", "could not be recorded for new processes: Arena", reported=1
+    ),
 ]
 MORE_FAULTS = [
     Fault("validate, fit", 1, 2, "0", "relaunch", "no worker has reached fit"),
@@ -303,6 +317,8 @@ def check(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None
     assert found, "the ledger has no recovery"
     if fault.how:
         assert (fault.how == "relaunch") == ("relaunch" in found)
+    reported = [event for event in events if event.event == "recovery"]
+    assert fault.reported in (None, len(reported)), reported
     reasons = [event.fields["reason"] for event in events if event.event == "relaunch"]
     assert not fault.reason or any(fault.reason in reason for reason in reasons), reasons
 
@@ -310,6 +326,14 @@ def check(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_in_a_later_call(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None:
     check(fault, run, undisturbed)
+
+
+def test_a_rank_is_lost_before_its_fit_returns_and_after_another_one_has(
+    run: Run, undisturbed: Callable[[str], Variant]
+) -> None:
+    # Eight batches of training and validation, then the hook.
+    late = Fault("fit, of which one rank returns late", 1, 9, "1", "relaunch", "rank 0 is after fit", reported=1)
+    check(late, run, undisturbed)
 
 
 @pytest.mark.long

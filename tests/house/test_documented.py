@@ -44,6 +44,7 @@ from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.repartition import Repartition, require_repartition
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.startup import Left, Start, StartPlan, plan_start
 from lightning_ckptless.protocol.time_account import Bucket, TimeAccount, whole_run
@@ -323,9 +324,7 @@ def test_events() -> None:
 
 def test_logged_values() -> None:
     taken = TakenVersion(0.0, 0.0, MirrorStats())
-    values = logged_values(
-        taken, TimeAccount(0.0), observed_mtbf(0, 1.0), None, recoveries=0, rewinds=0, steps_replayed=0
-    )
+    values = logged_values(taken, TimeAccount(0.0), observed_mtbf(0, 1.0), None, RunCounts())
     names = {name for name in values if not name.startswith(("recovery_", "time_"))} | {"recovery_s"}
     phases = {f"_{field.name}" for field in fields(Phases)} - {"_detect_s"} | {"ckptless/recovery_detect_s"}
     times = {f"_{bucket}_s" for bucket in Bucket} - {"_start_s"} | {"ckptless/time_start_s"}

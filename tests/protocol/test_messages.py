@@ -25,7 +25,7 @@ from lightning_ckptless.protocol.messages import (
 from lightning_ckptless.protocol.uneven_steps import WhyEnded
 
 ALL = (*WORKER_MESSAGES, *SIDECAR_MESSAGES, *AGENT_MESSAGES)
-FAULT = {"rank": 1, "signal_name": "SIGKILL", "died_at": 1.5, "earlier": ["rank 0 died"], "hung": ""}
+FAULT = {"rank": 1, "signal_name": "SIGKILL", "died_at": 1.5, "earlier": [[1.0, "rank 0 died"]], "hung": ""}
 SAMPLES: dict[object, st.SearchStrategy[Any]] = {
     dict[str, Any]: st.just(FAULT),
     float | None: st.none() | st.floats(0, 1e9),

@@ -17,6 +17,7 @@ statuses = st.lists(
     st.builds(
         NodeStatus,
         trains=st.booleans(),
+        ends=st.booleans(),
         node_rank=st.integers(-1, 5),
         world_size=st.integers(0, 4),
         number=st.integers(0, 5),
@@ -90,6 +91,12 @@ def test_a_node_that_takes_rank_0_restarts_its_workers() -> None:
     )
 
 
+def test_the_run_does_not_end_without_nodes_that_restart_their_workers() -> None:
+    assert plan_move([TRAINS, SECOND, NEW]).restart == ()
+    assert plan_move([SECOND, THIRD, NEW]).restart == (0,)
+    assert plan_move([TRAINS, replace(SECOND, trains=False), NEW]).restart == (1,)
+
+
 def test_the_node_of_rank_0_that_has_lost_its_workers_keeps_its_rank() -> None:
     plan = plan_move([replace(TRAINS, trains=False), SECOND])
     assert (plan.node_ranks, plan.stay, plan.come) == ((0, 1), (1,), (0,))
@@ -113,6 +120,14 @@ def test_an_obstacle_on_one_node_makes_all_start_together() -> None:
 
 def test_nodes_of_different_world_sizes_start_together() -> None:
     assert "different world sizes" in plan_move([TRAINS, replace(SECOND, world_size=2)]).reason
+
+
+def test_no_workers_stay_that_are_about_to_leave_like_those_of_another_node() -> None:
+    plan = plan_move([TRAINS, replace(SECOND, trains=False, ends=True), NEW])
+    assert (plan.stay, plan.come) == ((), (0, 1, 2))
+    assert plan.reason == (
+        "all 3 nodes start together: workers of node 1 had been allowed to leave the training loop after the last step"
+    )
 
 
 def test_at_the_first_start_all_start_together() -> None:

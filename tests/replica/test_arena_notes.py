@@ -6,6 +6,7 @@ import pytest
 
 from lightning_ckptless.protocol.durable_schedule import Share
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders, RecoveryRecord
@@ -18,6 +19,7 @@ def test_every_note_is_read_as_it_was_written(arena: Arena) -> None:
         finished=True,
         committed=Version(7, False),
         recoveries=RecoveryRecord(RecoveryHistory(2, 1, (1.5, 2.0)), 6),
+        counts=RunCounts(3, 2, 1, 7, 1.5),
         folders=(RankFolders("/a", "/b", (("ModelCheckpoint", None), ("SimpleProfiler", "/c"))),),
         logger_identities=[{"kind": "CSVLogger", "identity": {"_version": 3}}],
         durable_share=Share((0, 1), 4, leads=False, every_n_steps=12),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from lightning_ckptless.errors import ProtocolError
 from tests.simulation.invariants import INVARIANTS
 from tests.simulation.tasks import Carriers
 from tests.simulation.world import Scenario, World
@@ -37,15 +36,18 @@ def run(scenario: Scenario, seed: int, carriers: Carriers, world_class: type[Wor
         world_class: the simulation.
 
     Raises:
-        AssertionError: an invariant is violated; the message names the seed, and shows what has happened.
+        AssertionError: an invariant is violated, or the code under test raises an unexpected error; the message names
+            the seed, and shows what has happened.
     """
     world = world_class(scenario, seed, carriers)
     try:
         world.run()
         for holds in INVARIANTS:
             holds(world)
-    except (AssertionError, ProtocolError) as error:
-        raise AssertionError("\n".join([f"--seed {seed}: {error}", *world.events_log])) from error
+    except Exception as error:
+        # Whatever the code of a real run raises, the seed reproduces it.
+        what = str(error) if isinstance(error, AssertionError) else repr(error)
+        raise AssertionError("\n".join([f"--seed {seed}: {what}", *world.events_log])) from error
     return world
 
 

@@ -63,12 +63,18 @@ def time_is_accounted_for(world: World) -> None:
 
 
 def recoveries_do_not_overlap(world: World) -> None:
-    """Each recovery begins after the one before it has ended, and rank 0 counts no more than the ledger contains."""
+    """Each recovery begins after the one before it has ended, and rank 0 counts all that the ledger has."""
     recoveries = [(at, noted) for at, event, noted in world.recorded if event == "recovery"]
     for (ended_at, _), (at, noted) in pairwise(recoveries):
         began_at = at - noted["total_s"]
         assert began_at >= ended_at - _DETECTED_S, f"one ends at {ended_at}, the next begins at {began_at}: {noted}"
-    assert world.events("run_ended")[-1]["recoveries"] <= len(recoveries), len(recoveries)
+    count, deaths = (
+        world.events("run_ended")[-1]["recoveries"],
+        sum(process.rank == 0 for process in world.processes) - 1,
+    )
+    # A process of rank 0 that dies just after a commit has not reported it, but the version shows it.
+    most = len(recoveries) + deaths
+    assert len(recoveries) <= count <= most, f"rank 0 counts {count} recoveries, the ledger has {len(recoveries)}"
 
 
 INVARIANTS: tuple[Callable[[World], None], ...] = (

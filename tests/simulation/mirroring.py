@@ -71,7 +71,7 @@ class Mirroring:
         worker, report = self._worker, self._worker.session.report
         mirror = self._open()
         report.step_done()
-        blob = json.dumps({"step": version.optimizer_step, "report": report.state()}).encode()
+        blob = json.dumps({"step": version.optimizer_step, "report": report.state(version)}).encode()
         copy_s = worker.world.scheduler.delay(worker.world.pace_s / 2)
         bulk = content(version.optimizer_step, worker.session.rank, worker.history)
         mirror.submit(version, bulk, blob, copy_s)

@@ -367,7 +367,10 @@ class SimulatedNode:
     Attributes:
         agent: the agent.
         heartbeat: tells the agent which nodes are silent.
-        rank: of the node in its round; -1 before the first.
+        round: number of the last round that it has completed a rendezvous for; 0 before the first.
+        place: of the node in the order in which the nodes of that round have met.
+        rank: of the node in the round that it has begun last; -1 before the first.
+        node_ranks: ranks of the nodes of that round, by their places.
         meets: whether the node waits in a rendezvous, during which its agent does nothing else.
         is_over: whether its workers have ended, for good.
         has_trained: whether they have taken part in the run until its end.
@@ -384,7 +387,9 @@ class SimulatedNode:
     ) -> None:
         self.number = number
         self.size = size
+        self.round = self.place = 0
         self.rank = -1
+        self.node_ranks: tuple[int, ...] = ()
         self.meets = False
         self.is_over = False
         self.has_trained = True
@@ -444,13 +449,15 @@ class SimulatedNode:
         self.meets = True
         meet()
 
-    def publish_status(self, store: RoundStore, place: int) -> None:
+    def publish_status(self, store: RoundStore, number: int, place: int) -> None:
         """Publish the status of this node, once all nodes wait in the rendezvous.
 
         Args:
             store: of the round.
+            number: of the round.
             place: of this node in the order in which the nodes have met.
         """
+        self.round, self.place = number, place
         self.agent.publish_status(store, place)
 
     def begin_round(self, store: RoundStore, number: int, place: int, sizes: Sequence[int]) -> None:
@@ -463,7 +470,7 @@ class SimulatedNode:
             sizes: number of workers of each node, in that order.
         """
         plan = self.agent.agree(store, place, len(sizes))
-        self.rank, world_size = plan.node_ranks[place], sum(sizes)
+        self.node_ranks, self.rank, world_size = plan.node_ranks, plan.node_ranks[place], sum(sizes)
         first = sum(size for rank, size in zip(plan.node_ranks, sizes, strict=True) if rank < self.rank)
         ranks = {local: first + local for local in range(self.size)}
         variables = {

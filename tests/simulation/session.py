@@ -11,7 +11,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.rendezvous.generation import join_generation
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.transport import gather_json
 from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.identity import Identity
@@ -176,6 +178,12 @@ class Session:
         )
         worker.process.generation = self._members.generation
         return self._members
+
+    def leave_loop(self) -> None:
+        """See `Session.leave_loop`."""
+        self.report.out_of_steps()
+        if self.report.counts != RunCounts():
+            self.arena.write_notes(ArenaNotes(counts=self.report.counts))
 
     def probe(self, moment: str, _: Version) -> None:
         """A moment of a recovery, at which the process may die."""

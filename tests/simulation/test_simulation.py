@@ -6,13 +6,16 @@ Run a failing seed alone with `--seed N`, which shows what happens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import pytest
 
+from lightning_ckptless.protocol.messages import AskToLeave, Message
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.slot_ring import SlotRing
 from tests.simulation.explore import SCENARIOS, explore, failing_seeds, run
+from tests.simulation.node import SimulatedNode
 from tests.simulation.processes import Process
 from tests.simulation.tasks import Carriers, carriers
 from tests.simulation.world import Scenario, World
@@ -94,6 +97,38 @@ def test_giving_up_a_recovery_does_not_count_as_a_failed_start(threads: Carriers
     assert isinstance(world, DiesBeforeTheFirstVersion)
     assert world.left == 0
     assert len(world.events("relaunch")) >= 4
+
+
+class DiesWhileOthersFinish(World):
+    """A world in which the process of a joining node dies, unknown to its agent, once the others ask to leave."""
+
+    asked = 0
+    killed = 0
+
+    def kill_one(self) -> None:
+        """No other process dies."""
+
+    def send(self, process: Process, message: Message) -> None:
+        super().send(process, message)
+        self.asked += isinstance(message, AskToLeave)
+        if self.asked == 2 and not self.killed:
+            for joining in filter(attrgetter("joins"), self.newest().values()):
+                self.killed += 1
+                self.die(joining, "while the others finish")
+
+    def _poll(self, node: SimulatedNode) -> None:
+        is_joining = any(process.joins for process in self.newest().values() if process.node == node.number)
+        if self.asked < 2 and is_joining:
+            self._polled.discard(node.number)
+            self.poll_soon(node)
+        else:
+            super()._poll(node)
+
+
+def test_a_process_that_joins_dies_while_the_others_finish(threads: Carriers) -> None:
+    worlds = explore(Scenario(nodes=(1, 1), joins=(1,)), range(SEEDS), threads, DiesWhileOthersFinish)
+    after_death = [world for world in worlds if cast("DiesWhileOthersFinish", world).killed]
+    assert {bool(world.events("joined_too_late")) for world in after_death} == {False, True}
 
 
 class FirstSlot(SlotRing):

@@ -159,6 +159,7 @@ class Worker:
         self.groups.open(0, lambda: False, lambda: None)
         transport, nodes = self.session.connect()
         members = self.session.begin_generation(transport, nodes)
+        self.session.report.take_over(members.noted.counts)
         found = choose(members.arena, transport, nodes)
         if isinstance(found, Complete):
             restoration = self.fetch(found, found)

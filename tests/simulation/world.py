@@ -292,7 +292,7 @@ class World:
         met = [self.nodes[number] for number in sorted(present)]
         sizes = [node.size for node in met]
         for place, node in enumerate(met):
-            node.publish_status(store, place)
+            node.publish_status(store, self._round, place)
         for place, node in enumerate(met):
             self.scheduler.later(0.01, partial(self._begin_round, node, store, self._round, place, sizes))
 
@@ -360,16 +360,17 @@ class World:
 
     def _find_lost(self, node: SimulatedNode, since: float) -> None:
         """The other nodes find out that one is lost."""
-        has_returned = node is not self.nodes[node.number]
-        if not has_returned:
+        if node is self.nodes[node.number]:
             self._gone.add(node.number)
-        for other in self.nodes.values():
-            if other is node or other.is_over or other.meets or other.rank < 0:
-                continue
-            # If it has returned, only nodes that do not meet it again can find out that its first agent is silent.
-            if not has_returned or not other.agent.admits_nodes:
-                silent_s = self.scheduler.now - since
-                other.heartbeat.finding = NodesLost((node.rank,), f"node {node.rank} is silent", silent_s)
+        # Heartbeats are exchanged between the nodes of a round.
+        others = [each for each in self.nodes.values() if each is not node and each.round == node.round]
+        for other in others:
+            if not (other.is_over or other.meets):
+                rank, silent_s = other.node_ranks[node.place], self.scheduler.now - since
+                other.heartbeat.finding = NodesLost((rank,), f"node {rank} is silent", silent_s)
+        if any(other.meets and not other.is_over for other in others):
+            # An agent that waits in a rendezvous does nothing else.
+            self.scheduler.later(0.05, partial(self._find_lost, node, since))
         self._poll_others(node)
         self._complete_meeting()
 

@@ -82,7 +82,7 @@ class Found(Enum):
     NOTHING_NEW = auto()
     """Workers run or have exited; failed ones are to be restarted."""
     REPLACED = auto()
-    """Lost workers have been replaced, or the node is leaving: the exits of its workers are no failures."""
+    """Lost workers have been replaced or are not needed, or the node is leaving: their exits are no failures."""
     OVER = auto()
     """Workers have failed, and none is restarted."""
     NODES_CHANGED = auto()
@@ -217,6 +217,7 @@ class NodeAgent:
         current = self._current
         return NodeStatus(
             trains=self.workers.all_train and not self._in_place.awaits_replacement,
+            ends=bool(self.workers.past_loop or self.workers.ending),
             node_rank=current.rendezvous.node,
             world_size=current.rendezvous.world_size,
             number=current.regroupings.number,
@@ -357,7 +358,7 @@ class NodeAgent:
         has_recovered = bool(self._run.faults or self._in_place.number)
         self._kill_stuck(workers, has_recovered=has_recovered)
         rung = self._recover(workers)
-        if rung is Rung.IN_PLACE:
+        if rung is Rung.IN_PLACE or (rung is Rung.RELAUNCH and self._current.reconfiguration.is_too_late):
             return Found.REPLACED
         if rung is None and (reason := self._why_incomplete()):
             self._stop_reason = reason
@@ -466,7 +467,10 @@ class NodeAgent:
         lost = workers.lost()
         for local_rank in lost:
             self._in_place.show_output_of(local_rank)
-        return self._recovery.recover(self._current.rendezvous, workers, lost, self._env_of) if lost else None
+        if not lost:
+            return None
+        current = self._current
+        return self._recovery.recover(current.rendezvous, workers, lost, self._env_of, current.reconfiguration.obstacle)
 
     def _enforce_time_limit(self) -> None:
         limit_s = self._settings.time_limit_s

@@ -80,8 +80,7 @@ class FaultLog:
             restart=len(self._faults) + (not drained),
             world_size=world_size,
             hung=hung,
-            earlier=tuple(str(fault) for fault in self._unresolved),
-            recovering_since=self._unresolved[0].died_at if self._unresolved else None,
+            earlier=tuple(fault.as_earlier for fault in self._unresolved),
             out_of_memory=out_of_memory,
             drained=drained,
         )

@@ -9,13 +9,15 @@ workers stay, and when all are relaunched instead.
 |---|---|---|
 | `status/NODE` | every node, during the rendezvous | its status |
 | `ready/NODE` | a node whose workers all wait at the training loop | |
-| `outcome` | the first node whose workers can regroup, or have left the training loop | which of the two |
+| `outcome` | the first node whose workers are to regroup, or may leave the training loop | which of the two |
+
+A fault brings all workers of the round together, even if not all have reached the training loop. So its agent settles
+the outcome before it opens a regrouping: workers that may leave would not come to it, and the others would wait.
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from enum import Enum, auto
@@ -143,13 +145,21 @@ class Reconfiguration:
     def _have_regrouped(self) -> bool:
         return bool(self._plan.stay) and self._in_place.completed >= self._plan.number
 
+    def obstacle(self) -> str:
+        """Why the workers of this round cannot regroup after a fault; if they can, none leaves the loop before.
+
+        Raises:
+            DistError: the store is lost.
+        """
+        if not self._plan.stay or self._have_regrouped or self._settle_on(_JOIN) == _JOIN:
+            return ""
+        return "workers that stayed have been allowed to leave the training loop after the last step"
+
     def follow(self) -> None:
         """Record that a fault has brought the workers that stay and those that join together."""
         if self._has_to_notify and self._have_regrouped:
             self._has_to_notify = False
             self._positions.peers = self._plan.stay + self._plan.come
-            with suppress(DistError):
-                self._settle_on(_JOIN)
 
     def joined_regrouping(self, world_size: int) -> Regrouping | None:
         """Return the regrouping in which new workers of this node join the others; None if all start together.
@@ -176,10 +186,21 @@ class Reconfiguration:
             return JoinProgress.UNDER_WAY
         return JoinProgress.WITHOUT_US if is_apart else JoinProgress.UNDER_WAY
 
-    def may_end(self) -> bool:
-        """Whether workers may leave: not once a regroup with joining nodes is settled."""
+    @property
+    def is_too_late(self) -> bool:
+        """Whether this node's workers join others that have left the training loop: a fault of theirs costs nothing."""
         try:
-            return not self._has_to_notify or self._settle_on(_OVER) == _OVER
+            return self._joins and not self._have_regrouped and self._is_over()
+        except DistError:
+            # The store was lost with its node: the rendezvous detects that.
+            return False
+
+    def may_end(self) -> bool:
+        """Whether workers may leave: not before workers that restart are back, or once a regroup is settled."""
+        if not self._has_to_notify:
+            return True
+        try:
+            return not self._plan.restart and self._settle_on(_OVER) == _OVER
         except DistError:
             # The store was lost with its node: the rendezvous detects that.
             return False
@@ -223,4 +244,7 @@ class Reconfiguration:
         if not self._has_announced and self._in_place.waiting_at_loop >= set(workers.pids()):
             self._store.set(_READY.format(self._node), "1")
             self._has_announced = True
+        return self._is_over()
+
+    def _is_over(self) -> bool:
         return bool(self._store.check([_OUTCOME])) and self._store.get(_OUTCOME).decode() == _OVER

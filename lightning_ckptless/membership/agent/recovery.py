@@ -116,7 +116,12 @@ class Recovery:
             self._reports.forget_progress(local_rank)
 
     def recover(
-        self, rendezvous: Round, workers: LosableWorkers, lost: Lost, env_of: Callable[[int], dict[str, str]]
+        self,
+        rendezvous: Round,
+        workers: LosableWorkers,
+        lost: Lost,
+        env_of: Callable[[int], dict[str, str]],
+        obstacle_elsewhere: Callable[[], str],
     ) -> Rung:
         """Decide how to recover from the loss of workers, and do so.
 
@@ -125,6 +130,7 @@ class Recovery:
             workers: this node's workers.
             lost: those that are lost; not empty.
             env_of: environment variables that make a process a local rank.
+            obstacle_elsewhere: why the workers of the other nodes cannot regroup; called if those of this node can.
 
         Raises:
             UnfitNodeError: this node cannot continue; its workers are stopped.
@@ -141,8 +147,31 @@ class Recovery:
         if exit_report is not None and exit_report.unfit:
             workers.stop(signal.SIGKILL, 0.0)
             raise UnfitNodeError(exit_report.reason)
-        now, limits = self._clock.monotonic(), self._settings.limits(self._in_place.limits)
-        plan = plan_recovery(
+        now = self._clock.monotonic()
+        plan = self._plan(rendezvous, workers, lost, exit_report, now, is_planned=is_planned)
+        if plan.rung is Rung.IN_PLACE and (obstacle := obstacle_elsewhere()):
+            plan = RecoveryPlan(Rung.RELAUNCH, f"not in place: {obstacle}")
+        if plan.rung is not Rung.END and not is_planned:
+            self._run.history = self._run.history.after_recovery(now)
+        if plan.rung is Rung.IN_PLACE:
+            self._replace(rendezvous, workers, lost, at, plan, env_of)
+        else:
+            self._stop_survivors(rendezvous, workers, lost, at, plan, exit_report)
+        return plan.rung
+
+    def _plan(
+        self,
+        rendezvous: Round,
+        workers: LosableWorkers,
+        lost: Lost,
+        exit_report: ExitReport | None,
+        now: float,
+        *,
+        is_planned: bool,
+    ) -> RecoveryPlan:
+        ranks = rendezvous.ranks
+        limits = self._settings.limits(self._in_place.limits)
+        return plan_recovery(
             Situation(
                 lost=tuple(ranks[local_rank] for local_rank in lost),
                 world_size=rendezvous.world_size,
@@ -155,13 +184,6 @@ class Recovery:
                 handed_over=is_planned,
             )
         )
-        if plan.rung is not Rung.END and not is_planned:
-            self._run.history = self._run.history.after_recovery(now)
-        if plan.rung is Rung.IN_PLACE:
-            self._replace(rendezvous, workers, lost, at, plan, env_of)
-        else:
-            self._stop_survivors(rendezvous, workers, lost, at, plan, exit_report)
-        return plan.rung
 
     def _replace(
         self,

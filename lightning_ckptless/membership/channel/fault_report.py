@@ -24,8 +24,7 @@ class FaultReport:
         restart: how many faults this agent has seen, this one included.
         world_size: number of ranks in the generation that ended.
         hung: why it counted as hung and was killed; empty if it did not.
-        earlier: earlier faults whose recovery this one interrupted, in sentences.
-        recovering_since: wall clock of the first of those; None if there are none.
+        earlier: earlier faults whose recovery this one interrupted: the wall clock of each, and a sentence.
         out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty if it has killed
             none since the previous fault.
         drained: why the rank was handed over, which is no fault; empty if it was not.
@@ -41,14 +40,23 @@ class FaultReport:
     restart: int
     world_size: int
     hung: str = ""
-    earlier: tuple[str, ...] = ()
-    recovering_since: float | None = None
+    earlier: tuple[tuple[float, str], ...] = ()
     out_of_memory: str = ""
     drained: str = ""
 
     def __post_init__(self) -> None:
         # Tuples, so that a report that was sent as JSON equals the original.
-        object.__setattr__(self, "earlier", tuple(self.earlier))
+        object.__setattr__(self, "earlier", tuple((at, text) for at, text in self.earlier))
+
+    @property
+    def as_earlier(self) -> tuple[float, str]:
+        """This fault as one of those that a later one names."""
+        return self.died_at, str(self)
+
+    @property
+    def recovering_since(self) -> float | None:
+        """Wall clock of the first of the earlier faults; None if there are none."""
+        return self.earlier[0][0] if self.earlier else None
 
     @property
     def failed_tries_s(self) -> float:

@@ -104,7 +104,7 @@ class MirrorInterval:
     def _choose(self) -> IntervalPlan:
         report, alone_s = self._report, median(self._alone)
         phases, account = report.last_phases, report.account
-        rate = failure_rate(self._options.failures_per_day, report.recoveries, report.clock() - account.began_at)
+        rate = failure_rate(self._options.failures_per_day, report.counts.recoveries, report.clock() - account.began_at)
         costs = Costs(
             step_s=alone_s,
             version_s=max(0.0, median(self._after_version) - alone_s),

@@ -89,7 +89,7 @@ class RankState:
             "state": self.host_state.capture(partial(self._batches.position_at, version), tensors),
             "virtual_ranks": self._data.virtual_ranks.capture(),
             "data_hooks": dict(self._data.hooks.made),
-            "report": self._session.report.state(),
+            "report": self._session.report.state(version),
             "interval": interval,
             "rewinds": self._rewinding.capture(),
             "logs": self._session.loggers.capture(version, self._session.outgoing.may_leave),

@@ -170,7 +170,7 @@ class RecoveryLoop:
             )
         # From here on only a relaunch can roll a rank back.
         self._session.loggers.flush()
-        self._session.report.out_of_steps()
+        self._session.leave_loop()
 
     @property
     def _failure(self) -> str:

@@ -10,6 +10,7 @@ from math import nan
 
 from lightning_ckptless.protocol.mtbf import Mtbf
 from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.time_account import Bucket, TimeAccount
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
 
@@ -34,10 +35,7 @@ def logged_values(
     account: TimeAccount,
     mtbf: Mtbf,
     last: Phases | None,
-    *,
-    recoveries: int,
-    rewinds: int,
-    steps_replayed: int,
+    counts: RunCounts,
 ) -> dict[str, float]:
     """Return the values by name.
 
@@ -46,17 +44,15 @@ def logged_values(
         account: the time of the run.
         mtbf: its mean time between failures.
         last: phases of the last recovery; None if there was none.
-        recoveries: number of recoveries of the run.
-        rewinds: number of its rewinds.
-        steps_replayed: optimizer steps that faults have undone.
+        counts: what the run has counted.
     """
     stats = taken.stats
     values = {
         "goodput": account.goodput,
         "goodput_1h": account.recent_goodput,
-        "recoveries": float(recoveries),
-        "rewinds": float(rewinds),
-        "steps_replayed": float(steps_replayed),
+        "recoveries": float(counts.recoveries),
+        "rewinds": float(counts.rewinds),
+        "steps_replayed": float(counts.steps_replayed),
         "mtbf_s": mtbf.mean_s if mtbf.failures else nan,
         "mtbf_low_s": mtbf.low_s,
         "mtbf_high_s": mtbf.high_s if mtbf.failures else nan,

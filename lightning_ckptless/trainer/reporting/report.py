@@ -23,18 +23,21 @@ from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases, phases_from
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
-from lightning_ckptless.protocol.replacement_startup import Arrival, why_slow
+from lightning_ckptless.protocol.replacement_startup import Arrival
 from lightning_ckptless.protocol.replay_check import ReplayJudgement
 from lightning_ckptless.protocol.rewind import RewindPlan
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.startup import StartPlan
 from lightning_ckptless.protocol.time_account import Bucket, Outage, TimeAccount
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
+from lightning_ckptless.trainer.reporting import sentences
 from lightning_ckptless.trainer.reporting.logged_values import TakenVersion, logged_values
 from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.run_clock import RunClock, agent_started_at
 from lightning_ckptless.trainer.reporting.tensorboard_layout import lay_out
+from lightning_ckptless.trainer.reporting.unreported_faults import UnreportedFaults
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
@@ -70,9 +73,7 @@ class RunReport:
 
     Attributes:
         time: what the training thread spends its time on.
-        recoveries: recoveries so far, from faults and from changes of the nodes.
-        rewinds: rewinds so far.
-        failures: recoveries from faults.
+        counts: recoveries and rewinds so far.
     """
 
     def __init__(
@@ -94,15 +95,14 @@ class RunReport:
         self._agent_at = agent_started_at(identity.agent_pid, own_agent=identity.own_agent, env=env)
         # A later `fit` begins where the script calls it: what it does before is not ours to account for.
         self.time = RunClock(ledger, clock() if fit_index else self._agent_at, clock)
-        self.recoveries = self.failures = self.rewinds = 0
-        self.steps_replayed = 0
+        self.counts = RunCounts()
         self.last_phases: Phases | None = None
         self._fault = _fault_report(env)
+        self._unreported = UnreportedFaults(self._fault)
         self._notified_at: float | None = None
         self._arrivals: Sequence[Arrival] = ()
-        self._in_place = False
+        self._in_place = self._has_counts = self._is_followed = False
         self._rewind: tuple[RewindPlan, float] | None = None
-        self._had_ended = False
         self._joined_at = clock()
         self._resumed_at: float | None = None
         self._restored: Version | None = None
@@ -123,7 +123,7 @@ class RunReport:
     @property
     def mtbf(self) -> Mtbf:
         """The mean time between failures that the run has observed."""
-        return observed_mtbf(self.failures, self.account.wall_s)
+        return observed_mtbf(self.counts.failures, self.account.wall_s)
 
     @property
     def is_reporter(self) -> bool:
@@ -140,7 +140,15 @@ class RunReport:
     # ------------------------------------------------------------------ the start of a generation
 
     def started(
-        self, identity: Identity, plan: StartPlan, placement: Placement, arena: Path, *, fit_index: int, had_ended: bool
+        self,
+        identity: Identity,
+        plan: StartPlan,
+        placement: Placement,
+        arena: Path,
+        *,
+        fit_index: int,
+        had_ended: bool,
+        is_followed: bool,
     ) -> None:
         """Report what this generation starts from.
 
@@ -150,9 +158,10 @@ class RunReport:
             placement: which rank holds which replicas.
             arena: folder of this node's arena.
             fit_index: number of earlier calls of `fit` in this process.
-            had_ended: whether this `fit` had returned before the fault.
+            had_ended: whether this `fit` had returned before the fault, on one rank at least.
+            is_followed: whether a later `fit` has versions: it reports the recovery.
         """
-        self._had_ended = had_ended
+        self._is_followed = is_followed
         if not self.is_reporter:
             return
         self.ledger.record(
@@ -166,9 +175,7 @@ class RunReport:
         )
         if self.ledger.generation == 1 and fit_index == 0:
             self._say(f"run {identity.run_id}: {placement.reason}")
-        which = f"call {fit_index + 1} of fit" if fit_index or had_ended else ""
-        ended = " had returned before the fault, none of its steps is replayed" if had_ended else ""
-        self._say(": ".join(filter(None, [which + ended, plan.reason])))
+        self._say(sentences.start_line(plan.reason, fit_index, had_ended=had_ended))
 
     def planned(self, members: MemberSet, sizes_bytes: Sequence[int], version: Version, slots: int) -> None:
         """Report the placement once the layout of the state is known.
@@ -202,7 +209,7 @@ class RunReport:
 
     def faulted(self, assignment: Assignment) -> None:
         """Record a fault that this rank survived, or after which it joins."""
-        self._fault = assignment.fault
+        self._fault = self._unreported.add(assignment.fault)
         self._notified_at = assignment.notified_at
         self._resumed_at = self._rewind = None
         self._in_place = True
@@ -267,25 +274,44 @@ class RunReport:
         if self._rewind is not None:
             self.time.end_rewind(saved["time"])
         else:
+            if not self._has_counts:
+                self._adopt_counts(saved)
             self.time.resume(saved["time"], self._outage())
-            self.recoveries, self.failures = saved["recoveries"], saved["failures"]
-            self.rewinds, self.steps_replayed = saved["rewinds"], saved["steps_replayed"]
-            if saved["phases"]:
-                self.last_phases = Phases(**saved["phases"])
             self._resumed_at = self.clock()
         self._note_time()
 
-    def state(self) -> dict[str, Any]:
-        """The accounts, stored with each version so that rolled back steps are not counted."""
-        phases = self.last_phases
+    def take_over(self, counts: RunCounts | None) -> None:
+        """Take over what earlier processes have counted until they left the training loop; None if they have not."""
+        if counts is not None:
+            self.counts = counts
+
+    def _adopt_counts(self, saved: dict[str, Any]) -> None:
+        """Adopt the counts of earlier processes. What this one has counted itself is not undone by a rollback."""
+        self._has_counts = True
+        self.counts = self.counts.or_later(RunCounts(**saved["counts"]))
+        self._unreported.settle(self.counts.regrouped_at)
+        self._fault = None if self._fault is None else self._unreported.add(self._fault)
+        if saved["phases"]:
+            self.last_phases = Phases(**saved["phases"])
+
+    def state(self, version: Version) -> dict[str, Any]:
+        """The accounts, stored with each version so that rolled back steps are not counted.
+
+        Args:
+            version: the version. If it is restored, it has been committed, which ends the recovery under way.
+        """
+        restored, phases = self._restored, self.last_phases
+        is_open = self._resumed_at is not None
+        ends = is_open and restored is not None and version.optimizer_step > restored.optimizer_step
         return {
             "time": self.time.state(),
-            "recoveries": self.recoveries,
-            "rewinds": self.rewinds,
-            "failures": self.failures,
-            "steps_replayed": self.steps_replayed,
+            "counts": asdict(self._counts_after() if ends else self.counts),
             "phases": None if phases is None else asdict(phases),
         }
+
+    def _counts_after(self) -> RunCounts:
+        """The counts after the recovery under way."""
+        return self.counts.after_recovery(self._replayed_now, self._joined_at, is_failure=not self._has_grown)
 
     @property
     def _has_grown(self) -> bool:
@@ -320,7 +346,7 @@ class RunReport:
                 step_s=costs.step_s,
                 version_s=costs.version_s,
             )
-            every = _count(interval, "step")
+            every = sentences.count(interval, "step")
             self._say(f"a version is mirrored every {every} from now on; rank 0 proposed {plan.reason}")
 
     def waited(self, stall_s: float) -> None:
@@ -347,25 +373,17 @@ class RunReport:
         trainer = self.trainer
         stepped = trainer.fit_loop.epoch_loop.global_step
         is_due = bool(trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0)
-        if not (self.recoveries or is_due) or not self.is_reporter:
+        if not (self.counts.recoveries or is_due) or not self.is_reporter:
             return
-        if self.recoveries:
+        if self.counts.recoveries:
             # Until the first recovery the bar shows the same metrics as under DDP.
-            shown = {"goodput": round(self.account.goodput, 3), "recoveries": float(self.recoveries)}
+            shown = {"goodput": round(self.account.goodput, 3), "recoveries": float(self.counts.recoveries)}
             show_on_progress_bar(trainer, shown)
         if is_due:
             if not self._is_laid_out:
                 self._is_laid_out = True
                 lay_out(trainer.loggers, PREFIX)
-            values = logged_values(
-                taken,
-                self.account,
-                self.mtbf,
-                self.last_phases,
-                recoveries=self.recoveries,
-                rewinds=self.rewinds,
-                steps_replayed=self.steps_replayed,
-            )
+            values = logged_values(taken, self.account, self.mtbf, self.last_phases, self.counts)
             prefixed = {f"{PREFIX}{name}": value for name, value in values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(prefixed, step=max(0, stepped - 1))
@@ -383,8 +401,9 @@ class RunReport:
                 of=_steps_in_all(self.trainer),
             )
         if self._restored is None:
-            first, self._restored = True, version
-            return first
+            self._restored = version
+            self._settle()
+            return True
         if self._resumed_at is None or version.optimizer_step <= self._restored.optimizer_step:
             return False
         self._recovered()
@@ -401,7 +420,7 @@ class RunReport:
     def rewinding(self, plan: RewindPlan) -> None:
         """Record that all ranks begin to go back."""
         self._rewind = plan, self.clock()
-        self.rewinds += 1
+        self.counts = self.counts.after_rewind()
         self.time.begin_rewind()
 
     def rewound(self, skipped_batches: int) -> None:
@@ -420,10 +439,7 @@ class RunReport:
             in_a_row=plan.past.count,
             took_s=round(took_s, 6),
         )
-        skips = (
-            f"; skipping the next {_count(skipped_batches, 'batch', 'batches')} of each rank" if skipped_batches else ""
-        )
-        self._say(f"rewound {plan.reason}{skips}; it took {took_s:.2f} s")
+        self._say(sentences.rewind_line(plan.reason, skipped_batches, took_s))
 
     def rewind_refused(self, reason: str) -> None:
         """Report that a rewind is not carried out."""
@@ -447,11 +463,15 @@ class RunReport:
 
     # ------------------------------------------------------------------ recoveries
 
+    def _settle(self) -> None:
+        """Record that no recovery is under way."""
+        self._resumed_at, self._has_counts = None, True
+        self._unreported.settle(self._joined_at)
+
     def _recovered(self) -> None:
         assert self._restored is not None and self._resumed_at is not None
-        if self._had_ended:
-            # The fault struck a later part of the script, which reports its own recovery.
-            self._resumed_at = None
+        if self._is_followed:
+            self._settle()
             return
         fault, now = self._fault, self.clock()
         phases = phases_from(
@@ -465,11 +485,8 @@ class RunReport:
         if fault is not None:
             # Earlier attempts that another fault cut short count as part of this recovery.
             phases = replace(phases, other_s=phases.other_s + fault.failed_tries_s)
-        restored, self._resumed_at = self._restored, None
-        self.last_phases = phases
-        self.recoveries += 1
-        self.steps_replayed += self._replayed_now
-        self.failures += not self._has_grown
+        restored, self.last_phases, self.counts = self._restored, phases, self._counts_after()
+        self._settle()
         if not self.is_reporter:
             return
         assert self._moved is not None
@@ -479,7 +496,7 @@ class RunReport:
             rung=str(Rung.IN_PLACE if self._in_place else Rung.RELAUNCH),
             kind=fault.kind if fault else "lost",
             culprit_rank=fault.rank if fault else None,
-            cause=_cause(fault),
+            cause=sentences.cause_of(fault),
             version=str(restored),
             steps_replayed=self._replayed_now,
             phases=named,
@@ -491,22 +508,9 @@ class RunReport:
             joined_at=self._joined_at,
             replacements=[asdict(arrival) for arrival in self._arrivals],
         )
-        self._say(self._recovery_line(fault, restored, phases))
-
-    def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
-        named = fault is not None and fault.rank is not None
-        who = f"rank {fault.rank} {fault.cause}" if fault and named and not fault.earlier else _cause(fault)
-        seconds = {name: f"{getattr(phases, name):.2f}" for name in PHASE_FIELDS}
-        if seconds["other_s"] == "0.00":
-            del seconds["other_s"]
-        parts = " + ".join(f"{name.removesuffix('_s')} {value}" for name, value in seconds.items())
-        how = "in place" if self._in_place else "by relaunch"
-        slow = why_slow(phases.regroup_s, self._arrivals)
-        return (
-            f"recovered {how} ({who}): resumed from {restored} on {_count(self.trainer.world_size, 'rank')}, "
-            f"{_count(self._replayed_now, 'step')} replayed, {phases.total_s:.2f} s = {parts}"
-            f"{f'; {slow}' if slow else ''}"
-        )
+        ranks, steps = sentences.count(self.trainer.world_size, "rank"), sentences.count(self._replayed_now, "step")
+        where = f"resumed from {restored} on {ranks}, {steps} replayed"
+        self._say(sentences.recovery_line(fault, where, phases, self._arrivals, in_place=self._in_place))
 
     # ------------------------------------------------------------------ the end
 
@@ -521,16 +525,12 @@ class RunReport:
             "run_ended",
             goodput=account.goodput,
             goodput_1h=account.recent_goodput,
-            recoveries=self.recoveries,
-            steps_replayed=self.steps_replayed,
+            recoveries=self.counts.recoveries,
+            steps_replayed=self.counts.steps_replayed,
             wall_s=account.wall_s,
         )
-        recoveries = _count(self.recoveries, "recovery", "recoveries")
-        lost = sorted(account.seconds.items(), key=lambda pair: -pair[1])
-        named = ", ".join(f"{bucket} {spent_s:.1f} s" for bucket, spent_s in lost if spent_s >= 0.05)
-        self._say(f"fit ended: goodput {account.goodput:.1%} of {account.wall_s:.1f} s, {recoveries}; {named}")
-        if self.recoveries:
-            self._say(f"{_count(self.steps_replayed, 'step')} replayed; {self.mtbf}")
+        for line in sentences.end_lines(account, self.counts, self.mtbf):
+            self._say(line)
 
     def stopped(self, error: BaseException) -> None:
         """Record that the run was asked to stop."""
@@ -543,8 +543,8 @@ class RunReport:
                 is_over=is_over,
                 step=int(self.trainer.global_step),
                 versions=self._versions,
-                failures=self.failures,
-                steps_replayed=self.steps_replayed,
+                failures=self.counts.failures,
+                steps_replayed=self.counts.steps_replayed,
             )
 
     def peer_lost(self, error: Exception) -> None:
@@ -566,10 +566,6 @@ class RunReport:
         self._say(f"rank {self.trainer.global_rank}: not retried: {reason}")
 
 
-def _count(number: int, one: str, several: str = "") -> str:
-    return f"{number} {one if number == 1 else several or f'{one}s'}"
-
-
 def _steps_in_all(trainer: Any) -> int | None:
     """The number of optimizer steps after which `fit` will end; None if it is unknown."""
     if trainer.train_dataloader is None or not trainer.lightning_module.automatic_optimization:
@@ -577,12 +573,6 @@ def _steps_in_all(trainer: Any) -> int | None:
         return None
     steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < float("inf") else None
-
-
-def _cause(fault: FaultReport | None) -> str:
-    if fault is None:
-        return "the workers were relaunched"
-    return "; then ".join([*fault.earlier, str(fault)]) if fault.earlier else fault.cause
 
 
 def _fault_report(env: Mapping[str, str]) -> FaultReport | None:

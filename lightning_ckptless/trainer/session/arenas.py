@@ -59,6 +59,12 @@ def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOpti
     return found or _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
 
 
+def has_versions(identity: Identity, fit_index: int, options: CkptlessOptions) -> bool:
+    """Return whether an arena of a call of `fit` on this machine has versions, whatever process owns it."""
+    infos = find_arenas(_folder(options), _run_id(identity, fit_index))
+    return any(Arena.attach(info.path).inventory() for info in infos)
+
+
 def register_with_reaper(arena: Arena, identity: Identity) -> None:
     """Have the arena removed when an external agent, which knows nothing of arenas, exits."""
     agent = identity.agent_pid

@@ -60,6 +60,7 @@ def enter_together(
         session.loggers.warn_of_unknown_loggers()
     sources = Sources(session.durable, states, ckpt_path, saved is not None)
     plan, found = decide_start(session.trainer, members, session.options, sources, relaunched=relaunched)
+    session.report.take_over(members.noted.counts)
     had_ended = plan.action is StartAction.RESTORE and relaunched and members.noted.finished
     session.report.started(
         session.identity,
@@ -68,6 +69,7 @@ def enter_together(
         session.arena.path,
         fit_index=session.fit_index,
         had_ended=had_ended,
+        is_followed=had_ended and any(has for (has,) in members.gather([session.has_versions_of_next_fit()])),
     )
     if plan.action is StartAction.REFUSE:
         assert plan.error is not None

@@ -26,6 +26,7 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.device_tier import place_on_devices
 from lightning_ckptless.protocol.messages import StartSidecar
 from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
@@ -42,6 +43,7 @@ from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.arenas import (
     discard_if_empty,
     find_or_make_arena,
+    has_versions,
     is_first_of_node,
     local_rank,
     open_arena,
@@ -180,6 +182,10 @@ class Session:
         if opens and not self.identity.own_agent:
             register_with_reaper(self._arena, self.identity)
 
+    def has_versions_of_next_fit(self) -> bool:
+        """Whether this node has versions of the next call of `fit`, which earlier processes have made."""
+        return has_versions(self.identity, self.fit_index + 1, self.options)
+
     def open_alone(self) -> None:
         """Open the arena in a process that has not joined the other ranks."""
         self._arena = find_or_make_arena(self.identity, self.fit_index, self.options)
@@ -266,6 +272,12 @@ class Session:
             self.report.report_files(warning_of(lost, version))
 
     # ------------------------------------------------------------------ the end
+
+    def leave_loop(self) -> None:
+        """Close the accounts of training: no further step follows. A relaunch starts from the last version."""
+        self.report.out_of_steps()
+        if self.is_node_leader and self.report.counts != RunCounts():
+            self.arena.write_notes(ArenaNotes(counts=self.report.counts))
 
     def finish(self) -> None:
         """Report that `fit` has returned, also to later processes."""

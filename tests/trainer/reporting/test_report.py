@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +24,7 @@ from lightning_ckptless.membership.worker.watcher import Assignment
 from lightning_ckptless.metrics import Goodput
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
 from lightning_ckptless.protocol.rewind import PastRewinds, RewindPlan
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.time_account import Bucket, TimeAccount
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
@@ -45,7 +47,7 @@ def report_of(
 def test_the_progress_bar_is_as_under_ddp_until_a_recovery(recoveries: int, shown: set[str], tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     report = report_of(trainer, tmp_path)
-    report.resume({**report.state(), "recoveries": recoveries})
+    report.resume({**report.state(Version(1, True)), "counts": asdict(RunCounts(recoveries))})
     report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
     report.step_done()
     assert set(trainer.progress_bar_metrics) == shown
@@ -68,7 +70,7 @@ def saved_until(report: RunReport, until: float) -> dict[str, Any]:
     """The accounts of a version that another process has captured after 100 s of training."""
     account = TimeAccount(until - 100.0)
     account.advance(until, Bucket.TRAINING)
-    return report.state() | {"time": {"account": account.to_dict(), "own_s": 0.0, "batches": 0}}
+    return report.state(Version(1, True)) | {"time": {"account": account.to_dict(), "own_s": 0.0, "batches": 0}}
 
 
 def test_the_time_without_an_agent_is_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None
     trainer = tiny_trainer(tmp_path)
     report = report_of(trainer, tmp_path, clock=lambda: now[0])
     report.begin_training()
-    saved = report.state()
+    saved = report.state(Version(1, True))
     now[0] += 3.0
     report.rewinding(RewindPlan(Version(3, True), 5, 0, 0, PastRewinds(), "from step 5 to step 3"))
     now[0] += 2.0
@@ -104,11 +106,11 @@ def test_a_world_that_grows_and_a_rewind_are_no_failures(tmp_path: Path) -> None
     assert report.account.seconds[Bucket.REWIND] == pytest.approx(5.0)
     fault = FaultReport(None, None, None, None, now[0] + 1, now[0] + 1, now[0] + 2, 1, world_size=0)
     report.faulted(Assignment(1, fault, now[0] + 1))
-    saved = report.state()
+    saved = report.state(Version(1, True))
     now[0] += 5.0
     report.resume(saved)
     assert report.account.seconds[Bucket.ELASTIC_TRANSITION] == pytest.approx(4.0)
-    assert report.failures == 0
+    assert report.counts.failures == 0
 
 
 def test_tensorboard_learns_which_values_share_a_chart(tmp_path: Path) -> None:
