@@ -12,6 +12,7 @@ On CPU ranks, where the same code runs, the buffer is in the memory of the proce
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -24,20 +25,24 @@ class DeviceBuffer:
     """Memory for the pieces of one shard.
 
     Args:
-        chunks: the pieces, ordered by offset.
-        bulk_bytes: length of the shard's tensor state.
+        chunks: the pieces that are copied, ordered by offset; there is no memory for the others.
         device: where the buffer is.
 
     Attributes:
         chunks: the pieces.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], bulk_bytes: int, device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self.chunks = tuple(chunks)
-        # Zeros, as in a new slot: the bytes between two pieces are part of the checksum.
-        self._bulk = torch.zeros(bulk_bytes, dtype=torch.uint8, device=device)
-        self._targets = [slot_view(chunk, self._bulk) for chunk in chunks]
-        self._spans = joined_spans(chunks)
+        self._spans: list[slice] = []
+        self._parts: list[torch.Tensor] = []
+        self._targets: list[torch.Tensor] = []
+        for span, joined in joined_spans(chunks):
+            # Zeros, as in a new slot: the bytes between two pieces are part of the checksum.
+            part = torch.zeros(span.stop - span.start, dtype=torch.uint8, device=device)
+            self._spans.append(span)
+            self._parts.append(part)
+            self._targets += [slot_view(replace(chunk, at=chunk.at - span.start), part) for chunk in joined]
 
     def fill(self, sources: Sequence[torch.Tensor]) -> None:
         """Copy the pieces into the buffer, on the current stream of the device.
@@ -54,22 +59,24 @@ class DeviceBuffer:
         Args:
             bulk: tensor state of the slot.
         """
-        return [(bulk[span], self._bulk[span]) for span in self._spans]
+        return [(bulk[span], part) for span, part in zip(self._spans, self._parts, strict=True)]
 
 
-def joined_spans(chunks: Sequence[Chunk]) -> list[slice]:
-    """The parts of a shard's bulk that pieces occupy; those that follow each other form one part.
+def joined_spans(chunks: Sequence[Chunk]) -> list[tuple[slice, list[Chunk]]]:
+    """The parts of a shard's bulk that pieces occupy, each with its pieces; those that follow each other form one part.
 
     Args:
         chunks: the pieces, ordered by offset.
     """
-    spans: list[slice] = []
+    spans: list[tuple[slice, list[Chunk]]] = []
     for chunk in chunks:
         end = aligned(chunk.at + chunk.nbytes)
-        if spans and spans[-1].stop == chunk.at:
-            spans[-1] = slice(spans[-1].start, end)
-        elif chunk.nbytes:
-            spans.append(slice(chunk.at, end))
+        if spans and spans[-1][0].stop == chunk.at:
+            span, joined = spans[-1]
+            joined.append(chunk)
+            spans[-1] = slice(span.start, end), joined
+        else:
+            spans.append((slice(chunk.at, end), [chunk]))
     return spans
 
 

@@ -268,8 +268,7 @@ class Stager:
         if not self._is_buffered:
             return None
         if self._buffer is None or self._buffer.chunks != tuple(chunks):
-            bulk_bytes = self._layout.bulk_bytes(self._shard)
-            self._buffer = DeviceBuffer(chunks, bulk_bytes, device_of(views))
+            self._buffer = DeviceBuffer(chunks, device_of(views))
         return self._buffer
 
     def finish(self, pending: PendingCopy, half_done: Callable[[], None] | None = None) -> int:

@@ -17,7 +17,7 @@ from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS
 from lightning_ckptless.replica.device_tier.device_space import DeviceNeed, free_bytes_of, require_fits
-from lightning_ckptless.replica.layout.layout import Layout
+from lightning_ckptless.replica.layout.layout import Layout, aligned, pieces_for
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import Described, from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
@@ -433,7 +433,7 @@ class Mirroring:
         needs = [] if self._device is None else [self._device.need()]
         if options.staging == "device":
             sources = members.placement.sources(members.rank) if options.verifies_replicas else ()
-            needs.append(buffer_need(layout, (members.rank, *sources)))
+            needs.append(buffer_need(layout, members.rank, sources))
         if not needs:
             return
         held_bytes = sum(chunk.nbytes for chunk in layout.chunks if chunk.is_held_by(members.rank))
@@ -499,15 +499,16 @@ class Mirroring:
         return mirror
 
 
-def buffer_need(layout: Layout, shards: Sequence[int]) -> DeviceNeed:
+def buffer_need(layout: Layout, rank: int, sources: Sequence[int]) -> DeviceNeed:
     """The device memory of the buffers for `staging="device"`.
 
     Args:
         layout: layout of the state.
-        shards: shards that this rank copies from its own tensors.
+        rank: this rank.
+        sources: ranks whose shards it keeps, and copies as far as its own tensors contain them.
     """
-    used_bytes = sum(layout.bulk_bytes(shard) for shard in shards)
-    return DeviceNeed("staging='device'", "staging='overlap'", "the buffers", used_bytes, len(shards))
+    sizes = [sum(aligned(chunk.nbytes) for chunk in pieces_for(layout, shard, rank)) for shard in (rank, *sources)]
+    return DeviceNeed("staging='device'", "staging='overlap'", "the buffers", sum(sizes), sum(map(bool, sizes)))
 
 
 def _bytes_of(layout: Layout) -> int:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.layout.layout import pieces_for, slot_views
+from lightning_ckptless.replica.layout.layout import aligned, pieces_for, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.mirror.device_buffer import DeviceBuffer, joined_spans
 from lightning_ckptless.replica.mirror.staging import Stager
+from lightning_ckptless.trainer.commit.mirroring import buffer_need
 from tests.replica.world import MakeWorld, wait_for
 
 
@@ -76,7 +77,7 @@ def test_pieces_of_other_ranks_are_not_overwritten() -> None:
     for shard in range(2):
         held = pieces_for(layout, shard, 0)
         lacked = [chunk for chunk in layout.of(shard) if chunk not in held]
-        buffer = DeviceBuffer(held, layout.bulk_bytes(shard), torch.device("cpu"))
+        buffer = DeviceBuffer(held, torch.device("cpu"))
         bulk = torch.full((layout.bulk_bytes(shard),), 7, dtype=torch.uint8)
         for target, source in buffer.copies_into(bulk):
             target.copy_(source)
@@ -90,6 +91,16 @@ def test_pieces_that_follow_each_other_are_one_copy() -> None:
     tensors = {f"weight{n}": torch.ones(n + 1) for n in range(9)}
     layout = plan_layout([describe(tensors, replicated=True)])
     chunks = layout.of(0)
-    assert joined_spans(chunks) == [slice(0, layout.bulk_bytes(0))]
-    gap = [*chunks[:3], *chunks[4:]]
-    assert joined_spans(gap) == [slice(0, chunks[3].at), slice(chunks[4].at, layout.bulk_bytes(0))]
+    assert joined_spans(chunks) == [(slice(0, layout.bulk_bytes(0)), [*chunks])]
+    first, second = [*chunks[:3]], [*chunks[4:]]
+    parts = [(slice(0, chunks[3].at), first), (slice(chunks[4].at, layout.bulk_bytes(0)), second)]
+    assert joined_spans(first + second) == parts
+
+
+def test_there_is_memory_for_held_pieces_only() -> None:
+    shared = describe({"a": torch.ones(64), "empty": torch.ones(0)}, replicated=True)
+    layout = plan_layout([shared + describe({"b": torch.ones(1000)}, replicated=False) for _ in range(2)])
+    own, other = (buffer_need(layout, 0, sources).used_bytes for sources in ((), (1,)))
+    assert own == layout.bulk_bytes(0) and other - own == layout.bulk_bytes(1) - aligned(1000 * 4)
+    buffer = DeviceBuffer(pieces_for(layout, 1, 0), torch.device("cpu"))
+    assert sum(source.nbytes for _, source in buffer.copies_into(torch.zeros(layout.bulk_bytes(1)))) == other - own
