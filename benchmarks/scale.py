@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import psutil
@@ -85,6 +85,11 @@ def of_ranks(kind: str, quantity: str) -> Callable[[Row], list[float]]:
     return lambda row: [of_rank.get(quantity, 0.0) for of_rank in row[kind]]
 
 
+def survivor_cpu_s(row: Row) -> list[float]:
+    """Return the CPU seconds of each survivor from a kill to the first step that all have finished."""
+    return [seconds for kill in survived(row["kills"]) for seconds in kill["survivor_cpu_s"]]
+
+
 TIMES = (
     Column("ranks", "ranks"),
     Column("start s", "start_s", ".1f"),
@@ -95,6 +100,7 @@ TIMES = (
     Column("kills survived", lambda row: f"{len(survived(row['kills']))} of {len(row['kills'])}"),
     Column("recovery s", lambda row: [kill["seconds"] for kill in survived(row["kills"])], ".2f", median),
     *map(phase, ("regroup", "restore", "replay")),
+    Column("CPU s of a survivor", survivor_cpu_s, ".3f", mean),
 )
 USE = (
     Column("ranks", "ranks"),

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.harness.benchmark import console
 from benchmarks.harness.scenario import Scenario, events_of
 from benchmarks.harness.watch import START_S, Life, NoRecoveryError, Watch
@@ -34,8 +36,9 @@ def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout
         timeout_s: longest wait for the recovery, in seconds.
 
     Returns:
-        Seconds from the kill to the first step finished by all, replayed steps, lost committed steps, the fingerprints
-        of the steps after the recovery, and the moments of the new processes in seconds since the kill.
+        Seconds from the kill to the first step finished by all, CPU seconds of each survivor in that time, replayed
+        steps, lost committed steps, the fingerprints of the steps after the recovery, and the moments of the new
+        processes in seconds since the kill.
 
     Raises:
         NoRecoveryError: If the job does not recover in time, or fails soon afterwards.
@@ -46,7 +49,7 @@ def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout
     watch.follow(chance.random() * STEP_S)
     victim, old, dying = chance.randrange(watch.ranks), dict(watch.pids), watch.now()
     last, committed = max(life.last_step for life in dying), max(life.committed for life in dying)
-    killed_at = time.time()
+    used_s, killed_at = {pid: cpu_s(pid) for pid in old.values()}, time.time()
     os.kill(old[victim], signal.SIGKILL)
 
     def recovered(lives: list[Life]) -> bool:
@@ -58,6 +61,8 @@ def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout
     try:
         lives = watch.until(recovered, timeout_s, f"a step by all ranks after the loss of rank {victim}")
         first, recovered_with = lives[victim].first_step, dict(watch.pids)
+        survivors = used_s.keys() & set(recovered_with.values())
+        survivor_cpu_s = [cpu_s(pid) - used_s[pid] for pid in survivors]
         ended_at = max(life.steps[first] for life in lives)
         witnesses = range(first, first + _WITNESSES)
         lives = watch.until_step(witnesses[-1], timeout_s)
@@ -70,12 +75,19 @@ def kill_one(watch: Watch, chance: random.Random, *, every_n_steps: int, timeout
         "victim": victim,
         "killed_at": killed_at,
         "seconds": ended_at - killed_at,
+        "survivor_cpu_s": survivor_cpu_s,
         "repeated_steps": last - (first - 1),
         "lost_committed_steps": max(0, committed - (first - 1)),
         "step_s": dying[victim].step_s,
         "fingerprints": fingerprints,
         "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in new],
     }
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process has used, with a resolution of 10 ms."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def require_same_processes(watch: Watch, before: dict[int, int], step: int) -> None:

@@ -21,7 +21,7 @@ NETWORK = Network(
 def row(ranks: int, fds: float) -> dict[str, Any]:
     use, traffic = {"fds": fds, "threads": 9, "uss_mib": 50.0}, {"messages": 3.0, "message bytes": 64_000.0 / ranks}
     phases = {"regroup_s": 0.01 * ranks, "restore_s": 0.02 * ranks, "replay_s": 0.1}
-    kill = {"seconds": 0.5, "ledger": {"phases": phases}}
+    kill = {"seconds": 0.5, "survivor_cpu_s": [0.02, 0.04], "ledger": {"phases": phases}}
     parts = {"round_s": [0.02], "exchange_s": [0.01], "vote_s": [0.01]}
     lists = {"use": [use], "traffic": [traffic], "kills": [kill, {"failed": "lost"}]}
     return {"ranks": ranks, "start_s": 5.0, "step_s": 0.1, **parts, **lists}
@@ -29,7 +29,7 @@ def row(ranks: int, fds: float) -> dict[str, Any]:
 
 def test_the_tables_of_a_measurement() -> None:
     times, use = scale.Scale().tables({"worlds": [row(8, 41), row(16, 57)]})
-    assert "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 |" in times.markdown()
+    assert "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 | 0.030 |" in times.markdown()
     assert "| 16 | 57 | 9 | 50.0 | 3 | 4000 |" in use.markdown()
 
 
