@@ -29,7 +29,9 @@ def row(ranks: int, fds: float) -> dict[str, Any]:
 
 def test_the_tables_of_a_measurement() -> None:
     times, use = scale.Scale().tables({"worlds": [row(8, 41), row(16, 57)]})
-    assert "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 | 0.030 |" in times.markdown()
+    assert (
+        "| 8 | 5.0 | 0.100 | 20.0 | 10.0 | 10.0 | 1 of 2 | 0.50 | 0.080 | 0.160 | 0.100 | 0.030 |" in times.markdown()
+    )
     assert "| 16 | 57 | 9 | 50.0 | 3 | 4000 |" in use.markdown()
 
 

@@ -43,7 +43,7 @@ def test_configuration_is_parsed(path: Path, capsys: pytest.CaptureFixture[str])
 def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_cli("--trainer.strategy.help", f"lightning_ckptless.{strategy}")
     output = " ".join(capsys.readouterr().out.split())
-    assert "staging {overlap,blocking}" in output
+    assert "staging {overlap,blocking,device}" in output
     assert [option.name for option in options_of(CkptlessOptions).values() if option.text not in output] == []
 
 

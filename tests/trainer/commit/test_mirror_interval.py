@@ -10,6 +10,7 @@ import pytest
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan, agreed
+from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.time_account import TimeAccount
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
@@ -20,7 +21,7 @@ class FakeReport:
 
     def __init__(self) -> None:
         self.account = TimeAccount(began_at=0.0)
-        self.recoveries = 0
+        self.counts = RunCounts()
         self.last_phases = None
         self.clock = lambda: 0.0
         self.chosen: list[tuple[int, IntervalPlan]] = []
