@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -13,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import lightning_ckptless
-from tests.house.code import REPOSITORY
+from tests.house.code import REPOSITORY, Source
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (
@@ -52,6 +54,14 @@ def test_tracking_stores_change_no_pin() -> None:
 def test_third_party_projects_run_with_the_torch_and_lightning_that_are_tested() -> None:
     same = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
     assert [THIRD_PARTY_PINS[name] for name in same] == [PINS[name] for name in same]
+
+
+def test_the_environment_of_third_party_projects_has_what_all_tests_import() -> None:
+    installed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["third-party"]]
+    names = {canonicalize_name(Requirement(text).name) for text in installed}
+    files = [Source(Path("tests", name)) for name in ("conftest.py", "leaks.py")]
+    imported = {name.partition(".")[0] for file in files for name in file.imports()}
+    assert imported - sys.stdlib_module_names - {"tests", PROJECT["name"].replace("-", "_")} <= names
 
 
 @pytest.mark.parametrize("file", CONSTRAINTS)
