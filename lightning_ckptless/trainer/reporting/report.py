@@ -30,6 +30,7 @@ from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.startup import StartPlan
 from lightning_ckptless.protocol.time_account import Bucket, Outage, TimeAccount
 from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.protocol.wording import counted
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
 from lightning_ckptless.trainer.reporting import sentences
@@ -346,7 +347,7 @@ class RunReport:
                 step_s=costs.step_s,
                 version_s=costs.version_s,
             )
-            every = sentences.count(interval, "step")
+            every = counted(interval, "step")
             self._say(f"a version is mirrored every {every} from now on; rank 0 proposed {plan.reason}")
 
     def waited(self, stall_s: float) -> None:
@@ -508,7 +509,7 @@ class RunReport:
             joined_at=self._joined_at,
             replacements=[asdict(arrival) for arrival in self._arrivals],
         )
-        ranks, steps = sentences.count(self.trainer.world_size, "rank"), sentences.count(self._replayed_now, "step")
+        ranks, steps = counted(self.trainer.world_size, "rank"), counted(self._replayed_now, "step")
         where = f"resumed from {restored} on {ranks}, {steps} replayed"
         self._say(sentences.recovery_line(fault, where, phases, self._arrivals, in_place=self._in_place))
 

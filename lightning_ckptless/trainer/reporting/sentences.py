@@ -13,11 +13,7 @@ from lightning_ckptless.protocol.phases import PHASE_FIELDS, Phases
 from lightning_ckptless.protocol.replacement_startup import Arrival, why_slow
 from lightning_ckptless.protocol.run_counts import RunCounts
 from lightning_ckptless.protocol.time_account import TimeAccount
-
-
-def count(number: int, one: str, several: str = "") -> str:
-    """Return a number of things in words."""
-    return f"{number} {one if number == 1 else several or f'{one}s'}"
+from lightning_ckptless.protocol.wording import counted
 
 
 def start_line(reason: str, fit_index: int, *, had_ended: bool) -> str:
@@ -34,7 +30,7 @@ def start_line(reason: str, fit_index: int, *, had_ended: bool) -> str:
 
 
 def cause_of(fault: FaultReport | None) -> str:
-    """Return what a recovery recovers from: the faults in the order in which they struck."""
+    """Return what a recovery recovers from: the faults, in the order of their occurrence."""
     if fault is None:
         return "the workers were relaunched"
     return "; then ".join([*(text for _, text in fault.earlier), str(fault)]) if fault.earlier else fault.cause
@@ -66,7 +62,7 @@ def recovery_line(
 def rewind_line(reason: str, skipped_batches: int, took_s: float) -> str:
     """Return a rewind as one line."""
     skipped = (
-        f"; skipping the next {count(skipped_batches, 'batch', 'batches')} of each rank" if skipped_batches else ""
+        f"; skipping the next {counted(skipped_batches, 'batch', 'batches')} of each rank" if skipped_batches else ""
     )
     return f"rewound {reason}{skipped}; it took {took_s:.2f} s"
 
@@ -79,8 +75,8 @@ def end_lines(account: TimeAccount, counts: RunCounts, mtbf: Mtbf) -> list[str]:
         counts: what it has counted.
         mtbf: its mean time between failures.
     """
-    recoveries = count(counts.recoveries, "recovery", "recoveries")
+    recoveries = counted(counts.recoveries, "recovery", "recoveries")
     spent = sorted(account.seconds.items(), key=lambda pair: -pair[1])
     named = ", ".join(f"{bucket} {spent_s:.1f} s" for bucket, spent_s in spent if spent_s >= 0.05)
     ended = f"fit ended: goodput {account.goodput:.1%} of {account.wall_s:.1f} s, {recoveries}; {named}"
-    return [ended, f"{count(counts.steps_replayed, 'step')} replayed; {mtbf}"] if counts.recoveries else [ended]
+    return [ended, f"{counted(counts.steps_replayed, 'step')} replayed; {mtbf}"] if counts.recoveries else [ended]
