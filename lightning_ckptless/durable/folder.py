@@ -54,7 +54,7 @@ from lightning_ckptless.replica.arena_metadata import RUN_ID
 from lightning_ckptless.replica.slot_stamp import CHECKSUM, SNAPSHOT
 from lightning_ckptless.system.private_files import require_private, require_private_files, target_of_own_link
 
-FORMAT = 4
+FORMAT = 5
 _KIND = "durable state"
 _PART = ".part"
 _GOING = ".going"

@@ -121,18 +121,11 @@ class NodeWriter:
         return copy_shard({arena.node: arena}, replicas, self._buffers)
 
     def _complete(self, arena: Arena) -> None:
-        """Complete states with all parts, and discard those that have waited too long.
-
-        States of an earlier generation are discarded too: a node that has not written its part was probably lost.
-        """
-        for pending in list(self._pending):
-            snapshot = pending.parts.snapshot
-            version = snapshot.version
+        """Complete states with all parts; discard those that have waited too long, or for longer than a newer one."""
+        for pending in reversed(self._pending):
+            version = pending.parts.snapshot.version
             try:
                 if missing := pending.parts.missing():
-                    if self._last is not None and snapshot.generation < self._last[0]:
-                        self._pending.remove(pending)
-                        continue
                     if time.monotonic() - pending.began_at < PARTS_WAIT_S:
                         continue
                     raise DurableError(
@@ -143,7 +136,11 @@ class NodeWriter:
             except (DurableError, OSError, RuntimeError) as error:
                 pending.parts.remove()
                 self._failed(version, error)
-            self._pending.remove(pending)
+                self._pending = [other for other in self._pending if other is not pending]
+            else:
+                # A node that was lost never writes its part of an earlier state.
+                self._pending = [other for other in self._pending if other.parts.snapshot.version > version]
+                return
 
     def _finish(self, arena: Arena, pending: _Pending) -> None:
         parts, version = pending.parts, pending.parts.snapshot.version

@@ -1,8 +1,8 @@
 """What a run counts: its recoveries and rewinds.
 
-Rank 0 counts what it reports. A process that becomes rank 0 takes over the counts of a version. If the version is the
-first one after a fault, they include that recovery, which ended when the version was committed. The counts of a run
-that has left the training loop are in a note in the arenas as well: no further version has them.
+Every rank counts, and rank 0 reports. A process that becomes rank 0 takes over the counts of a version. If the version
+is the first one after a fault, they include that recovery, which ended when the version was committed. The counts of a
+run that has left the training loop are in a note in the arenas as well: no further version has them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from lightning_ckptless.replica.arena_space import SPACE_FIX
 from lightning_ckptless.replica.slot_stamp import CHECKSUM, STAMP, Stamp, slot_state
 from lightning_ckptless.system.memory_files import open_file
 
-FORMAT = 3
+FORMAT = 4
 HEADER_BYTES = 4096
 _MAGIC = b"ckptless"
 _quoted = json.encoder.encode_basestring_ascii

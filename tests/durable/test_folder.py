@@ -94,7 +94,7 @@ def test_a_folder_can_be_prepared_after_the_disk_was_full(tmp_path: Path) -> Non
     [
         ({"thesis.tex": ""}, "not a folder of durable states: it has thesis.tex and no ckptless-durable.json"),
         ({"a": "", "b": "", "c": "", "d": ""}, "a, b, c and more"),
-        ({FOLDER_MARKER: json.dumps({"format": 99})}, "of format 99, expected 4"),
+        ({FOLDER_MARKER: json.dumps({"format": 99})}, "of format 99, expected 5"),
         ({FOLDER_MARKER: "no json"}, "cannot be read"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.durable import node_writer as shared
+from lightning_ckptless.durable import node_writer
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
 from lightning_ckptless.durable.node_writer import NodeWriter
 from lightning_ckptless.durable.store import load_state
@@ -90,7 +90,7 @@ def test_a_state_that_a_node_has_missed_is_discarded(nodes: Nodes, monkeypatch: 
     nodes.run_writers(0, 1, 3)
     nodes.train_to(6)
     nodes.train_to(7)
-    monkeypatch.setattr(shared, "PARTS_WAIT_S", 0.0)
+    monkeypatch.setattr(node_writer, "PARTS_WAIT_S", 0.0)
     nodes.run_writers(2, 0)
     assert nodes.folder.states() == []
     (failure,) = nodes.failures
@@ -99,7 +99,7 @@ def test_a_state_that_a_node_has_missed_is_discarded(nodes: Nodes, monkeypatch: 
     assert [entry.name for entry in nodes.folder.path.iterdir()] == ["ckptless-durable.json"]
 
 
-def test_a_state_that_a_lost_node_has_missed_is_discarded_with_the_next_generation(nodes: Nodes) -> None:
+def test_a_state_that_a_lost_node_has_missed_is_discarded_once_a_newer_one_is_complete(nodes: Nodes) -> None:
     nodes.train_to(5)
     nodes.run_writers(0, 1, 3)
     nodes.world.begin(committed=Version(5, True))

@@ -407,6 +407,9 @@ class NodeAgent:
         assert self._draining.leaving is not None
         workers.watch(_WAIT_S)
         self._receive(workers.receive())
+        self._kill_stuck(workers, has_recovered=bool(self._run.faults or self._in_place.number))
+        if self._current.regroupings.news() is not None:
+            self._draining.leaving.give_up(workers)
         self._draining.leaving.poll(workers)
         return Found.REPLACED
 

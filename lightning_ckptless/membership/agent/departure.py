@@ -238,6 +238,19 @@ class Leaving:
             self._has_asked = True
             workers.send(HandOver(self._reason))
 
+    def give_up(self, workers: LeavingWorkers) -> None:
+        """Stop the workers before they have handed over: those of the other nodes regroup after a fault.
+
+        Args:
+            workers: this node's workers.
+
+        Raises:
+            DepartedError: the workers have exited.
+        """
+        workers.stop(signal.SIGKILL, 0.0)
+        how = "another node had a fault before the ranks were handed over, so the step in flight is replayed"
+        self._end(how, None, {})
+
     def _is_time(self) -> bool:
         return self._clock.monotonic() >= self._until or self._departure.others_are_ready()
 

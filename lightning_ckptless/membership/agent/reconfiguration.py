@@ -229,7 +229,7 @@ class Reconfiguration:
         return self._departure.is_finished()
 
     def _settle_on(self, outcome: str) -> str:
-        """Return the outcome of the round, set by the first node whose workers can regroup with others or have left."""
+        """Return the outcome, set by the first node whose workers are to regroup, or may leave the training loop."""
         settled: bytes = self._store.compare_set(_OUTCOME, "", outcome)
         return settled.decode()
 

@@ -318,7 +318,7 @@ def _one_request_to_store() -> Iterator[None]:
     """Let gloo read the addresses of all ranks in one request, and not in one per rank, and read short ones.
 
     It reads these variables whenever a group is created. They are removed again: tests of users check that training
-    leaves the environment as it was.
+    leaves the environment as it was. Other threads read the environment when they start, which none does meanwhile.
     """
     names = "GLOO_ENABLE_STORE_V2_API", "GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER"
     added = [name for name in names if name not in os.environ]

@@ -1,6 +1,6 @@
 """Copies of many pieces into a slot, in as few calls as possible.
 
-To copy a tensor takes a microsecond of torch's dispatcher, whatever its size. Small pieces that lie side by side in a
+Copying a tensor costs a microsecond in torch's dispatcher, whatever its size. Small pieces that lie side by side in a
 slot are instead concatenated into it, which takes a third of that.
 """
 

@@ -1,7 +1,7 @@
 """A buffer in device memory: a shard is copied into it at the speed of the device, and from there into a slot.
 
-The slots of a ring are in host memory, at the other end of a bus that needs several steps for a large state. While the
-live tensors are the source of that copy, the next optimizer step has to wait for its end. With `staging="device"` they
+Slots are in host memory, and copying a large state over the bus takes several steps. While the live tensors are the
+source of that copy, the next optimizer step has to wait for its end. With `staging="device"` they
 are copied within the device first, on the stream on which the optimizer runs, and may change as soon as that copy is
 queued. The copy over the bus and its checksum then overlap with as many steps as they take; the next version waits for
 them, since it needs the buffer.
@@ -54,7 +54,7 @@ class DeviceBuffer:
             foreach_copy(self._targets, list(sources), non_blocking=True)
 
     def copies_into(self, bulk: torch.Tensor) -> list[Pair]:
-        """The copies from the buffer that complete a slot; as few as possible, since each is an operation of the bus.
+        """The copies from the buffer that complete a slot; as few as possible, since each is a separate transfer.
 
         Args:
             bulk: tensor state of the slot.

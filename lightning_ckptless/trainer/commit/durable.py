@@ -141,7 +141,7 @@ class DurableRung:
         if members.is_node_leader:
             members.arena.write_notes(ArenaNotes(durable_share=share))
 
-    def order_writer(self, arena: Arena, channel: AgentChannel | None) -> None:
+    def request_writer(self, arena: Arena, channel: AgentChannel | None) -> None:
         """Request a writer process from this node's agent, if this node writes any shards.
 
         Args:
@@ -151,7 +151,7 @@ class DurableRung:
         share = arena.notes().durable_share
         if not self._is_on or share is None or not share.shards:
             return
-        order = WriterSettings(
+        settings = WriterSettings(
             arena=str(arena.path),
             folder=str(self.folder.path),
             ledger=str(self._identity.run_folder / LEDGER_NAME),
@@ -162,10 +162,10 @@ class DurableRung:
             keep=self._options.durable_keep,
         )
         if channel is not None:
-            channel.send(StartSidecar(MODULE, order.to_text()))
-        elif not self._identity.own_agent and arena.notes().writer_agent != order.agent_pid:
-            _start_detached(order)
-            arena.write_notes(ArenaNotes(writer_agent=order.agent_pid))
+            channel.send(StartSidecar(MODULE, settings.to_text()))
+        elif not self._identity.own_agent and arena.notes().writer_agent != settings.agent_pid:
+            _start_detached(settings)
+            arena.write_notes(ArenaNotes(writer_agent=settings.agent_pid))
 
 
 def _read(
@@ -198,10 +198,10 @@ def _state(fields: dict[str, Any]) -> DurableState:
     return DurableState(**(fields | {"snapshot": Snapshot(**snapshot)}))
 
 
-def _start_detached(order: WriterSettings) -> None:
+def _start_detached(settings: WriterSettings) -> None:
     """Under an external agent: start a process that init adopts, and that exits once the agent has exited."""
     subprocess.run(
-        [sys.executable, "-m", MODULE, order.to_text(), "--detach"],
+        [sys.executable, "-m", MODULE, settings.to_text(), "--detach"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,

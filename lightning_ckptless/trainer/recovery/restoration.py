@@ -67,7 +67,7 @@ class Restoration:
 
         These are then made by the start hooks of the fit.
         """
-        restore_modules(trainer, self.state["late_modules"])
+        restore_modules(trainer, self.state["added_modules"])
         there = tuple(f"{place}/" for place, _ in callback_modules(trainer))
         return not all(
             name.startswith(there) for name in self.layout.known_to(trainer.global_rank) if name.startswith("callback/")
@@ -127,7 +127,7 @@ def restore_structure(trainer: Any, state: dict[str, Any]) -> None:
 
     The optimizers' tensors are filled afterwards: a new process has no parameter groups for them before.
     """
-    restore_modules(trainer, state["late_modules"])
+    restore_modules(trainer, state["added_modules"])
     restore_groups(trainer, state["groups"])
     trained_alone(trainer).clear()
     trained_alone(trainer).update(state["trained_alone"])

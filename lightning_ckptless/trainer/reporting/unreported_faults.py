@@ -4,7 +4,7 @@ Apart from `report`, because which faults a recovery includes is decided by inst
 
 An agent knows the faults of its own node, and which of them were followed by a committed step as far as its own workers
 know. The rank that reports recoveries has seen the faults of all nodes, and knows which recoveries it has reported. So
-every fault is in one reported recovery: no two of them overlap, and none is left out because another fault struck
+every fault is in one reported recovery: no two of them overlap, and none is left out because another fault occurred
 before this rank learned of the first committed step.
 """
 

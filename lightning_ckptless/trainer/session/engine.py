@@ -98,8 +98,8 @@ class Engine:
         # In this order: the first does nothing if there is a handler already.
         self._warnings.attach()
         self._recorded.attach()
-        session.order_writer()
-        session.order_health_watch()
+        session.request_writer()
+        session.request_health_watch()
         session.note_folders()
         if session.is_member:
             session.loggers.note(session.members)

@@ -191,12 +191,12 @@ class Session:
         self._arena = find_or_make_arena(self.identity, self.fit_index, self.options)
         use_agent_memory(self._arena, self._channel)
 
-    def order_writer(self) -> None:
+    def request_writer(self) -> None:
         """Request a writer of durable states for this node, if it writes any."""
         if self.is_node_leader:
-            self.durable.order_writer(self.arena, self._channel)
+            self.durable.request_writer(self.arena, self._channel)
 
-    def order_health_watch(self) -> None:
+    def request_health_watch(self) -> None:
         """Request a sidecar that checks the health of this node, if the options ask for it."""
         every_s = self.options.health_check_every_s
         if every_s is not None and self.is_node_leader and self._channel is not None:

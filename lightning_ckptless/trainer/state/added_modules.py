@@ -40,13 +40,13 @@ class AddedModules:
         Raises:
             OptionsError: one cannot be made in a new process.
         """
-        late: dict[str, tuple[int, str, Packed]] = {}
+        added: dict[str, tuple[int, str, Packed]] = {}
         for place, index, name, module in modules_of_callbacks(self._trainer):
             if place not in self._first:
                 if place not in self._packed or self._packed[place][0] is not module:
                     self._packed[place] = module, self._pack(place, module)
-                late[place] = index, name, self._packed[place][1]
-        return {"first": self._first, "late": late}
+                added[place] = index, name, self._packed[place][1]
+        return {"first": self._first, "added": added}
 
     def apply(self, saved: dict[str, Any]) -> None:
         """Take note of which modules were there when training began; `restore_modules` has restored the others."""
@@ -73,10 +73,10 @@ def restore_modules(trainer: Any, saved: dict[str, Any]) -> None:
         saved: the result of `AddedModules.capture`.
     """
     there = {place: (index, name) for place, index, name, _ in modules_of_callbacks(trainer)}
-    for place in there.keys() - saved["first"] - saved["late"].keys():
+    for place in there.keys() - saved["first"] - saved["added"].keys():
         index, name = there[place]
         setattr(trainer.callbacks[index], name, None)
-    for place, (index, name, packed) in saved["late"].items():
+    for place, (index, name, packed) in saved["added"].items():
         if place not in there:
             setattr(trainer.callbacks[index], name, unpack(packed))
 

@@ -146,7 +146,7 @@ class HostState:
         states = [owner.state() for owner in owners]
         of_script = {
             "checkpoint": self.hooks.capture(tensors or {}),
-            "late_modules": self._added_modules.capture(),
+            "added_modules": self._added_modules.capture(),
             "counters": self.loops.counters(),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "schedulers": self._surroundings.schedulers.capture(),
@@ -308,7 +308,7 @@ class HostState:
         """
         trainer = self.trainer
         self._check(saved)
-        self._added_modules.apply(saved["late_modules"])
+        self._added_modules.apply(saved["added_modules"])
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
             self._own_state(callback).put(state)
         self._surroundings.schedulers.apply(saved["schedulers"])

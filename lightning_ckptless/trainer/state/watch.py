@@ -1,9 +1,9 @@
 """Tells in one pass over many objects whether anything has changed since each of them was last looked at.
 
 Hundreds of attributes belong to the state, and few of them ever change. To look at one object takes a dozen calls. So
-the attributes of all objects are compared at once, by the rules of `seen.py`. Only if something differs, the objects
-are looked at one by one. One that has changed is left out for some captures, twice as many as the time before: a
-counter of the script does not have all others looked at with every version.
+the attributes of all objects are compared at once, by the rules of `attribute_snapshot.py`. Only if something differs,
+the objects are looked at one by one. One that has changed is left out for some captures, twice as many as the time
+before: a counter of the script does not have all others looked at with every version.
 """
 
 from __future__ import annotations

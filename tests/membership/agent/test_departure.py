@@ -135,6 +135,16 @@ def test_a_worker_that_is_lost_on_the_way_ends_the_node() -> None:
     assert nodes.there.is_finished()
 
 
+def test_a_node_whose_peers_regroup_after_a_fault_leaves_at_once() -> None:
+    nodes = Nodes()
+    leaving = nodes.leave(0.0)
+    leaving.poll(nodes.workers)
+    with pytest.raises(DepartedError, match="another node had a fault"):
+        leaving.give_up(nodes.workers)
+    assert nodes.workers.running == 0
+    assert nodes.there.news() == WHY
+
+
 def test_workers_at_the_end_of_the_run_may_leave() -> None:
     nodes = Nodes()
     leaving = nodes.leave()

@@ -42,18 +42,21 @@ def test_every_version_is_what_the_tensors_contained(world: MakeWorld) -> None:
         assert ranks.settle() == [Version(step, True)] * 3 and ranks.values() == {float(step)}
 
 
-def test_a_tensor_that_was_replaced_by_one_of_other_strides_is_copied_as_it_is_now(world: MakeWorld) -> None:
-    ranks = world(2).begin(staging="device")
-    ranks.submit(1)
-    ranks.settle()
-    for rank in range(2):
-        state = ranks.tensors(2)
-        weight = state["weight"] = torch.arange(200.0 * 100).reshape(200, 100)
-        ranks.mirrors[rank].submit(Version(2, True), state, f"blob {rank} 2".encode())
-        ranks.mirrors[rank].wait_staged()
-        weight.data = torch.empty(0)
-    assert ranks.settle() == [Version(2, True)] * 2
-    assert ranks.values() == {2.0, *map(float, range(200 * 100))}
+@pytest.mark.parametrize("buffered", [True, False])
+def test_strides_that_have_changed_are_seen_before_an_early_copy(buffered: bool) -> None:
+    tensors = {"weight": torch.arange(16.0).reshape(4, 4)}
+    layout = plan_layout([describe(tensors, replicated=True)])
+    stager, bulk = Stager(layout, 0, buffered=buffered), torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
+    stager.finish(stager.take(bulk, tensors, tensors.keys()))
+    # At the same address: only the strides tell.
+    tensors["weight"].data = tensors["weight"].data.t()
+    pending = stager.take(bulk, tensors, tensors.keys())
+    expected = tensors["weight"].clone()
+    tensors["weight"].data = torch.empty(0)
+    stager.finish(pending)
+    assert pending.changed() is None
+    (view,) = slot_views(layout, 0, bulk)
+    assert torch.equal(view.reshape(4, 4), expected)
 
 
 def test_one_buffer_serves_both_slots() -> None:
@@ -103,4 +106,7 @@ def test_there_is_memory_for_held_pieces_only() -> None:
     own, other = (buffer_need(layout, 0, sources).used_bytes for sources in ((), (1,)))
     assert own == layout.bulk_bytes(0) and other - own == layout.bulk_bytes(1) - aligned(1000 * 4)
     buffer = DeviceBuffer(pieces_for(layout, 1, 0), torch.device("cpu"))
-    assert sum(source.nbytes for _, source in buffer.copies_into(torch.zeros(layout.bulk_bytes(1)))) == other - own
+    assert (
+        sum(source.nbytes for _, source in buffer.copies_into(torch.zeros(layout.bulk_bytes(1), dtype=torch.uint8)))
+        == other - own
+    )

@@ -44,9 +44,9 @@ def averaged() -> nn.Module:
 
 def test_a_new_process_gets_a_place_for_the_tensors() -> None:
     trained, fresh = process(first=True), process(first=True)
-    late = AddedModules(trained)
+    added = AddedModules(trained)
     trained.callbacks[0].average = averaged()
-    packed = pack(late.capture())
+    packed = pack(added.capture())
     assert len(packed) < 4 * WIDTH, "tensors are part of the version anyway"
     restore_modules(fresh, unpack(packed))
     made = fresh.callbacks[0].average
@@ -60,9 +60,9 @@ def test_a_new_process_gets_a_place_for_the_tensors() -> None:
 
 def test_a_new_process_passes_the_module_on() -> None:
     trained, second, third = process(), process(), process()
-    late = AddedModules(trained)
+    added = AddedModules(trained)
     trained.callbacks[0].average = averaged()
-    saved = unpack(pack(late.capture()))
+    saved = unpack(pack(added.capture()))
     restore_modules(second, saved)
     again = AddedModules(second)
     again.apply(saved)
@@ -89,8 +89,8 @@ def test_a_module_that_is_made_or_replaced_changes_the_layout() -> None:
 
 def test_a_module_that_cannot_be_made_elsewhere_is_refused() -> None:
     trainer = process()
-    late = AddedModules(trainer)
+    added = AddedModules(trainer)
     trainer.callbacks[0].average = averaged()
     trainer.callbacks[0].average.follow = lambda: torch.ones(1)
     with pytest.raises(OptionsError, match=r"rank 0: callback/0\.Holder\.average, .* step 3, .*make it in setup"):
-        late.capture()
+        added.capture()
