@@ -22,7 +22,7 @@ from tests.lab.parts import Options
 
 END_S = 90
 OUR_LAUNCHER = ("-m", "lightning_ckptless.runner")
-CONF = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1"
+CONF = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=4"
 """A node is lost after 4 s without a keep-alive: short for a test, long enough for a busy machine."""
 
 

@@ -62,7 +62,7 @@ def start(
         env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CKPTLESS_FAULTS": faults},
         nnodes=nnodes,
         rdzv_endpoint=f"127.0.0.1:{free_port()}",
-        rdzv_conf={"last_call_timeout": 1},
+        rdzv_conf={"last_call_timeout": 4},
         cwd=folder,
         run_root=folder / "runs",
         arena_dir=folder / "arenas",

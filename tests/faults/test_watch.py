@@ -77,6 +77,12 @@ class Watcher:
         self._over.set()
         self._thread.join()
 
+    def wait_for(self, kind: str) -> None:
+        """Wait until an alarm or a fault of a kind is shown."""
+        deadline = time.monotonic() + PATIENCE_S
+        while all(shown != kind for shown, *_ in list(self.shown)) and time.monotonic() < deadline:
+            self._over.wait(LOOK_EVERY_S)
+
     def first(self, kinds: str, rank: int | None, words: str, since: float) -> float | None:
         """Return after how many seconds one of some kinds was shown for a rank, with words that match a pattern."""
         delays = [
@@ -241,6 +247,8 @@ def test_a_lost_node_is_shown(tmp_path: Path) -> None:
         lost.wait(timeout=PATIENCE_S)
         at = time.time()
         cluster.remove_arena(lost)
+        # A node that joins before the other one has been silent for long enough takes its place without a word.
+        watcher.wait_for("node_lost")
         replacement = cluster.start_agent("", "127.0.0.2")
         assert replacement.wait(timeout=90) == 0, cluster.output()
     shown = {"agent_exited": rf"\(pid {lost.pid}\) has exited", "node_lost": "silent"}
