@@ -16,6 +16,9 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Arena | None) -> str | None:
     """Why an exception is not worth a retry; None for the first of its kind at a step, which is recorded.
 
+    If another rank of this node has raised the same a second time, the run ends: then the first one of this rank is
+    final, too, and its loggers learn that the run has failed.
+
     Args:
         error: the exception.
         rank: rank that raised it.
@@ -29,7 +32,9 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
     if taken is None or arena is None:
         return "it was raised before the first step"
     mark = f"{type(error).__name__} after step {taken.optimizer_step}"
-    if arena.notes().raised.get(rank) == mark:
+    raised, again = arena.notes().raised, f"{mark}, again"
+    if raised.get(rank) == mark or again in raised.values():
+        arena.write_notes(ArenaNotes(raised={rank: again}))
         return f"{mark} was raised again after a recovery: the cause is in the script, not in the hardware"
     arena.write_notes(ArenaNotes(raised={rank: mark}))
     return None
