@@ -1,10 +1,10 @@
 """A buffer in device memory: a shard is copied into it at the speed of the device, and from there into a slot.
 
 Slots are in host memory, and copying a large state over the bus takes several steps. While the live tensors are the
-source of that copy, the next optimizer step has to wait for its end. With `staging="device"` they
-are copied within the device first, on the stream on which the optimizer runs, and may change as soon as that copy is
-queued. The copy over the bus and its checksum then overlap with as many steps as they take; the next version waits for
-them, since it needs the buffer.
+source of that copy, the next optimizer step has to wait for its end. With `staging="device"` they are copied within the
+device first, on the stream on which the optimizer runs, and may change as soon as that copy is queued. The copy over
+the bus and its checksum then overlap with as many steps as they take; the next version waits for them, since it needs
+the buffer.
 
 On CPU ranks, where the same code runs, the buffer is in the memory of the process.
 """
@@ -17,7 +17,8 @@ from dataclasses import replace
 import torch
 
 from lightning_ckptless.internals.torch_internals import foreach_copy
-from lightning_ckptless.replica.layout.layout import Chunk, aligned, slot_view
+from lightning_ckptless.replica.device_tier.device_space import DeviceNeed
+from lightning_ckptless.replica.layout.layout import Chunk, Layout, aligned, pieces_for, slot_view
 from lightning_ckptless.replica.mirror.static import Pair
 
 
@@ -78,6 +79,18 @@ def joined_spans(chunks: Sequence[Chunk]) -> list[tuple[slice, list[Chunk]]]:
         else:
             spans.append((slice(chunk.at, end), [chunk]))
     return spans
+
+
+def buffer_need(layout: Layout, rank: int, sources: Sequence[int]) -> DeviceNeed:
+    """The device memory of the buffers for `staging="device"`.
+
+    Args:
+        layout: layout of the state.
+        rank: this rank.
+        sources: ranks whose shards it keeps, and copies as far as its own tensors contain them.
+    """
+    sizes = [sum(aligned(chunk.nbytes) for chunk in pieces_for(layout, shard, rank)) for shard in (rank, *sources)]
+    return DeviceNeed("staging='device'", "staging='overlap'", "the buffers", sum(sizes), sum(map(bool, sizes)))
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:

@@ -16,12 +16,12 @@ from lightning_ckptless.protocol.mirror_interval import agreed
 from lightning_ckptless.protocol.time_account import Bucket
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import LEAST_SLOTS
-from lightning_ckptless.replica.device_tier.device_space import DeviceNeed, free_bytes_of, require_fits
-from lightning_ckptless.replica.layout.layout import Layout, aligned, pieces_for
+from lightning_ckptless.replica.device_tier.device_space import free_bytes_of, require_fits
+from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import Described, from_message, to_message
 from lightning_ckptless.replica.mirror.coordinated_stop import StopPurpose
-from lightning_ckptless.replica.mirror.device_buffer import device_of
+from lightning_ckptless.replica.mirror.device_buffer import buffer_need, device_of
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.mirror.mirror_settings import MirrorSettings
 from lightning_ckptless.replica.mirror.round import Blob
@@ -497,18 +497,6 @@ class Mirroring:
         if self._device is not None:
             self._device.open(layout, planned.index.read(), hooked)
         return mirror
-
-
-def buffer_need(layout: Layout, rank: int, sources: Sequence[int]) -> DeviceNeed:
-    """The device memory of the buffers for `staging="device"`.
-
-    Args:
-        layout: layout of the state.
-        rank: this rank.
-        sources: ranks whose shards it keeps, and copies as far as its own tensors contain them.
-    """
-    sizes = [sum(aligned(chunk.nbytes) for chunk in pieces_for(layout, shard, rank)) for shard in (rank, *sources)]
-    return DeviceNeed("staging='device'", "staging='overlap'", "the buffers", sum(sizes), sum(map(bool, sizes)))
 
 
 def _bytes_of(layout: Layout) -> int:

@@ -173,7 +173,7 @@ class RunningFit:
             mark_begun(session.rank)
             # Done here because it waits for gloo's threads, and training does not wait for this thread.
             session.world.release()
-            if session.is_node_leader:
+            if session.is_first_of_node:
                 session.arena.write_notes(ArenaNotes(committed=version))
         session.probe(moment, version)
 

@@ -109,8 +109,8 @@ class Session:
         return int(self.trainer.global_rank)
 
     @property
-    def is_node_leader(self) -> bool:
-        """Whether this rank acts for its node: it is the lowest one there."""
+    def is_first_of_node(self) -> bool:
+        """Whether this is the first worker of its node, which acts for it. Known before there is a member set."""
         return is_first_of_node(local_rank())
 
     def connect(self) -> tuple[Transport, tuple[str, ...]]:
@@ -175,7 +175,7 @@ class Session:
         Args:
             origin: checkpoint path that the script passed to `fit`.
         """
-        opens = self.is_node_leader
+        opens = self.is_first_of_node
         share = self.world.share if self.trainer.world_size > 1 else lambda _, text: text
         self._arena = open_arena(self.identity, self.fit_index, self.options, share, opens=opens, origin=origin)
         use_agent_memory(self._arena, self._channel)
@@ -193,13 +193,13 @@ class Session:
 
     def request_writer(self) -> None:
         """Request a writer of durable states for this node, if it writes any."""
-        if self.is_node_leader:
+        if self.is_first_of_node:
             self.durable.request_writer(self.arena, self._channel)
 
     def request_health_watch(self) -> None:
         """Request a sidecar that checks the health of this node, if the options ask for it."""
         every_s = self.options.health_check_every_s
-        if every_s is not None and self.is_node_leader and self._channel is not None:
+        if every_s is not None and self.is_first_of_node and self._channel is not None:
             self._channel.send(
                 StartSidecar(MODULE, HealthWatchSettings.of(self.options.health_check, every_s).to_text())
             )
@@ -258,7 +258,7 @@ class Session:
         """Record the folders of all ranks once the first processes of this fit have determined theirs."""
         if self.is_member and self.members.noted.folders is None:
             folders = tuple(map(RankFolders.from_value, self.members.gather(asdict(self.folders.own()))))
-            if self.is_node_leader:
+            if self.is_first_of_node:
                 self.arena.write_notes(ArenaNotes(folders=folders))
 
     def warn_of_lost_files(self, version: Version, logs: Positions | None) -> None:
@@ -276,19 +276,19 @@ class Session:
     def leave_loop(self) -> None:
         """Close the accounts of training: no further step follows. A relaunch starts from the last version."""
         self.report.out_of_steps()
-        if self.is_node_leader and self.report.counts != RunCounts():
+        if self.is_first_of_node and self.report.counts != RunCounts():
             self.arena.write_notes(ArenaNotes(counts=self.report.counts))
 
     def finish(self) -> None:
         """Report that `fit` has returned, also to later processes."""
-        if self.is_node_leader and self._arena is not None:
+        if self.is_first_of_node and self._arena is not None:
             self._arena.write_notes(ArenaNotes(finished=True))
             (self._arena.path / MARKER).touch()
         self.report.finished()
 
     def discard_empty_arena(self) -> None:
         """Remove the arena after a start that failed before anything was mirrored: there is nothing to resume from."""
-        if self._arena is not None and self.is_node_leader:
+        if self._arena is not None and self.is_first_of_node:
             discard_if_empty(self._arena)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from lightning_ckptless.ledger import Event
 from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
 
 
-def test_a_story_of_ledger_and_trace(tmp_path: Path) -> None:
+def test_a_timeline_of_ledger_and_trace(tmp_path: Path) -> None:
     write_ledger(tmp_path)
     timeline = timeline_of(RUN_ID, find_run(None, tmp_path).events, STEPS)
     assert timeline.wall_s == 11.0
@@ -34,7 +34,7 @@ def test_phases_sum_to_the_span(tmp_path: Path) -> None:
         assert sum(span.phases.values()) == pytest.approx(span.total_s)
 
 
-def test_a_story_without_a_trace(tmp_path: Path) -> None:
+def test_a_timeline_without_a_trace(tmp_path: Path) -> None:
     write_ledger(tmp_path, ended=False)
     timeline = timeline_of(RUN_ID, find_run(None, tmp_path).events)
     assert (timeline.steps, timeline.time.curve, timeline.time.is_known) == ((), [], False)

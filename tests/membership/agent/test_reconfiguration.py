@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.membership.agent.fault_log import FaultLog
-from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.reconfiguration import Reconfiguration
 from lightning_ckptless.membership.clock import Clock
 from lightning_ckptless.protocol.reconfiguration import NodeStatus, plan_move
+from tests.membership.agent.test_in_place import in_place_at
 
 CLOCK = Clock(lambda: 0.0, lambda: 0.0)
 STAYS = [NodeStatus(trains=True, node_rank=node, world_size=2) for node in range(2)]
@@ -29,15 +28,7 @@ def nodes_of(statuses: list[NodeStatus]) -> list[Reconfiguration]:
     store, plan = HashStore(), plan_move(statuses)
 
     def reconfiguration(node: int) -> Reconfiguration:
-        in_place = InPlaceRecovery(
-            in_place=None,
-            standbys=None,
-            preload_imports=None,
-            folder=Path(),
-            outputs=Path(),
-            report=print,
-            clock=CLOCK,
-        )
+        in_place = in_place_at(lambda: 0.0)
         faults = FaultLog(f"node{node}", [], print, lambda: "", CLOCK)
         positions = Positions(PrefixStore("positions", store), node, plan.stay, {0: node}, print)
         made = Reconfiguration(plan, node, store, in_place, faults, positions)

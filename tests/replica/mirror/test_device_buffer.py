@@ -11,9 +11,8 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.layout.layout import aligned, pieces_for, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
-from lightning_ckptless.replica.mirror.device_buffer import DeviceBuffer, joined_spans
+from lightning_ckptless.replica.mirror.device_buffer import DeviceBuffer, buffer_need, joined_spans
 from lightning_ckptless.replica.mirror.staging import Stager
-from lightning_ckptless.trainer.commit.mirroring import buffer_need
 from tests.replica.world import MakeWorld, wait_for
 
 

@@ -14,23 +14,23 @@ def test_nothing_has_begun_before_the_first_stamp(tmp_path: Path) -> None:
 
 def test_the_step_in_flight_is_the_last_that_all_ranks_have_begun(tmp_path: Path) -> None:
     for rank, step in ((0, 5), (1, 4)):
-        begun = StepStamps(tmp_path)
-        begun.stamp(rank, step)
-        begun.close()
+        stamps = StepStamps(tmp_path)
+        stamps.stamp(rank, step)
+        stamps.close()
     assert (last_begun(tmp_path), step_in_flight(tmp_path, SoloTransport())) == (5, 4)
 
 
 def test_a_process_stamps_the_steps_of_the_rank_that_it_has(tmp_path: Path) -> None:
-    begun = StepStamps(tmp_path)
-    begun.stamp(1, 4)
-    begun.stamp(0, 4)
-    begun.close()
+    stamps = StepStamps(tmp_path)
+    stamps.stamp(1, 4)
+    stamps.stamp(0, 4)
+    stamps.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun-by-0000", "begun-by-0001"]
 
 
 def test_a_shorter_stamp_replaces_a_longer_one(tmp_path: Path) -> None:
-    begun = StepStamps(tmp_path)
+    stamps = StepStamps(tmp_path)
     for step in (1000, 7):
-        begun.stamp(0, step)
+        stamps.stamp(0, step)
         assert last_begun(tmp_path) == step
-    begun.close()
+    stamps.close()
